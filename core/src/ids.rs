@@ -1,0 +1,199 @@
+//! Names and numbers that travel through the whole system, each as a type of its own.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! name_type {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(String);
+
+        impl $name {
+            /// Takes the name as it stands on the object it comes from.
+            pub fn new(name: impl Into<String>) -> Self {
+                Self(name.into())
+            }
+
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(&self.0)
+            }
+        }
+    };
+}
+
+name_type! {
+    /// Object name of a GPUAccount.
+    AccountName
+}
+name_type! {
+    /// Name of a Kubernetes node.
+    NodeName
+}
+impl AccountName {
+    /// The account of a Space's own calls, those without a token (accounting.md, tier `space`; the prefix is reserved, L4).
+    pub fn of_space(uid: &str) -> Self {
+        Self(format!("space-{uid}"))
+    }
+}
+
+name_type! {
+    /// A lease: ULID minted by the broker, 26 characters in lower case so that it can end an object name.
+    LeaseId
+}
+
+/// The broker's term (ledger.md L6). The fence of invariant 7.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Epoch(pub u64);
+
+/// One HTTP request at one start of one node agent: the idempotency key of a request (ledger.md L15).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ticket {
+    /// Fresh at every start of the agent.
+    pub agent_instance: String,
+    /// Counts up within the instance.
+    pub number: u64,
+}
+
+/// A Space: the object that a pod belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SpaceKey {
+    /// Namespace of the Space.
+    pub namespace: String,
+    /// Name of the Space.
+    pub name: String,
+    /// `metadata.uid`; the audience of its tokens.
+    pub uid: String,
+}
+
+/// Size of a lease (accounting.md). The weight is what a second of it costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Size {
+    /// Half a card, weight 1.
+    Large,
+    /// A whole card, weight 2.
+    Xlarge,
+}
+
+impl Size {
+    /// Charged seconds per second of use.
+    pub const fn weight(self) -> u64 {
+        match self {
+            Self::Large => 1,
+            Self::Xlarge => 2,
+        }
+    }
+
+    /// The name that apps and people use.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Large => "large",
+            Self::Xlarge => "xlarge",
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.as_str())
+    }
+}
+
+/// Ledger time: milliseconds since the Unix epoch, never going back on one page (ledger.md L20).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LedgerTime(pub i64);
+
+impl LedgerTime {
+    /// This time plus `milliseconds`; stays at the largest time instead of overflowing.
+    #[must_use]
+    pub const fn plus(self, milliseconds: u64) -> Self {
+        Self(self.0.saturating_add_unsigned(milliseconds))
+    }
+
+    /// Milliseconds from `earlier` to this time; 0 if it is not earlier.
+    pub const fn since(self, earlier: Self) -> u64 {
+        let difference = self.0.saturating_sub(earlier.0);
+        if difference > 0 { difference.unsigned_abs() } else { 0 }
+    }
+}
+
+/// Milliseconds on the leader's monotonic clock since its term began. Intervals are measured with it, so that a stepped
+/// wall clock neither ends a lease early nor keeps one (ledger.md L9, L20).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Steady(pub u64);
+
+impl Steady {
+    /// This time plus `milliseconds`; stays at the largest time instead of overflowing.
+    #[must_use]
+    pub const fn plus(self, milliseconds: u64) -> Self {
+        Self(self.0.saturating_add(milliseconds))
+    }
+
+    /// Milliseconds from `earlier` to this time; 0 if it is not earlier.
+    pub const fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// Where fresh ids come from: a ULID that the shell draws for each command. The ids that one command needs are its
+/// successors, as ULIDs drawn in the same millisecond are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdSeed(pub u128);
+
+impl IdSeed {
+    /// The next id; the seed moves on.
+    pub fn draw(&mut self) -> String {
+        let text = ulid_text(self.0);
+        self.0 = self.0.wrapping_add(1);
+        text
+    }
+}
+
+/// The 26 characters of a ULID, in lower case (Crockford's base 32, most significant first).
+pub fn ulid_text(ulid: u128) -> String {
+    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+    const CHARACTERS: u32 = 26;
+    (0..CHARACTERS)
+        .rev()
+        .map(|position| {
+            // Five bits a character; the first has only three left.
+            let index = (ulid >> (5 * position)) & 0x1f;
+            char::from(ALPHABET[usize::try_from(index).unwrap_or_default()])
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ulids_are_written_as_the_standard_says() {
+        assert_eq!(ulid_text(0), "00000000000000000000000000");
+        assert_eq!(ulid_text(u128::MAX), "7zzzzzzzzzzzzzzzzzzzzzzzzz");
+        // The example of the ULID specification.
+        assert_eq!(ulid_text(0x0156_3e3a_b5d3_d676_4c61_efb9_9302_bd5b), "01arz3ndektsv4rrffq69g5fav");
+    }
+
+    #[test]
+    fn drawn_ids_differ_and_ascend() {
+        let mut seed = IdSeed(31);
+        let (first, second) = (seed.draw(), seed.draw());
+        assert!(first < second);
+    }
+}

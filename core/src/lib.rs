@@ -1,0 +1,8 @@
+//! The pure rules of Spaceport: ledger, quota, queue, slots and the device API's wire contract. No I/O, no clock, no
+//! randomness: they come in as arguments, so that every history can be replayed (architecture.md).
+
+pub mod ids;
+pub mod page;
+pub mod protocol;
+pub mod slots;
+pub mod stage;

@@ -1,0 +1,18 @@
+//! What the stories on the local cluster are told with: plain kubectl, unmodified clients, waiting for values.
+//!
+//! Everything here goes the way a user goes. The cluster is found through two variables that `cargo xtask` sets:
+//! `SPACEPORT_KUBECTL` (the kubectl program) and `KUBECONFIG`.
+
+mod call;
+pub mod demo;
+mod kubectl;
+pub mod story;
+mod token;
+mod wait;
+mod world;
+
+pub use call::{Answer, CallError};
+pub use kubectl::{Kubectl, at};
+pub use token::Token;
+pub use wait::eventually;
+pub use world::World;

@@ -1,0 +1,71 @@
+//! Tokens that name a caller, signed with the key of the cluster as the gateway will (X-IP-Token).
+
+use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::json;
+
+use crate::kubectl::{Kubectl, at};
+
+/// What a token says; the defaults are those of a sane gateway.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// GPUAccount that pays.
+    pub account: String,
+    /// uid of the Space it may be spent in.
+    pub audience: String,
+    /// Seconds from now until it expires; negative: already expired.
+    pub lifetime_s: i64,
+    /// Weighted GPU milliseconds it is worth.
+    pub max_ms: u64,
+    /// Calls it is worth.
+    pub max_calls: u64,
+    /// Identity of the call.
+    pub jti: String,
+}
+
+impl Token {
+    /// One call by `account` in the Space with this uid.
+    pub fn one_call(account: &str, audience: &str) -> Self {
+        Self {
+            account: account.to_owned(),
+            audience: audience.to_owned(),
+            lifetime_s: 900,
+            max_ms: 600_000,
+            max_calls: 1,
+            jti: ulid::Ulid::generate().to_string(),
+        }
+    }
+
+    /// Signs it with the key from the cluster's Secret.
+    pub fn sign(&self, kubectl: &Kubectl) -> Result<String> {
+        let secret =
+            kubectl.json(&["--namespace", "spaceport-system", "get", "secret", "spaceport-token-signing-key"])?;
+        let field = |name: &str| -> Result<Vec<u8>> {
+            let text = at(&secret, &format!("/data/{name}"))
+                .as_str()
+                .with_context(|| format!("the signing key has no {name}"))?;
+            STANDARD.decode(text).with_context(|| format!("{name} of the signing key is not base64"))
+        };
+        let mut header = Header::new(Algorithm::EdDSA);
+        header.kid = Some(String::from_utf8(field("kid")?)?);
+        let key = EncodingKey::from_ed_pem(&field("private.pem")?).context("the signing key is not an Ed25519 key")?;
+        let claims = json!({
+            "iss": "spaceport-gateway",
+            "aud": self.audience,
+            "sub": self.account,
+            "jti": self.jti,
+            "root_jti": self.jti,
+            "exp": now_s() + self.lifetime_s,
+            "max_ms": self.max_ms,
+            "max_calls": self.max_calls,
+        });
+        encode(&header, &claims, &key).context("the token cannot be signed")
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // Tokens expire in real time.
+fn now_s() -> i64 {
+    jiff::Timestamp::now().as_second()
+}

@@ -1,0 +1,27 @@
+//! Waiting for values.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Between two looks: below what a person notices, above what loads the API server.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// Looks until `look` gives a value, at most `limit`. The last thing seen is in the error.
+pub fn eventually<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Result<T, String>>) -> Result<T> {
+    let start = now();
+    loop {
+        match look()? {
+            Ok(value) => return Ok(value),
+            Err(seen) if now().duration_since(start) >= limit => {
+                bail!("{what}: not within {} s; last seen: {seen}", limit.as_secs());
+            }
+            Err(_) => std::thread::sleep(INTERVAL),
+        }
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // Bounds a wait in tests; nothing is decided by it.
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}

@@ -1,0 +1,28 @@
+//! `cargo xtask demo`: everything from nothing, up to three calls and their receipts.
+
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::charts::{self, ChartsArguments};
+use crate::clients;
+use crate::cluster::{self, UpArguments};
+use crate::command::{command, headline};
+use crate::workspace::Workspace;
+
+pub fn demo(workspace: &Workspace) -> Result<()> {
+    headline("the local cluster");
+    cluster::up(workspace, &UpArguments::default())?;
+    headline("images and charts");
+    charts::run(workspace, &ChartsArguments::default())?;
+    headline("the story");
+    let mut story = command(
+        &workspace.host.cargo,
+        &["run", "--quiet", "--locked", "--package", "spaceport-e2e", "--bin", "spaceport-demo"],
+    );
+    clients::environment(workspace, &mut story)?;
+    let status = story.current_dir(&workspace.root).stdin(Stdio::null()).status().context("cannot start the story")?;
+    ensure!(status.success(), "what the cluster shows is not right (see above); it stays up for you to look");
+    headline("all of it is right. The cluster stays up: `cargo xtask kubectl get gpuleases -A`, then `cargo xtask down`");
+    Ok(())
+}

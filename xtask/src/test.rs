@@ -1,0 +1,171 @@
+//! `cargo xtask test [unit|api|e2e]`: every check there is, in the order in which they are cheap.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::charts::{self, ChartsArguments};
+use crate::cluster::{self, UpArguments, binaries};
+use crate::command::{command, headline, progress, run};
+use crate::generate::{self, GenerateArguments};
+use crate::workspace::Workspace;
+use crate::{cargo_deny, clients, prerequisites};
+
+#[derive(Args)]
+pub struct TestArguments {
+    /// Which class; all of them without a word
+    class: Option<Class>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Class {
+    /// Style, generated files, charts, unit and property tests: needs no cluster
+    Unit,
+    /// Schemas, CEL and admission on a real API server
+    Api,
+    /// The stories on the real node
+    E2e,
+}
+
+pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()> {
+    prerequisites::building(workspace)?;
+    let wanted = |class| arguments.class.is_none_or(|only| only == class);
+    let mut passed = 0;
+    if wanted(Class::Unit) {
+        passed += unit(workspace)?;
+    }
+    if wanted(Class::Api) || wanted(Class::E2e) {
+        headline("the local cluster with the charts");
+        cluster::up(workspace, &UpArguments::default())?;
+        charts::run(workspace, &ChartsArguments::default())?;
+    }
+    if wanted(Class::Api) {
+        headline("tests on the real API server");
+        passed += cluster_tests(workspace, &["api"])?;
+    }
+    if wanted(Class::E2e) {
+        headline("root tests of the node agent");
+        passed += cargo_tests(
+            workspace,
+            &["--package", "spaceport-device-plugin", "--features", "root-tests", "--test", "*"],
+            &[],
+        )?;
+        headline("stories on the real node");
+        passed += cluster_tests(workspace, &["stories"])?;
+    }
+    println!("{passed} tests passed");
+    Ok(())
+}
+
+fn unit(workspace: &Workspace) -> Result<usize> {
+    let cargo = |words: &[&str]| {
+        let mut cargo = command(&workspace.host.cargo, words);
+        cargo.current_dir(&workspace.root);
+        cargo
+    };
+    headline("rustfmt");
+    run(&mut cargo(&["fmt", "--all", "--check"]))?;
+    headline("generated files");
+    generate::run(workspace, &GenerateArguments { check: true })?;
+    headline("charts");
+    lint_charts(workspace)?;
+    headline("clippy, warnings denied");
+    shown(&mut cargo(&["clippy", "--workspace", "--all-targets", "--all-features", "--locked", "--", "--deny", "warnings"]))?;
+    headline("cargo-deny");
+    let deny = cargo_deny::program(workspace)?;
+    run(command(deny, &["--all-features", "--locked", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
+        .current_dir(&workspace.root))?;
+    headline("unit and property tests");
+    cargo_tests(workspace, &["--workspace"], &[])
+}
+
+fn lint_charts(workspace: &Workspace) -> Result<()> {
+    let helm = binaries::helm(workspace)?;
+    // Names only: what the values must be like is what the schema says.
+    let images = ["operator", "devicePlugin", "python", "tools"];
+    let settings: Vec<String> = images.iter().map(|image| format!("images.{image}=example.com/{image}:0.1.0")).collect();
+    for chart in ["charts/spaceport-crds", "charts/spaceport"] {
+        for verb in [&["lint", "--strict", "--quiet"][..], &["template", "spaceport"][..]] {
+            let mut helm = command(&helm, verb);
+            helm.arg(workspace.root.join(chart));
+            if chart.ends_with("spaceport") {
+                for setting in &settings {
+                    helm.args(["--set", setting]);
+                }
+            }
+            run(&mut helm)?;
+        }
+    }
+    // The schema must be able to say no.
+    for (wrong, why) in [
+        ("operator.replicas=0", "no replica"),
+        ("images.operator=example.com/operator:latest", "a moving tag"),
+        ("devicePlugin.kubeletRootDir=relative", "a relative path"),
+        ("operators.replicas=1", "a misspelt value"),
+    ] {
+        let mut helm = command(&helm, &["template", "spaceport"]);
+        helm.arg(workspace.root.join("charts/spaceport")).args(["--set", wrong]);
+        let output = helm.output().context("cannot start helm")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains("schema"), "values.schema.json takes {wrong} ({why}): {said}");
+    }
+    Ok(())
+}
+
+fn cluster_tests(workspace: &Workspace, names: &[&str]) -> Result<usize> {
+    let mut arguments = vec!["--package", "spaceport-e2e", "--features", "cluster"];
+    for name in names {
+        arguments.extend(["--test", name]);
+    }
+    // The stories share one small node; each owns it while it runs.
+    cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture"])
+}
+
+/// Runs `cargo test`, shows what it prints, and counts the tests that passed.
+fn cargo_tests(workspace: &Workspace, arguments: &[&str], harness: &[&str]) -> Result<usize> {
+    let mut cargo = command(&workspace.host.cargo, &["test", "--locked"]);
+    cargo.args(arguments).arg("--").args(harness).current_dir(&workspace.root);
+    clients::environment(workspace, &mut cargo)?;
+    let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
+    let output = child.stdout.take().context("cargo test has no output")?;
+    let mut passed = 0;
+    for line in BufReader::new(output).lines() {
+        let line = line.context("cannot read what cargo test prints")?;
+        println!("{line}");
+        passed += passed_in(&line);
+    }
+    let status = child.wait().context("cannot wait for cargo test")?;
+    if !status.success() {
+        bail!("cargo test {} ended with {status}", arguments.join(" "));
+    }
+    progress(&format!("{passed} passed"));
+    Ok(passed)
+}
+
+/// The number in `test result: ok. 12 passed; 0 failed; …`.
+fn passed_in(line: &str) -> usize {
+    line.strip_prefix("test result: ok. ")
+        .and_then(|rest| rest.split_once(" passed"))
+        .and_then(|(number, _)| number.parse().ok())
+        .unwrap_or(0)
+}
+
+fn shown(command: &mut Command) -> Result<()> {
+    let status = command.stdin(Stdio::null()).status().context("cannot start cargo")?;
+    ensure!(status.success(), "ended with {status}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_what_the_harness_says() {
+        assert_eq!(passed_in("test result: ok. 12 passed; 0 failed; 0 ignored; 0 measured"), 12);
+        assert_eq!(passed_in("test result: FAILED. 3 passed; 1 failed"), 0);
+        assert_eq!(passed_in("test ledger::holds ... ok"), 0);
+    }
+}

@@ -2,7 +2,10 @@
 //! randomness: they come in as arguments, so that every history can be replayed (architecture.md).
 
 pub mod ids;
+pub mod lease;
 pub mod page;
 pub mod protocol;
+pub mod queue;
+pub mod quota;
 pub mod slots;
 pub mod stage;

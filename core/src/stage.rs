@@ -152,8 +152,14 @@ mod tests {
 
     #[test]
     fn names_the_step_that_failed() {
-        assert_eq!(stage(Override::None, Steps { source_fetched: Progress::Failed, ..Steps::default() }, true), Stage::BuildError);
-        assert_eq!(stage(Override::None, Steps { environment_built: Progress::Failed, ..done() }, false), Stage::BuildError);
+        assert_eq!(
+            stage(Override::None, Steps { source_fetched: Progress::Failed, ..Steps::default() }, true),
+            Stage::BuildError
+        );
+        assert_eq!(
+            stage(Override::None, Steps { environment_built: Progress::Failed, ..done() }, false),
+            Stage::BuildError
+        );
         assert_eq!(stage(Override::None, Steps { started: Progress::Failed, ..done() }, false), Stage::RuntimeError);
     }
 

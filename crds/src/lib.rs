@@ -7,6 +7,11 @@
 //! Conventions (api.md): times are timestamps, amounts are int64 `…Milliseconds` or `…Seconds`; strings that repeat
 //! a number exist for printer columns only and nothing decides from them.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "it takes `type_ = \"string\"` of two printer columns for one attribute"
+)]
+
 #[macro_use]
 mod string_enum;
 

@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 
 use crate::cluster::machine::Machine;
 use crate::cluster::{binaries, node, standin};
-use crate::command::{command, headline, output, run_long};
+use crate::command::{command, headline, output, progress, run_long};
 use crate::images::{self, Name};
 use crate::workspace::{HostSettings, Workspace, write_atomically};
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct ChartsArguments {
     /// More values for the chart `spaceport`, later files win
     #[arg(long, value_name = "FILE")]
@@ -44,11 +44,17 @@ pub struct BuildSettings {
     pub no_proxy: Option<String>,
 }
 
-/// Installs or upgrades both charts and waits until what they run is ready.
+/// The images that the chart's pods and the pods of Spaces run.
+const IMAGES: [Name; 4] = [Name::Operator, Name::DevicePlugin, Name::Python, Name::Tools];
+
+/// Builds what is to run, installs or upgrades both charts and waits until it is ready.
 pub fn run(workspace: &Workspace, arguments: &ChartsArguments) -> Result<()> {
     if !workspace.kubeconfig().exists() {
         bail!("no local cluster: run `cargo xtask up` first");
     }
+    headline("images");
+    let images = images::build(workspace, &IMAGES)?;
+    images::import_missing(workspace, &images)?;
     headline("charts");
     let values = write_values(workspace)?;
     install(workspace, "spaceport-crds", &[])?;
@@ -100,11 +106,82 @@ fn write_values(workspace: &Workspace) -> Result<PathBuf> {
         "devicePlugin": agent,
         "build": { "caBundle": bundle, "indexURL": settings.index_url.unwrap_or_default() },
     });
+    values["devicePlugin"]["capabilities"] = json!(grantable(workspace, &own_capabilities()?)?);
     values["devicePlugin"]["kubeletRootDir"] = Value::String(node::kubelet_root(workspace));
     let path = workspace.local.join("values.yaml");
     write_atomically(&path, serde_norway::to_string(&values)?.as_bytes())?;
     Ok(path)
 }
+
+/// The chart's list of the agent's capabilities without those that this machine withholds from us: runc fails on one
+/// that it cannot give instead of leaving it out.
+fn grantable(workspace: &Workspace, own: &[&str]) -> Result<Vec<String>> {
+    let path = workspace.root.join("charts/spaceport/values.yaml");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let values: Value = serde_norway::from_str(&text).with_context(|| format!("{} is not YAML", path.display()))?;
+    let list = values["devicePlugin"]["capabilities"]
+        .as_array()
+        .with_context(|| format!("{} lists no devicePlugin.capabilities", path.display()))?;
+    let names = list.iter().filter_map(Value::as_str);
+    let (granted, withheld): (Vec<&str>, Vec<&str>) = names.partition(|name| own.contains(name));
+    if !withheld.is_empty() {
+        progress(&format!("this machine withholds from the agent: {}", withheld.join(", ")));
+    }
+    Ok(granted.into_iter().map(str::to_owned).collect())
+}
+
+/// Names of the capabilities in our bounding set, without `CAP_`.
+fn own_capabilities() -> Result<Vec<&'static str>> {
+    let status = fs::read_to_string("/proc/self/status").context("cannot read our own status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("no CapBnd in our own status")?;
+    let mask = u64::from_str_radix(mask.trim(), 16).context("CapBnd is not hexadecimal")?;
+    Ok(CAPABILITIES.iter().enumerate().filter(|(bit, _)| mask & (1 << bit) != 0).map(|(_, name)| *name).collect())
+}
+
+/// By their number, as in the kernel's `linux/capability.h`.
+const CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
 
 /// The agent takes the stand-in for any other NVML: a path to the library, a folder, an environment variable.
 fn standin_values(workspace: &Workspace) -> Result<Value> {

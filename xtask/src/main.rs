@@ -3,15 +3,19 @@
 //! Only programs of the machine and pinned Go modules are started; there is no container engine, no registry and
 //! no downloaded binary. See `README.md` for the two commands to begin with.
 
+mod bench;
+mod cargo_deny;
 mod charts;
+mod clients;
 mod cluster;
 mod command;
+mod demo;
 mod down;
 mod generate;
-
 mod images;
 mod kubectl;
 mod prerequisites;
+mod test;
 mod wait;
 mod workspace;
 
@@ -42,8 +46,14 @@ enum Action {
     Kubectl(kubectl::KubectlArguments),
     /// Builds the images and imports those that the cluster lacks
     Images(images::ImagesArguments),
-    /// Installs or upgrades the charts on the local cluster with the images built last
+    /// Builds the images and installs or upgrades the charts on the local cluster
     Charts(charts::ChartsArguments),
+    /// Everything from nothing: the cluster, the charts, an app, three calls and their receipts
+    Demo,
+    /// Every check, or one class of them: unit, api, e2e
+    Test(test::TestArguments),
+    /// Measures, in one run on the local cluster
+    Bench(bench::BenchArguments),
     /// Writes the files that are generated from the Rust types
     Gen(generate::GenerateArguments),
 }
@@ -69,6 +79,9 @@ fn run() -> Result<()> {
         Action::Kubectl(arguments) => kubectl::run(&workspace, &arguments),
         Action::Images(arguments) => images::run_command(&workspace, &arguments),
         Action::Charts(arguments) => charts::run(&workspace, &arguments),
+        Action::Demo => demo::demo(&workspace),
+        Action::Test(arguments) => test::run_tests(&workspace, &arguments),
+        Action::Bench(arguments) => bench::bench(&workspace, &arguments),
         Action::Gen(arguments) => generate::run(&workspace, &arguments),
     }
 }

@@ -47,11 +47,7 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
     }
     if wanted(Class::E2e) {
         headline("root tests of the node agent");
-        passed += cargo_tests(
-            workspace,
-            &["--package", "spaceport-device-plugin", "--features", "root-tests", "--test", "*"],
-            &[],
-        )?;
+        passed += cargo_tests(workspace, &["--features", "spaceport-device-plugin/root-tests", "--test", "gate"], &[])?;
         headline("stories on the real node");
         passed += cluster_tests(workspace, &["stories"])?;
     }
@@ -78,7 +74,7 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     run(command(deny, &["--all-features", "--locked", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
         .current_dir(&workspace.root))?;
     headline("unit and property tests");
-    cargo_tests(workspace, &["--workspace"], &[])
+    cargo_tests(workspace, &[], &[])
 }
 
 fn lint_charts(workspace: &Workspace) -> Result<()> {
@@ -115,7 +111,7 @@ fn lint_charts(workspace: &Workspace) -> Result<()> {
 }
 
 fn cluster_tests(workspace: &Workspace, names: &[&str]) -> Result<usize> {
-    let mut arguments = vec!["--package", "spaceport-e2e", "--features", "cluster"];
+    let mut arguments = vec!["--features", "spaceport-e2e/cluster"];
     for name in names {
         arguments.extend(["--test", name]);
     }
@@ -123,9 +119,10 @@ fn cluster_tests(workspace: &Workspace, names: &[&str]) -> Result<usize> {
     cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture"])
 }
 
-/// Runs `cargo test`, shows what it prints, and counts the tests that passed.
+/// Runs `cargo test`, shows what it prints, and counts the tests that passed. Always on the whole workspace, so that every
+/// class sees the same features of the dependencies and nothing is compiled twice.
 fn cargo_tests(workspace: &Workspace, arguments: &[&str], harness: &[&str]) -> Result<usize> {
-    let mut cargo = command(&workspace.host.cargo, &["test", "--locked"]);
+    let mut cargo = command(&workspace.host.cargo, &["test", "--workspace", "--locked"]);
     cargo.args(arguments).arg("--").args(harness).current_dir(&workspace.root);
     clients::environment(workspace, &mut cargo)?;
     let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;

@@ -1,6 +1,6 @@
 //! The program that calls the device API inside the pod, and what it reports.
 
-use std::io::{Read as _, Write as _};
+use std::io::{Read, Write as _};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -103,7 +103,10 @@ impl Load {
     pub(super) fn remarks(&self) -> String {
         let samples = self.milliseconds.len();
         match self.slots {
-            0 => format!("  {samples} samples; not counted: {} that waited, {} with a reused worker", self.queued, self.reused),
+            0 => format!(
+                "  {samples} samples; not counted: {} that waited, {} with a reused worker",
+                self.queued, self.reused
+            ),
             slots => format!("  {samples} samples on {slots} slots"),
         }
     }
@@ -114,7 +117,19 @@ pub(super) fn run(world: &World, phase: &Phase<'_>, limit: Duration) -> Result<L
     let pod = world.pod(NAMESPACE, SPACE)?;
     let child = world
         .kubectl
-        .command(&["--namespace", NAMESPACE, "exec", "--stdin", &pod, "--container", "app", "--", PYTHON, "-c", PROGRAM])
+        .command(&[
+            "--namespace",
+            NAMESPACE,
+            "exec",
+            "--stdin",
+            &pod,
+            "--container",
+            "app",
+            "--",
+            PYTHON,
+            "-c",
+            PROGRAM,
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -154,7 +169,7 @@ fn talk(mut child: Child, input: Vec<u8>, limit: Duration) -> Result<String> {
     Ok(output)
 }
 
-fn reader(mut stream: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<std::io::Result<String>> {
+fn reader(mut stream: impl Read + Send + 'static) -> std::thread::JoinHandle<std::io::Result<String>> {
     std::thread::spawn(move || {
         let mut text = String::new();
         stream.read_to_string(&mut text)?;

@@ -14,7 +14,8 @@ pub(super) fn resident_mib(program: &str) -> Result<f64> {
     for entry in fs::read_dir("/proc").context("cannot list /proc")? {
         let folder = entry.context("cannot list /proc")?.path();
         // Not a process, or one that has just ended: neither is the one we look for.
-        let (Ok(words), Ok(cgroup)) = (fs::read(folder.join("cmdline")), fs::read_to_string(folder.join("cgroup"))) else {
+        let (Ok(words), Ok(cgroup)) = (fs::read(folder.join("cmdline")), fs::read_to_string(folder.join("cgroup")))
+        else {
             continue;
         };
         if is_program(&words, program) && cgroup.contains(PODS) {

@@ -2,7 +2,7 @@
 //!
 //! All numbers of one report come from one run on one cluster, so that their ratios mean something:
 //! - `cas_ms`: PUT of the status of a GPUAccount of real size with its resourceVersion, half of the samples before and
-//!   half after the calls of the one caller;
+//!   half after the calls of the one caller (whose account has a page of about that size, too);
 //! - `grant_ms`: `POST /schedule` to its whole 200 answer with a free slot, one caller inside a Space's pod;
 //! - `grant16_ms`: the same with 16 callers on 16 accounts at once, without pauses;
 //! - `handover_ms`: from `/release` to the `succeeded` event of the call that waited, all slots taken.
@@ -69,10 +69,9 @@ pub fn grant(world: &World, say: &mut dyn FnMut(&str)) -> Result<Report> {
 
     accounts::remove_leftovers(world)?;
     let accounts = Accounts::named_for_this_run(CALLERS);
-    let measured = measure(world, &accounts, &space, say);
-    let removed = accounts.remove(world);
-    let measured = measured?;
-    removed.context("the accounts of the benchmark cannot be removed")?;
+    // After a failure they stay, with their pages and receipts, for whoever looks; the next run removes them.
+    let measured = measure(world, &accounts, &space, say)?;
+    accounts.remove(world).context("the accounts of the benchmark cannot be removed")?;
 
     Ok(Report::new(
         Percentiles::of(&measured.page_writes)?,
@@ -96,7 +95,7 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
     say(&format!("making {CALLERS} accounts of tier bench"));
     accounts.create(world)?;
     let tokens = accounts.tokens(world, space)?;
-    let mut pages = PageWriter::connect(accounts.page())?;
+    let mut pages = PageWriter::connect(accounts.page(), accounts.callers())?;
     let end = now() + TIME_LIMIT;
 
     say("page writes, first half");
@@ -127,6 +126,7 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
     }
     let total = accounts.check(world, &granted)?;
     say(&format!("  {} leases, {} ms charged, all on their receipts, nothing held", total.leases, total.charged_ms));
+    say(&format!("  the largest page of a caller has {} bytes", total.page_bytes));
     Ok(Measured { page_writes, one, many, handover })
 }
 

@@ -105,7 +105,13 @@ mod tests {
         let mut names: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
         names.sort_unstable();
         let mut promised = [
-            "cas_ms", "grant_ms", "grant16_ms", "handover_ms", "ratio_p50", "grants_per_s", "operator_rss_mib",
+            "cas_ms",
+            "grant_ms",
+            "grant16_ms",
+            "handover_ms",
+            "ratio_p50",
+            "grants_per_s",
+            "operator_rss_mib",
             "agent_rss_mib",
         ];
         promised.sort_unstable();

@@ -63,7 +63,6 @@ const CNI: Module = Module {
     ldflags: "-s -w",
     binaries: &[
         ("bridge", "github.com/containernetworking/plugins/plugins/main/bridge"),
-        ("loopback", "github.com/containernetworking/plugins/plugins/main/loopback"),
         ("host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"),
     ],
     about: "the CNI plugins",

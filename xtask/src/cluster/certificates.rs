@@ -78,7 +78,7 @@ fn make(folder: &Path) -> Result<()> {
     // etcd trusts an authority of its own: whoever holds a certificate of the cluster is not its administrator.
     let etcd = authority(folder, "etcd-ca", "spaceport-local-etcd")?;
     let both = &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    leaf(folder, "etcd", &etcd, common_name("etcd"), &["localhost", "127.0.0.1"], both)?;
+    leaf(folder, "etcd", &etcd, common_name("etcd"), &[&bridge], both)?;
     leaf(folder, "etcd-client", &etcd, common_name("kube-apiserver"), &[], &[ExtendedKeyUsagePurpose::ClientAuth])?;
     let service_accounts = KeyPair::generate().context("no randomness")?;
     write(folder, "service-accounts.key", &service_accounts.serialize_pem())?;

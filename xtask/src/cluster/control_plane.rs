@@ -21,9 +21,8 @@ use crate::{kubectl, wait};
 
 /// The API server's port on the bridge's address.
 pub const API_PORT: u16 = 6443;
-// etcd's own ports are 2379 and 2380; the loopback address is shared with everything on the machine.
-const ETCD_PORT: u16 = 22379;
-const ETCD_PEER_PORT: u16 = 22380;
+const ETCD_PORT: u16 = 2379;
+const ETCD_PEER_PORT: u16 = 2380;
 
 /// Starts what is missing and waits until the API server answers.
 pub fn ensure(workspace: &Workspace) -> Result<()> {
@@ -40,14 +39,13 @@ pub fn ensure(workspace: &Workspace) -> Result<()> {
     };
     let etcd = component("etcd", etcd_arguments(workspace));
     if check_alive(workspace, etcd.name).is_err() {
-        for address in [("127.0.0.1", ETCD_PORT), ("127.0.0.1", ETCD_PEER_PORT)] {
-            require_free(address)?;
-        }
+        require_free(ETCD_PORT)?;
+        require_free(ETCD_PEER_PORT)?;
     }
     ensure_running(workspace, &etcd)?;
     let api_server = component("kube-apiserver", api_server_arguments(workspace));
     if check_alive(workspace, api_server.name).is_err() {
-        require_free((&BRIDGE_ADDRESS.to_string(), API_PORT))?;
+        require_free(API_PORT)?;
     }
     if ensure_running(workspace, &api_server)? {
         progress("waiting for the API server (about 10 s)");
@@ -71,8 +69,8 @@ pub fn kubeconfig_path(workspace: &Workspace, client: &str) -> PathBuf {
 
 fn etcd_arguments(workspace: &Workspace) -> Vec<String> {
     let pki = |name: &str| workspace.short_text(&format!("pki/{name}"));
-    let client = format!("https://127.0.0.1:{ETCD_PORT}");
-    let peer = format!("https://127.0.0.1:{ETCD_PEER_PORT}");
+    let client = format!("https://{BRIDGE_ADDRESS}:{ETCD_PORT}");
+    let peer = format!("https://{BRIDGE_ADDRESS}:{ETCD_PEER_PORT}");
     flags(&[
         ("name", "local"),
         ("data-dir", &workspace.short_text("etcd")),
@@ -102,7 +100,7 @@ fn api_server_arguments(workspace: &Workspace) -> Vec<String> {
         ("bind-address", &address),
         ("secure-port", &API_PORT.to_string()),
         ("service-cluster-ip-range", SERVICES),
-        ("etcd-servers", &format!("https://127.0.0.1:{ETCD_PORT}")),
+        ("etcd-servers", &format!("https://{BRIDGE_ADDRESS}:{ETCD_PORT}")),
         ("etcd-cafile", &pki("etcd-ca.crt")),
         ("etcd-certfile", &pki("etcd-client.crt")),
         ("etcd-keyfile", &pki("etcd-client.key")),
@@ -136,6 +134,8 @@ fn controller_arguments(workspace: &Workspace) -> Vec<String> {
         ("cluster-cidr", PODS),
         ("allocate-node-cidrs", "false"),
         ("leader-elect", "false"),
+        // It would make /usr/libexec/kubernetes.
+        ("flex-volume-plugin-dir", &workspace.short_text("kubelet-volume-plugins")),
         // Nobody scrapes it here, and port 10257 may be somebody's.
         ("secure-port", "0"),
     ])
@@ -154,10 +154,10 @@ fn flags(pairs: &[(&str, &str)]) -> Vec<String> {
 }
 
 /// Fails with the port's name where the component itself would only die.
-fn require_free(address: (&str, u16)) -> Result<()> {
-    match TcpListener::bind(address) {
+fn require_free(port: u16) -> Result<()> {
+    match TcpListener::bind((BRIDGE_ADDRESS, port)) {
         Ok(_) => Ok(()),
-        Err(error) => bail!("port {} on {} cannot be used: {error}", address.1, address.0),
+        Err(error) => bail!("port {port} on {BRIDGE_ADDRESS} cannot be used: {error}"),
     }
 }
 

@@ -28,14 +28,12 @@ pub const FOLDERS: &[&str] = &[
     "/var/lib/kubelet",
     "/var/lib/kubelet/device-plugins",
     "/var/log/containers",
-    "/var/log/pods",
     "/var/lib/cni",
     "/var/lib/cni/results",
     "/run/containerd",
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/cdi",
-    "/run/nri",
 ];
 
 /// The device-plugin folder of every kubelet, whatever its `--root-dir` is.

@@ -31,6 +31,13 @@ pub struct UpArguments {
     pub real_gpu: bool,
 }
 
+impl Default for UpArguments {
+    /// As without any flag.
+    fn default() -> Self {
+        Self { cards: 1, real_gpu: false }
+    }
+}
+
 /// Brings the cluster to where it should be: starts what is missing, replaces what has other settings, leaves the rest.
 pub fn up(workspace: &Workspace, arguments: &UpArguments) -> Result<()> {
     let start = wait::now();

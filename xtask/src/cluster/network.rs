@@ -19,7 +19,8 @@ pub const PODS: &str = "10.213.0.0/20";
 /// Addresses of Services.
 pub const SERVICES: &str = "10.213.128.0/20";
 /// The bridge's address, which is also the node's, the API server's and kubelet's: it is no loopback address, pods
-/// reach it, and the world outside this machine does not.
+/// reach it, and the world outside this machine does not. Every port of the cluster is on it and not on the loopback
+/// address, which is shared with everything else on the machine.
 pub const BRIDGE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 1);
 /// The Service `kubernetes`: the first address of the range.
 pub const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 213, 128, 1);

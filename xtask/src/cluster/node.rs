@@ -137,6 +137,8 @@ SystemdCgroup = false
 [plugins.'io.containerd.cri.v1.runtime'.cni]
 bin_dirs = [{cni}]
 conf_dir = {cni_conf}
+# Otherwise a plugin does it, whose results carry no name of ours in /var/lib/cni.
+use_internal_loopback = true
 ",
         root = path("containerd/root"),
         state = path("containerd/state"),
@@ -178,7 +180,7 @@ fn kubelet_config(workspace: &Workspace) -> serde_json::Value {
         "tlsCertFile": workspace.short_text("pki/kubelet-server.crt"),
         "tlsPrivateKeyFile": workspace.short_text("pki/kubelet-server.key"),
         "readOnlyPort": 0,
-        "healthzBindAddress": "127.0.0.1",
+        "healthzBindAddress": BRIDGE_ADDRESS.to_string(),
         "containerRuntimeEndpoint": format!("unix://{}", workspace.short_text(image_store::SOCKET)),
         "cgroupDriver": "cgroupfs",
         "failSwapOn": false,
@@ -221,7 +223,7 @@ fn proxy_config(workspace: &Workspace) -> serde_json::Value {
         "hostnameOverride": NODE,
         "bindAddress": BRIDGE_ADDRESS.to_string(),
         "healthzBindAddress": format!("{BRIDGE_ADDRESS}:10256"),
-        "metricsBindAddress": "127.0.0.1:10249",
+        "metricsBindAddress": format!("{BRIDGE_ADDRESS}:10249"),
         "nodePortAddresses": ["primary"],
         // Zero leaves the machine's own limits as they are.
         "conntrack": { "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s" },

@@ -38,7 +38,7 @@ pub fn layer(workspace: &Workspace) -> Result<Layer> {
         remove_tree(&tree)?;
         made?;
     }
-    Layer::read(&path)
+    Layer::read_cached(&path)
 }
 
 /// The release of this machine where it is a Debian, so that what is built here finds its C library there.

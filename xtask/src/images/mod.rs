@@ -30,7 +30,7 @@ pub enum Name {
     Pause,
     /// Debian with Python and git
     Base,
-    /// Base and uv: what Spaces run in
+    /// Base, uv and the program that prepares an app: what Spaces run in
     Python,
     /// The operator, static
     Operator,
@@ -127,8 +127,12 @@ fn build_one(workspace: &Workspace, name: Name) -> Result<Image> {
         }
         Name::Base => (vec![base::layer(workspace)?], base_config()),
         Name::Python => {
-            let uv = Layer::write(&path, &[Entry::program("usr/local/bin/uv", base::uv(workspace)?)])?;
-            (vec![base::layer(workspace)?, uv], base_config())
+            let prepare = workspace.root.join("runtime/prepare.py");
+            let files = [
+                Entry::program("usr/local/bin/uv", base::uv(workspace)?),
+                Entry::program("opt/spaceport/prepare.py", prepare),
+            ];
+            (vec![base::layer(workspace)?, Layer::write(&path, &files)?], base_config())
         }
         Name::Operator => static_image(workspace, name, "spaceport-operator")?,
         Name::Tools => static_image(workspace, name, "spaceport-wait")?,

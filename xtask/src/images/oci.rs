@@ -1,14 +1,16 @@
 //! Layers and images in the OCI layout, written so that the same input gives the same digest.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::workspace::hex;
+use crate::workspace::{hex, write_atomically};
 
 /// A file of a layer.
 pub struct Entry {
@@ -26,8 +28,9 @@ impl Entry {
 }
 
 /// A layer: an uncompressed tar file (it only travels over a pipe on this machine).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Layer {
+    #[serde(skip)]
     path: PathBuf,
     digest: String,
     size: u64,
@@ -41,8 +44,9 @@ impl Layer {
         }
         let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let mut tar = tar::Builder::new(io::BufWriter::new(file));
+        let mut folders = BTreeSet::new();
         for entry in entries {
-            append_parents(&mut tar, &entry.target)?;
+            append_parents(&mut tar, &entry.target, &mut folders)?;
             let contents =
                 fs::read(&entry.source).with_context(|| format!("cannot read {}", entry.source.display()))?;
             append(&mut tar, &entry.target, tar::EntryType::Regular, entry.mode, &contents)?;
@@ -67,6 +71,20 @@ impl Layer {
             size += count as u64;
         }
         Ok(Self { path: path.to_owned(), digest: hex(&digest.finalize()), size })
+    }
+
+    /// A large layer that is never written again: its digest is kept beside it (reading 300 MB takes a debug build of
+    /// xtask 10 s).
+    pub fn read_cached(path: &Path) -> Result<Self> {
+        let note = path.with_extension("json");
+        if let Ok(bytes) = fs::read(&note) {
+            let kept: Self =
+                serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", note.display()))?;
+            return Ok(Self { path: path.to_owned(), ..kept });
+        }
+        let layer = Self::read(path)?;
+        write_atomically(&note, &serde_json::to_vec(&layer)?)?;
+        Ok(layer)
     }
 
     fn descriptor(&self) -> Value {
@@ -126,7 +144,7 @@ impl Image {
 pub fn write_layout(images: &[&Image], out: impl Write) -> Result<()> {
     let mut tar = tar::Builder::new(out);
     append(&mut tar, "oci-layout", tar::EntryType::Regular, 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    let mut written = std::collections::BTreeSet::new();
+    let mut written = BTreeSet::new();
     let mut manifests = Vec::new();
     for image in images {
         for blob in [&image.config, &image.manifest] {
@@ -157,11 +175,14 @@ pub fn write_layout(images: &[&Image], out: impl Write) -> Result<()> {
     tar.into_inner().and_then(|mut out| out.flush()).context("cannot finish the archive")
 }
 
-fn append_parents<W: Write>(tar: &mut tar::Builder<W>, target: &str) -> Result<()> {
+/// The folders above a file, the outermost first, each once in a layer.
+fn append_parents<W: Write>(tar: &mut tar::Builder<W>, target: &str, written: &mut BTreeSet<PathBuf>) -> Result<()> {
     let mut parents: Vec<&Path> = Path::new(target).ancestors().skip(1).collect();
     parents.reverse();
     for parent in parents.iter().filter(|parent| !parent.as_os_str().is_empty()) {
-        append(tar, &format!("{}/", parent.display()), tar::EntryType::Directory, 0o755, &[])?;
+        if written.insert(parent.to_path_buf()) {
+            append(tar, &format!("{}/", parent.display()), tar::EntryType::Directory, 0o755, &[])?;
+        }
     }
     Ok(())
 }

@@ -1,0 +1,469 @@
+//! The only writer of the state.
+
+use super::change::{Misfit, PageChange, Urgency};
+use super::event::Event;
+use super::mutant::Mutant;
+use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
+use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
+use crate::page::{OUTCOMES_MAX, Page};
+
+impl State {
+    /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
+    ///
+    /// # Errors
+    /// Says which invariant the event would have broken.
+    pub fn apply(&mut self, event: &Event) -> Result<(), Misfit> {
+        match event {
+            Event::AccountTaken { account, page, policy } => {
+                self.accounts.insert(account.clone(), Account::new(page, policy.clone()));
+            }
+            Event::PolicyChanged { account, policy } => {
+                if let Some(found) = self.accounts.get_mut(account) {
+                    found.policy = policy.clone();
+                }
+            }
+            Event::AccountDropped { account } => self.drop_account(account),
+            Event::Changed { account, change, at } => self.change(account, change, *at)?,
+            Event::WriteBegun { account, write_id, at } => self.begin_write(account, write_id, *at),
+            Event::WriteUnknown { account } => {
+                if let Some(batch) = self.accounts.get_mut(account).and_then(|account| account.in_flight.as_mut()) {
+                    batch.unknown = true;
+                }
+            }
+            Event::Committed { account } => self.commit(account),
+            Event::WriteFailed { account, aborted, retry_at } => self.write_failed(account, aborted, *retry_at),
+            Event::Rebased { account, page, kept } => self.rebase(account, page, kept)?,
+
+            Event::Queued(waiting) => {
+                self.next_place = self.next_place.max(waiting.place.saturating_add(1));
+                self.queue.insert((**waiting).clone());
+            }
+            Event::Confirmed { ticket } => {
+                if let Some(waiting) = self.queue.get_mut(ticket) {
+                    (waiting.unconfirmed, waiting.announced) = (None, false);
+                }
+                let held = self.leases.values_mut().filter_map(|lease| lease.request.as_mut());
+                for waiting in held.filter(|waiting| waiting.ticket == *ticket) {
+                    waiting.unconfirmed = None;
+                }
+            }
+            Event::Left { ticket } => {
+                self.queue.remove(ticket);
+            }
+            Event::Announced { ticket, .. } => {
+                if let Some(waiting) = self.queue.get_mut(ticket) {
+                    waiting.announced = true;
+                }
+            }
+            Event::BudgetTaken { root, calls, ms, expires } => {
+                let used =
+                    self.roots.entry(root.clone()).or_insert(RootUse { calls: 0, ms: 0, expires: LedgerTime(0) });
+                used.calls = used.calls.saturating_add(*calls);
+                used.ms = used.ms.saturating_add(*ms);
+                used.expires = used.expires.max(*expires);
+            }
+            Event::BudgetReturned { root, calls, ms } => {
+                if let Some(used) = self.roots.get_mut(root) {
+                    used.calls = used.calls.saturating_sub(*calls);
+                    used.ms = used.ms.saturating_sub(*ms);
+                }
+            }
+
+            Event::Reserved { .. }
+            | Event::Unreserved { .. }
+            | Event::Ordered { .. }
+            | Event::Adopted { .. }
+            | Event::Assigned { .. }
+            | Event::Running { .. }
+            | Event::Ended { .. }
+            | Event::Settled { .. }
+            | Event::SlotFreed { .. }
+            | Event::Abandoned { .. }
+            | Event::Cancelled { .. } => self.apply_lease(event),
+
+            Event::NoDeviceCounted { space, at } => {
+                let count = self.no_device.entry(space.uid.clone()).or_insert((*at, 0));
+                count.1 = count.1.saturating_add(1);
+            }
+            Event::NodeConfigured { node, settings } => {
+                self.nodes.entry(node.clone()).or_default().settings = *settings;
+            }
+            Event::NodeHello { node, agent_instance } => {
+                self.nodes.entry(node.clone()).or_default().agent_instance.clone_from(agent_instance);
+            }
+            Event::NodeJoined { node, cards, confirm_by } => {
+                let known = self.nodes.entry(node.clone()).or_default();
+                (known.joined, known.rests, known.silent_since) = (true, false, None);
+                known.cards.clone_from(cards);
+                self.awaited.remove(node);
+                self.unconfirm(node, *confirm_by);
+            }
+            Event::InventoryTaken { node, cards } => {
+                if let Some(known) = self.nodes.get_mut(node) {
+                    known.cards.clone_from(cards);
+                    known.rests = false;
+                }
+            }
+            Event::NodeLost { node, at } => self.lose_node(node, *at),
+            Event::NodeRests { node } => self.set_rest(node, true),
+            Event::NodeHeard { node } => self.set_rest(node, false),
+
+            Event::ClockJudged { off_ms } => self.clock_off_ms = *off_ms,
+            Event::Forgotten { before, at } => {
+                self.roots.retain(|_, used| *before < used.expires);
+                self.no_device.retain(|_, (since, _)| at.since(*since) < super::report::NO_DEVICE_PERIOD_MS);
+            }
+            Event::TermEnded(end) => self.ended = Some(*end),
+            Event::Denied { .. }
+            | Event::Acknowledged { .. }
+            | Event::WriteContested { .. }
+            | Event::WriteRepeated { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn set_rest(&mut self, node: &NodeName, rests: bool) {
+        if let Some(known) = self.nodes.get_mut(node) {
+            known.rests = rests;
+        }
+    }
+
+    fn unconfirm(&mut self, node: &NodeName, confirm_by: Steady) {
+        for waiting in self.queue.line_mut(node) {
+            waiting.unconfirmed = Some(confirm_by);
+        }
+        let held = self.leases.values_mut().filter(|lease| lease.node == *node);
+        for waiting in held.filter_map(|lease| lease.request.as_mut()) {
+            waiting.unconfirmed = Some(confirm_by);
+        }
+    }
+
+    fn lose_node(&mut self, node: &NodeName, at: Steady) {
+        let Some(known) = self.nodes.get_mut(node) else { return };
+        (known.joined, known.rests, known.silent_since) = (false, false, Some(at));
+        self.unconfirm(node, at.plus(super::expiry::DISCONNECTED_QUEUE_MS));
+        // Its slots do not exist until it joins again and says who uses them (L7).
+        let gone: Vec<LeaseId> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.node == *node && (lease.account.is_none() || lease.stage >= Stage::Settling))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for lease in gone {
+            self.free_slot(&lease);
+        }
+    }
+
+    // === pages ===
+
+    fn drop_account(&mut self, account: &AccountName) {
+        let dropped = self.accounts.remove(account);
+        if dropped.is_some_and(|dropped| dropped.in_flight.is_some()) {
+            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        }
+        self.dirty.remove(account);
+        self.urgent.remove(account);
+        let orphans: Vec<LeaseId> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.account.as_ref() == Some(account))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in orphans {
+            if let Some(lease) = self.leases.get_mut(&id) {
+                // Nobody can be charged any more; what is left of it is its slot.
+                (lease.account, lease.request) = (None, None);
+                if lease.stage == Stage::Reserving {
+                    lease.slot = SlotUse::Free;
+                }
+            }
+            self.remove_if_over(&id);
+        }
+    }
+
+    fn change(&mut self, account: &AccountName, change: &PageChange, at: Steady) -> Result<(), Misfit> {
+        let twice = self.has(Mutant::SettleTwice);
+        let Some(found) = self.accounts.get_mut(account) else { return Ok(()) };
+        let held = found.working.holds.clone();
+        change.make(&mut found.working)?;
+        if twice && matches!(change, PageChange::Settle { .. }) {
+            found.working.holds = held;
+        }
+        found.coalesce(change);
+        found.pending.push(change.clone());
+        if change.urgency() == Urgency::Lazy && found.lazy_since.is_none() {
+            found.lazy_since = Some(at);
+        }
+        let note_due = change.urgency() == Urgency::Note
+            && found.noted_at.is_none_or(|noted_at| at.since(noted_at) >= super::begin::NOTE_PERIOD_MS);
+        self.mark_dirty(account);
+        if note_due {
+            self.urgent.insert(account.clone());
+        }
+        Ok(())
+    }
+
+    fn mark_dirty(&mut self, account: &AccountName) {
+        let Some(found) = self.accounts.get(account) else { return };
+        let urgency = found.urgency();
+        let set = |names: &mut std::collections::BTreeSet<AccountName>, is_in: bool| {
+            if is_in {
+                names.insert(account.clone());
+            } else {
+                names.remove(account);
+            }
+        };
+        set(&mut self.dirty, urgency.is_some());
+        set(&mut self.urgent, urgency == Some(Urgency::Now));
+    }
+
+    fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
+        let epoch = self.epoch;
+        let stateful = self.has(Mutant::Stateful);
+        let Some(found) = self.accounts.get_mut(account) else { return };
+        let (changes, written) = found.take_batch();
+        if changes.iter().any(|change| change.urgency() == Urgency::Note) {
+            found.noted_at = Some(at);
+        }
+        found.retry_at = None;
+        if !found.pending.iter().any(|change| change.urgency() == Urgency::Lazy) {
+            found.lazy_since = None;
+        }
+        let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
+        // The header is this write's; the rest of the working page has the batch already.
+        (found.working.seq, found.working.epoch) = (page.seq, page.epoch);
+        found.working.write_id.clone_from(&page.write_id);
+        found.in_flight = Some(Batch { write_id: write_id.to_owned(), changes, page, unknown: false });
+        self.writes_in_flight += 1;
+        if stateful {
+            self.next_place += u64::try_from(super::mutant::applied()).unwrap_or_default();
+        }
+        self.cursor = Some(account.clone());
+        self.mark_dirty(account);
+    }
+
+    fn commit(&mut self, account: &AccountName) {
+        let Some(found) = self.accounts.get_mut(account) else { return };
+        if let Some(batch) = found.in_flight.take() {
+            found.durable = batch.page;
+            found.failures = 0;
+            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        }
+        self.mark_dirty(account);
+    }
+
+    fn write_failed(&mut self, account: &AccountName, aborted: &[LeaseId], retry_at: Steady) {
+        let Some(found) = self.accounts.get_mut(account) else { return };
+        let Some(batch) = found.in_flight.take() else { return };
+        self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        found.failures = found.failures.saturating_add(1);
+        found.retry_at = Some(retry_at);
+        let rest = std::mem::take(&mut found.pending);
+        let is_aborted =
+            |change: &PageChange| matches!(change, PageChange::Hold { hold, .. } if aborted.contains(&hold.lease));
+        let kept = batch.changes.into_iter().filter(|change| !is_aborted(change)).chain(rest);
+        found.working = found.durable.clone();
+        for change in kept {
+            // What does not fit without the aborted holds went with them: a window's base, for example.
+            if change.make(&mut found.working).is_ok() {
+                found.pending.push(change);
+            }
+        }
+        self.mark_dirty(account);
+    }
+
+    fn rebase(&mut self, account: &AccountName, page: &Page, kept: &[PageChange]) -> Result<(), Misfit> {
+        let Some(found) = self.accounts.get_mut(account) else { return Ok(()) };
+        let mut working = page.clone();
+        for change in kept {
+            change.make(&mut working)?;
+        }
+        if found.in_flight.take().is_some() {
+            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        }
+        found.durable = page.clone();
+        found.working = working;
+        found.pending = kept.to_vec();
+        self.mark_dirty(account);
+        Ok(())
+    }
+
+    // === leases ===
+
+    fn apply_lease(&mut self, event: &Event) {
+        match event {
+            Event::Reserved { lease, waiting, after } => {
+                self.next_reservation += 1;
+                self.queue.remove(&waiting.ticket);
+                self.add_lease(
+                    lease,
+                    Lease {
+                        account: Some(waiting.account.clone()),
+                        node: waiting.node.clone(),
+                        size: waiting.demand.size,
+                        declared_ms: waiting.demand.declared_ms,
+                        request: Some((**waiting).clone()),
+                        stage: Stage::Reserving,
+                        card: None,
+                        number: self.next_reservation,
+                        after: after.clone(),
+                        slot: SlotUse::Taken,
+                        sent: Steady(0),
+                        abandoned: false,
+                        cancelled: None,
+                    },
+                );
+            }
+            Event::Unreserved { lease } => self.remove_lease(lease),
+            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, at } => self.add_lease(
+                lease,
+                Lease {
+                    account: account.clone(),
+                    node: node.clone(),
+                    size: *size,
+                    declared_ms: *declared_ms,
+                    request: None,
+                    stage: *stage,
+                    card: *card,
+                    number: 0,
+                    after: None,
+                    slot: *slot,
+                    sent: *at,
+                    abandoned: false,
+                    cancelled: None,
+                },
+            ),
+            Event::SlotFreed { lease } => self.free_slot(lease),
+            Event::Ordered { lease, .. }
+            | Event::Assigned { lease, .. }
+            | Event::Running { lease }
+            | Event::Ended { lease, .. }
+            | Event::Settled { lease, .. }
+            | Event::Abandoned { lease }
+            | Event::Cancelled { lease, .. } => self.advance_lease(lease, event),
+            _ => {}
+        }
+    }
+
+    fn advance_lease(&mut self, id: &LeaseId, event: &Event) {
+        let early = self.has(Mutant::FreeAtEnd);
+        let Some(lease) = self.leases.get_mut(id) else { return };
+        match event {
+            Event::Ordered { at, .. } => (lease.stage, lease.sent) = (Stage::Ordered, *at),
+            Event::Assigned { card, .. } => {
+                lease.stage = lease.stage.max(Stage::Assigned);
+                lease.card = card.or(lease.card);
+                // The node has it, so its request is alive if the node gives it back.
+                if let Some(waiting) = &mut lease.request {
+                    waiting.unconfirmed = None;
+                }
+            }
+            Event::Running { .. } => lease.stage = lease.stage.max(Stage::Running),
+            Event::Ended { slot, .. } => {
+                lease.stage = lease.stage.max(Stage::Settling);
+                lease.slot = if early { SlotUse::Free } else { *slot };
+                if lease.slot == SlotUse::Free {
+                    self.free_slot(id);
+                    return;
+                }
+            }
+            Event::Settled { .. } => lease.stage = Stage::Settled,
+            Event::Abandoned { .. } => lease.abandoned = true,
+            Event::Cancelled { at, .. } => lease.cancelled = Some(*at),
+            _ => {}
+        }
+        self.remove_if_over(id);
+    }
+
+    fn add_lease(&mut self, id: &LeaseId, lease: Lease) {
+        self.nodes.entry(lease.node.clone()).or_default().leases.insert(id.clone());
+        self.leases.insert(id.clone(), lease);
+    }
+
+    fn remove_lease(&mut self, id: &LeaseId) {
+        if let Some(lease) = self.leases.remove(id)
+            && let Some(node) = self.nodes.get_mut(&lease.node)
+        {
+            node.leases.remove(id);
+        }
+        self.release_followers(id);
+    }
+
+    fn free_slot(&mut self, id: &LeaseId) {
+        if let Some(lease) = self.leases.get_mut(id) {
+            lease.slot = SlotUse::Free;
+        }
+        self.release_followers(id);
+        self.remove_if_over(id);
+    }
+
+    /// Whoever got the slot of this lease has it now (L14).
+    fn release_followers(&mut self, id: &LeaseId) {
+        for lease in self.leases.values_mut().filter(|lease| lease.after.as_ref() == Some(id)) {
+            lease.after = None;
+        }
+    }
+
+    fn remove_if_over(&mut self, id: &LeaseId) {
+        let over = self.leases.get(id).is_some_and(|lease| {
+            lease.slot == SlotUse::Free && (lease.account.is_none() || lease.stage == Stage::Settled)
+        });
+        if over {
+            self.remove_lease(id);
+        }
+    }
+}
+
+impl Account {
+    fn new(page: &Page, policy: super::command::Policy) -> Self {
+        Self {
+            policy,
+            durable: page.clone(),
+            working: page.clone(),
+            in_flight: None,
+            pending: Vec::new(),
+            noted_at: None,
+            lazy_since: None,
+            retry_at: None,
+            failures: 0,
+        }
+    }
+
+    /// The changes that the next write carries, and the page with them. All that wait, but for one case: a base that is
+    /// lowered after a hold was admitted under the higher one goes into a write of its own, so that at every revision the
+    /// limit that admitted a hold is the one on the page (invariant 1).
+    fn take_batch(&mut self) -> (Vec<PageChange>, Page) {
+        let mut page = self.durable.clone();
+        let mut changes = Vec::new();
+        let mut waiting = std::mem::take(&mut self.pending).into_iter();
+        for change in waiting.by_ref() {
+            let holds = changes.iter().any(|change| matches!(change, PageChange::Hold { .. }));
+            if holds && change.lowers_base(&page) {
+                self.pending.push(change);
+                break;
+            }
+            // It was made on the working page in this order before, so it fits.
+            if change.make(&mut page).is_ok() {
+                changes.push(change);
+            }
+        }
+        self.pending.extend(waiting);
+        (changes, page)
+    }
+
+    /// Of notes that no write carries yet only the newest are kept (L5).
+    fn coalesce(&mut self, change: &PageChange) {
+        match change {
+            PageChange::Denied(_) => self.pending.retain(|pending| !matches!(pending, PageChange::Denied(_))),
+            PageChange::Outcome(_) => {
+                let is_outcome = |pending: &PageChange| matches!(pending, PageChange::Outcome(_));
+                if self.pending.iter().filter(|pending| is_outcome(pending)).count() >= OUTCOMES_MAX
+                    && let Some(oldest) = self.pending.iter().position(is_outcome)
+                {
+                    self.pending.remove(oldest);
+                }
+            }
+            _ => {}
+        }
+    }
+}

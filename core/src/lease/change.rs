@@ -1,0 +1,290 @@
+//! What one compare-and-swap does to a page. A change is checked against the page it meets, so that the same change can
+//! be made on the working state, on the durable page, and again on a page that somebody else has written (L2).
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{LeaseId, LedgerTime};
+use crate::page::{
+    CLOSED_MAX, Closed, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX, Outcome, Page, Source,
+    WINDOWS_MAX, Window,
+};
+use crate::quota::{fill, keeps};
+
+/// A change of one page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PageChange {
+    /// Reserves. Opens its window if it is not on the page, and takes the base that applies into it.
+    Hold {
+        /// The reservation.
+        hold: Box<Hold>,
+        /// Its window as admission saw it: start, base and generation.
+        window: Window,
+        /// Grants among its parts.
+        grants: Vec<GrantRow>,
+    },
+    /// Posts or voids a hold: once only (invariant 3).
+    Settle {
+        /// Whose.
+        lease: LeaseId,
+        /// How it ended.
+        ending: Ending,
+        /// From clock start to end.
+        used_ms: u64,
+        /// weight x min(used, declared), or 0.
+        charged_ms: u64,
+        /// Ledger time of the page.
+        at: LedgerTime,
+    },
+    /// The receipt exists: the row leaves the outbox (L10).
+    ReceiptWritten {
+        /// Whose.
+        lease: LeaseId,
+    },
+    /// The tier's base changed while a window is open.
+    Base {
+        /// Start of the window.
+        window: LedgerTime,
+        /// The base that applies.
+        base_ms: u64,
+        /// Of the tier.
+        generation: i64,
+    },
+    /// Remembers the last refusal (L5).
+    Denied(Box<DenialRow>),
+    /// Remembers an ending without receipt.
+    Outcome(Outcome),
+}
+
+/// How soon a change has to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// Rides along with the next write; alone only after a long while: a settled row whose receipt exists does no harm.
+    Lazy,
+    /// At most one write per account and 5 s (L5).
+    Note,
+    /// At once: something waits for it.
+    Now,
+}
+
+/// A change that does not fit the page it meets.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// Invariant 3: the lease is on the page already.
+    #[error("lease {0} is on the page already")]
+    AlreadyHeld(LeaseId),
+    /// Invariant 3: no open hold to settle.
+    #[error("lease {0} has no open hold on the page")]
+    NotHeld(LeaseId),
+    /// No settled row to remove.
+    #[error("lease {0} has no settled row on the page")]
+    NotClosed(LeaseId),
+    /// Invariant 1: charged + reserved + new is above the limit of a source.
+    #[error("lease {lease} would bring {which:?} to {sum_ms} ms of {limit_ms} ms")]
+    OverLimit {
+        /// Whose hold.
+        lease: LeaseId,
+        /// Which source.
+        which: Source,
+        /// charged + reserved + new.
+        sum_ms: u64,
+        /// Its limit.
+        limit_ms: u64,
+    },
+    /// Invariant 5: more than weight x declared.
+    #[error("lease {lease} would be charged {charged_ms} ms of at most {bound_ms} ms")]
+    OverCharge {
+        /// Whose.
+        lease: LeaseId,
+        /// The charge.
+        charged_ms: u64,
+        /// weight x declared.
+        bound_ms: u64,
+    },
+    /// A part refers to a window or grant that is not on the page, or a window that ended or overlaps another.
+    #[error("lease {0} refers to a source that is not on the page")]
+    NoSource(LeaseId),
+    /// A list of the page is at its maximum.
+    #[error("the page has no room for another of its {0}")]
+    Full(&'static str),
+    /// A window that is gone.
+    #[error("no window starts at {}", .0.0)]
+    NoWindow(LedgerTime),
+}
+
+impl PageChange {
+    /// How soon it has to be written.
+    pub const fn urgency(&self) -> Urgency {
+        match self {
+            Self::Hold { .. } | Self::Settle { .. } | Self::Base { .. } => Urgency::Now,
+            Self::Denied(_) | Self::Outcome(_) => Urgency::Note,
+            Self::ReceiptWritten { .. } => Urgency::Lazy,
+        }
+    }
+
+    /// True if it would lower the base of a window.
+    pub(super) fn lowers_base(&self, page: &Page) -> bool {
+        let (start, base_ms) = match self {
+            Self::Base { window, base_ms, .. } => (window, base_ms),
+            Self::Hold { window, .. } => (&window.start, &window.base_ms),
+            _ => return false,
+        };
+        page.windows.iter().any(|window| window.start == *start && window.base_ms > *base_ms)
+    }
+
+    /// Makes the change, or leaves the page as it is.
+    ///
+    /// # Errors
+    /// Says what does not fit.
+    pub fn make(&self, page: &mut Page) -> Result<(), Misfit> {
+        match self {
+            Self::Hold { hold, window, grants } => make_hold(page, hold, window, grants),
+            Self::Settle { lease, ending, used_ms, charged_ms, at } => {
+                let index =
+                    page.holds.iter().position(|hold| hold.lease == *lease).ok_or(Misfit::NotHeld(lease.clone()))?;
+                settle(page, index, *ending, *used_ms, *charged_ms, *at)
+            }
+            Self::ReceiptWritten { lease } => {
+                let index = page
+                    .closed
+                    .iter()
+                    .position(|closed| closed.hold.lease == *lease)
+                    .ok_or(Misfit::NotClosed(lease.clone()))?;
+                page.closed.remove(index);
+                Ok(())
+            }
+            Self::Base { window, base_ms, generation } => {
+                let found = page.windows.iter_mut().find(|found| found.start == *window);
+                let found = found.ok_or(Misfit::NoWindow(*window))?;
+                (found.base_ms, found.generation) = (*base_ms, *generation);
+                Ok(())
+            }
+            Self::Denied(row) => {
+                page.last_time = page.last_time.max(row.at);
+                page.last_denial = Some((**row).clone());
+                Ok(())
+            }
+            Self::Outcome(outcome) => {
+                page.last_time = page.last_time.max(outcome.at);
+                let surplus = (page.recent_outcomes.len() + 1).saturating_sub(OUTCOMES_MAX);
+                page.recent_outcomes.drain(..surplus);
+                page.recent_outcomes.push(outcome.clone());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Limit and charges of a source on the page.
+fn limit_of(page: &Page, source: &Source) -> Option<(u64, u64)> {
+    match source {
+        Source::Window(start) => {
+            page.windows.iter().find(|window| window.start == *start).map(|window| (window.base_ms, window.charged_ms))
+        }
+        Source::Grant(uid) => page.grants.iter().find(|row| row.uid == *uid).map(|row| (row.ms, row.used_ms)),
+    }
+}
+
+fn make_hold(page: &mut Page, hold: &Hold, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
+    let lease = &hold.lease;
+    let closed = page.closed.iter().any(|closed| closed.hold.lease == *lease);
+    if closed || page.holds.iter().any(|open| open.lease == *lease) {
+        return Err(Misfit::AlreadyHeld(lease.clone()));
+    }
+    // Every hold will need a place in the outbox; so settling never has to wait for one.
+    if page.holds.len() >= HOLDS_MAX || page.holds.len() + page.closed.len() >= CLOSED_MAX {
+        return Err(Misfit::Full("holds"));
+    }
+    let mut next = page.clone();
+    next.last_time = next.last_time.max(hold.since);
+    prune(&mut next, hold.since);
+    match next.windows.iter_mut().find(|found| found.start == window.start) {
+        Some(found) => (found.base_ms, found.generation) = (window.base_ms, window.generation),
+        None => {
+            if next.windows.iter().any(|other| other.covers(window.start) || window.covers(other.start)) {
+                return Err(Misfit::NoSource(lease.clone()));
+            }
+            if next.windows.len() >= WINDOWS_MAX {
+                return Err(Misfit::Full("windows"));
+            }
+            next.windows.push(Window { charged_ms: 0, runs: 0, ..window.clone() });
+        }
+    }
+    for row in grants {
+        if next.grants.iter().any(|known| known.uid == row.uid) {
+            continue;
+        }
+        if next.grants.len() >= GRANTS_MAX {
+            return Err(Misfit::Full("grants"));
+        }
+        next.grants.push(GrantRow { used_ms: 0, ..row.clone() });
+    }
+    for part in &hold.parts {
+        let (limit_ms, charged_ms) = limit_of(&next, &part.source).ok_or(Misfit::NoSource(lease.clone()))?;
+        let sum_ms = charged_ms.saturating_add(next.reserved_ms(&part.source)).saturating_add(part.ms);
+        // Invariant 1. A part of 0 ms takes nothing, also from a base that was lowered below what is charged.
+        if part.ms > 0 && sum_ms > limit_ms {
+            return Err(Misfit::OverLimit { lease: lease.clone(), which: part.source.clone(), sum_ms, limit_ms });
+        }
+    }
+    next.holds.push(hold.clone());
+    *page = next;
+    Ok(())
+}
+
+fn settle(
+    page: &mut Page,
+    index: usize,
+    ending: Ending,
+    used_ms: u64,
+    charged_ms: u64,
+    at: LedgerTime,
+) -> Result<(), Misfit> {
+    let hold = page.holds[index].clone();
+    let bound_ms = hold.weight.saturating_mul(hold.declared_ms);
+    if charged_ms > bound_ms {
+        return Err(Misfit::OverCharge { lease: hold.lease, charged_ms, bound_ms });
+    }
+    if page.closed.len() >= CLOSED_MAX {
+        return Err(Misfit::Full("closed"));
+    }
+    if hold.parts.iter().any(|part| limit_of(page, &part.source).is_none()) {
+        return Err(Misfit::NoSource(hold.lease));
+    }
+    for (source, ms) in fill(&hold.parts, charged_ms) {
+        match source {
+            Source::Window(start) => {
+                if let Some(window) = page.windows.iter_mut().find(|window| window.start == *start) {
+                    window.charged_ms = window.charged_ms.saturating_add(ms);
+                    // A voided lease is no run (L18).
+                    window.runs = window.runs.saturating_add(u64::from(charged_ms > 0));
+                }
+            }
+            Source::Grant(uid) => {
+                if let Some(row) = page.grants.iter_mut().find(|row| row.uid == *uid) {
+                    row.used_ms = row.used_ms.saturating_add(ms);
+                }
+            }
+        }
+    }
+    page.holds.remove(index);
+    page.closed.push(Closed { hold, ending, used_ms, charged_ms, at });
+    page.last_time = page.last_time.max(at);
+    prune(page, at);
+    Ok(())
+}
+
+/// Drops what is over and what never was: windows that ended or of which all holds ended at charge 0 (L12), expired grants.
+/// Nothing that an open hold refers to.
+fn prune(page: &mut Page, at: LedgerTime) {
+    let windows = page
+        .windows
+        .iter()
+        .filter(|window| {
+            let unused = window.charged_ms == 0 && window.runs == 0;
+            page.is_referenced(&Source::Window(window.start)) || (!unused && at < window.end())
+        })
+        .cloned()
+        .collect();
+    let grants = page.grants.iter().filter(|row| keeps(page, row, at)).cloned().collect();
+    (page.windows, page.grants) = (windows, grants);
+}

@@ -1,0 +1,329 @@
+//! What reaches the ledger from outside.
+
+use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::page::{Ending, Page};
+use crate::protocol::{CallerClass, UnauthenticatedReason};
+use crate::queue::QueueBounds;
+use crate::quota::Allowance;
+use crate::slots::Card;
+
+/// Something that happened outside, as the shell saw it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// An account as its watch shows it: at the start of the term for each, later for each change. Of a page that is not
+    /// newer than what is known only the policy counts (L2).
+    AccountSeen {
+        /// Its name.
+        account: AccountName,
+        /// `status`.
+        page: Box<Page>,
+        /// What its tier and grants allow.
+        policy: Policy,
+    },
+    /// The object is gone.
+    AccountGone {
+        /// Its name.
+        account: AccountName,
+    },
+    /// The pool of a node: its times, weights and bounds.
+    NodeSettings {
+        /// Its name.
+        node: NodeName,
+        /// What applies to it.
+        settings: NodeSettings,
+    },
+    /// An agent opened a session.
+    NodeHello {
+        /// Its node.
+        node: NodeName,
+        /// Fresh at every start of the agent.
+        agent_instance: String,
+        /// Highest epoch the node has accepted (L6).
+        highest_epoch: Epoch,
+    },
+    /// The node accepted the epoch: its slots exist in this term (L7).
+    NodeJoined {
+        /// Its name.
+        node: NodeName,
+        /// The epoch it accepted.
+        epoch: Epoch,
+        /// Its time-shared cards.
+        cards: Vec<Card>,
+        /// Every lease it still knows.
+        leases: Vec<AgentLease>,
+    },
+    /// The node lives; with cards if they changed.
+    Heartbeat {
+        /// Its name.
+        node: NodeName,
+        /// All its cards.
+        cards: Option<Vec<Card>>,
+    },
+    /// The session ended.
+    NodeDisconnected {
+        /// Its node.
+        node: NodeName,
+    },
+    /// A visitor's call wants a GPU.
+    Request(Box<Request>),
+    /// The visitor left while the request waited.
+    Dequeue {
+        /// Of the request.
+        ticket: Ticket,
+    },
+    /// The node took the order.
+    Started {
+        /// Who says so.
+        node: NodeName,
+        /// Of the order.
+        lease: LeaseId,
+        /// The card it picked; None while the slot still clears and is not picked for good (L14).
+        card: Option<u32>,
+    },
+    /// The node did not take the order.
+    Refused {
+        /// Who says so.
+        node: NodeName,
+        /// Of the order.
+        lease: LeaseId,
+    },
+    /// The worker was allowed: the clock runs.
+    Running {
+        /// Who says so.
+        node: NodeName,
+        /// Of the worker.
+        lease: LeaseId,
+    },
+    /// The clock stopped (L11).
+    Ended {
+        /// Who says so.
+        node: NodeName,
+        /// Which lease.
+        lease: LeaseId,
+        /// How, and how much.
+        report: EndReport,
+    },
+    /// The slot came back, or did not (L11).
+    Freed {
+        /// Who says so.
+        node: NodeName,
+        /// Which lease.
+        lease: LeaseId,
+        /// What became of the slot.
+        how: FreedAs,
+    },
+    /// The lease's final receipt exists.
+    ReceiptWritten {
+        /// Who was charged.
+        account: AccountName,
+        /// Which lease.
+        lease: LeaseId,
+    },
+    /// The store acknowledged the write in flight.
+    PageWritten {
+        /// Whose page.
+        account: AccountName,
+        /// Of the write.
+        write_id: String,
+    },
+    /// The store refused the write because the page has another revision.
+    PageConflict {
+        /// Whose page.
+        account: AccountName,
+        /// Of the write.
+        write_id: String,
+    },
+    /// Nobody knows whether the write happened (L2).
+    PageUnknown {
+        /// Whose page.
+        account: AccountName,
+        /// Of the write.
+        write_id: String,
+    },
+    /// The page as it stands now, as asked for by [`Effect::Read`](super::Effect::Read).
+    PageRead {
+        /// Whose page.
+        account: AccountName,
+        /// As read, by a read that sees every acknowledged write.
+        page: Box<Page>,
+    },
+    /// The write certainly did not happen and would not if it were repeated at once.
+    PageFailed {
+        /// Whose page.
+        account: AccountName,
+        /// Of the write.
+        write_id: String,
+    },
+    /// Our clock against the API server's: how far off it is if that is too much (L20).
+    ClockJudged {
+        /// None: near enough.
+        off_ms: Option<u64>,
+    },
+    /// Time passed. The shell sends it every second.
+    Tick,
+}
+
+/// What an account may do, from its tier and grants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Name of the tier, for people.
+    pub tier: String,
+    /// Quota.
+    pub allowance: Allowance,
+    /// Most leases at once.
+    pub concurrent: u32,
+    /// Place in the queue. Oldest first does not look at it.
+    pub priority: Priority,
+    /// What the client is told.
+    pub caller: CallerClass,
+    /// The object is being deleted: grants answer AccountDeleting (L4).
+    pub deleting: bool,
+}
+
+/// Place of a tier in the queue (accounting.md).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Priority {
+    /// Guests and Spaces.
+    Low,
+    /// Tier free.
+    #[default]
+    Medium,
+    /// Everyone else.
+    Highest,
+}
+
+/// Times, weights and bounds of a node's pool (ledger.md L8, L9, L19).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// From the grant to `/allow`.
+    pub allow_limit_ms: u64,
+    /// From the declared end to the kill.
+    pub grace_ms: u64,
+    /// From the end to a free slot.
+    pub clear_limit_ms: u64,
+    /// Age at which the node refuses an order.
+    pub order_ttl_ms: u64,
+    /// What the client multiplies durations of `large` by, in percent.
+    pub duration_factor_percent: u64,
+    /// Charged milliseconds for each millisecond of a `large`.
+    pub large_weight: u64,
+    /// The same for `xlarge`.
+    pub xlarge_weight: u64,
+    /// Most waiting requests.
+    pub queue: QueueBounds,
+}
+
+impl Default for NodeSettings {
+    /// The chart's defaults.
+    fn default() -> Self {
+        Self {
+            allow_limit_ms: 30_000,
+            grace_ms: 2_000,
+            clear_limit_ms: 10_000,
+            order_ttl_ms: 5_000,
+            duration_factor_percent: 100,
+            large_weight: Size::Large.weight(),
+            xlarge_weight: Size::Xlarge.weight(),
+            queue: QueueBounds::default(),
+        }
+    }
+}
+
+impl NodeSettings {
+    /// Charged milliseconds for each millisecond of use.
+    pub const fn weight(&self, size: Size) -> u64 {
+        match size {
+            Size::Large => self.large_weight,
+            Size::Xlarge => self.xlarge_weight,
+        }
+    }
+
+    /// How long a lease can hold its slot: H of accounting.md.
+    pub const fn held_ms(&self, declared_ms: u64) -> u64 {
+        self.allow_limit_ms
+            .saturating_add(declared_ms)
+            .saturating_add(self.grace_ms)
+            .saturating_add(self.clear_limit_ms)
+    }
+}
+
+/// A call, parsed, with its caller looked up by the shell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Idempotency key (L15).
+    pub ticket: Ticket,
+    /// Node of the pod.
+    pub node: NodeName,
+    /// The Space that the pod belongs to.
+    pub space: SpaceKey,
+    /// Size asked for.
+    pub size: Size,
+    /// Longest run asked for, unweighted.
+    pub declared_ms: u64,
+    /// Who pays: the account of the token, or the Space's own where there was none; or what is wrong with the token.
+    pub caller: Result<AccountName, UnauthenticatedReason>,
+    /// The token's budget; None without a token.
+    pub budget: Option<Budget>,
+}
+
+/// What a token is worth (gateway.md): it is counted by the token that the visitor's call began with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// `root_jti`.
+    pub root: String,
+    /// Weighted milliseconds that may be reserved together.
+    pub max_ms: u64,
+    /// Calls that may be made.
+    pub max_calls: u64,
+    /// From here on the token is worth nothing, so nothing has to be remembered.
+    pub expires: LedgerTime,
+}
+
+/// A lease as an agent tells of it when it joins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentLease {
+    /// Its id.
+    pub lease: LeaseId,
+    /// Size.
+    pub size: Size,
+    /// Card of its slot.
+    pub card: u32,
+    /// Where it stands.
+    pub phase: AgentPhase,
+}
+
+/// Where a lease stands on its node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentPhase {
+    /// Has or waits for a slot.
+    Assigned,
+    /// The clock runs.
+    Running,
+    /// Over, and not acknowledged yet.
+    Ended {
+        /// How.
+        report: EndReport,
+        /// The slot came back.
+        freed: bool,
+    },
+}
+
+/// How a lease ended on its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndReport {
+    /// How.
+    pub ending: Ending,
+    /// Clock start to end, 0 if it never started.
+    pub used_ms: u64,
+}
+
+/// What became of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FreedAs {
+    /// Gate closed, memory back.
+    Free,
+    /// A frozen worker is kept; it makes room at any time, so the slot counts as free (L16).
+    Held,
+    /// It did not clear. The inventory that says so was sent before.
+    Quarantined,
+}

@@ -1,0 +1,217 @@
+//! What the shell has to do because of an event. Derived from the event and the state after it, so that nothing has to be
+//! remembered: what was not done before a crash is derived again from the pages and the nodes' reports.
+
+use super::command::NodeSettings;
+use super::event::{Event, TermEnd};
+use super::state::{Lease, SlotUse, State};
+use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
+use crate::page::{Closed, Page};
+use crate::protocol::{CallerClass, Denial};
+use crate::queue::Waiting;
+use crate::slots;
+
+/// Something to do. Messages to nodes without a session are dropped: what they said is derived again when it rejoins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Write this page, expecting the revision that was read or written last. The answer is a command.
+    Write {
+        /// Whose.
+        account: AccountName,
+        /// All of it; its write id names the write.
+        page: Box<Page>,
+    },
+    /// Read the page, seeing every acknowledged write, and try until it is read. The answer is `PageRead` or
+    /// `AccountGone`.
+    Read {
+        /// Whose.
+        account: AccountName,
+    },
+    /// Write the final receipt until it is written, then say `ReceiptWritten`. It may come again for the same lease.
+    Receipt {
+        /// Who is charged.
+        account: AccountName,
+        /// The settled row.
+        closed: Box<Closed>,
+    },
+    /// Tell the node to begin a lease.
+    Start(Box<Order>),
+    /// Tell the node to end a lease.
+    Cancel {
+        /// Which node.
+        node: NodeName,
+        /// Which lease.
+        lease: LeaseId,
+        /// For people.
+        reason: &'static str,
+    },
+    /// Tell the node that its report need not be repeated.
+    Acknowledge {
+        /// Which node.
+        node: NodeName,
+        /// Which lease.
+        lease: LeaseId,
+        /// Ended is settled and durable, or the lease is not known.
+        ended: bool,
+        /// Freed is taken.
+        freed: bool,
+    },
+    /// Tell the agent that its request is refused.
+    Deny {
+        /// Which request.
+        ticket: Ticket,
+        /// Where.
+        node: NodeName,
+        /// For the wording.
+        caller: CallerClass,
+        /// Why.
+        denial: Denial,
+    },
+    /// Tell the agent that its request waits.
+    Queue(Box<Place>),
+    /// Stop: the term is over.
+    EndTerm(TermEnd),
+}
+
+/// An order to begin a lease. Its hold is durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// To which node.
+    pub node: NodeName,
+    /// Which lease.
+    pub lease: LeaseId,
+    /// The term.
+    pub epoch: Epoch,
+    /// For which request.
+    pub ticket: Ticket,
+    /// Size.
+    pub size: Size,
+    /// Longest run.
+    pub declared_ms: u64,
+    /// Begin when this lease is freed (L14).
+    pub after: Option<LeaseId>,
+    /// For the wording.
+    pub caller: CallerClass,
+    /// Limits.
+    pub settings: NodeSettings,
+}
+
+/// Where a request stands in its queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which request.
+    pub ticket: Ticket,
+    /// On which node.
+    pub node: NodeName,
+    /// It waits for something of its own account, not for the node.
+    pub concurrency: bool,
+    /// 1 is next.
+    pub position: u32,
+    /// Expected wait, if everybody ahead uses what they declared.
+    pub eta_ms: u64,
+    /// Longest wait for the node: everybody ahead and everybody running uses every limit (invariant 11).
+    pub latest_start_ms: u64,
+    /// `(epoch, n)` of L17.
+    pub place: (Epoch, u64),
+    /// For the wording.
+    pub caller: CallerClass,
+}
+
+/// What an event asks for, in order. `state` is the state after it.
+pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
+    match event {
+        Event::WriteBegun { account, .. } | Event::WriteRepeated { account } => {
+            let batch = state.accounts.get(account).and_then(|found| found.in_flight.as_ref());
+            let write =
+                batch.map(|batch| Effect::Write { account: account.clone(), page: Box::new(batch.page.clone()) });
+            write.into_iter().collect()
+        }
+        Event::WriteUnknown { account } | Event::WriteContested { account } => {
+            vec![Effect::Read { account: account.clone() }]
+        }
+        Event::AccountTaken { account, page, .. } | Event::Rebased { account, page, .. } => {
+            let receipt =
+                |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
+            page.closed.iter().map(receipt).collect()
+        }
+        Event::Settled { account, lease } => {
+            let page = state.accounts.get(account).map(|found| &found.durable);
+            let row = page.and_then(|page| page.closed.iter().find(|closed| closed.hold.lease == *lease));
+            let receipt =
+                |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
+            row.map(receipt).into_iter().collect()
+        }
+        Event::Ordered { lease, .. } => start(state, lease).into_iter().collect(),
+        Event::Cancelled { lease, reason, .. } => {
+            let node = state.leases.get(lease).map(|found| found.node.clone());
+            node.map(|node| Effect::Cancel { node, lease: lease.clone(), reason }).into_iter().collect()
+        }
+        Event::Acknowledged { node, lease, ended, freed } => {
+            vec![Effect::Acknowledge { node: node.clone(), lease: lease.clone(), ended: *ended, freed: *freed }]
+        }
+        Event::Denied { ticket, node, caller, denial } => {
+            vec![Effect::Deny { ticket: ticket.clone(), node: node.clone(), caller: *caller, denial: denial.clone() }]
+        }
+        Event::Announced { ticket, at } => {
+            let waiting = state.queue.get(ticket);
+            waiting.map(|waiting| Effect::Queue(Box::new(place(state, waiting, *at)))).into_iter().collect()
+        }
+        Event::TermEnded(end) => vec![Effect::EndTerm(*end)],
+        _ => Vec::new(),
+    }
+}
+
+fn start(state: &State, id: &LeaseId) -> Option<Effect> {
+    let lease = state.leases.get(id)?;
+    let waiting = lease.request.as_ref()?;
+    Some(Effect::Start(Box::new(Order {
+        node: lease.node.clone(),
+        lease: id.clone(),
+        epoch: state.epoch,
+        ticket: waiting.ticket.clone(),
+        size: lease.size,
+        declared_ms: lease.declared_ms,
+        after: lease.after.clone(),
+        caller: waiting.caller,
+        settings: state.settings(&lease.node),
+    })))
+}
+
+fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
+    let settings = state.settings(&waiting.node);
+    let cards = state.nodes.get(&waiting.node).map(|node| node.cards.as_slice()).unwrap_or_default();
+    let slots = slots::capacity(cards, Size::Large).max(1);
+    let slots_of = |size| match size {
+        Size::Large => 1,
+        Size::Xlarge => cards.iter().map(|card| u64::from(card.large_slots)).max().unwrap_or(1),
+    };
+    let (mut expected, mut bound, mut longest_ms) = (0_u64, 0_u64, settings.held_ms(waiting.demand.declared_ms));
+    let mut add = |size, expected_ms: u64, bound_ms: u64| {
+        expected = expected.saturating_add(expected_ms.saturating_mul(slots_of(size)));
+        bound = bound.saturating_add(bound_ms.saturating_mul(slots_of(size)));
+        longest_ms = longest_ms.max(bound_ms);
+    };
+    let holds_slot = |lease: &&Lease| lease.node == waiting.node && lease.slot != SlotUse::Free;
+    for lease in state.leases.values().filter(holds_slot) {
+        let held_ms = now.since(lease.sent);
+        let order_ms = settings.order_ttl_ms.saturating_add(settings.held_ms(lease.declared_ms));
+        add(lease.size, lease.declared_ms.saturating_sub(held_ms), order_ms.saturating_sub(held_ms));
+    }
+    let mut position = 1_u32;
+    for ahead in state.queue.line(&waiting.node).take_while(|ahead| ahead.place < waiting.place) {
+        position = position.saturating_add(1);
+        let declared_ms = ahead.demand.declared_ms;
+        add(ahead.demand.size, declared_ms, settings.held_ms(declared_ms));
+    }
+    let account = state.accounts.get(&waiting.account);
+    Place {
+        ticket: waiting.ticket.clone(),
+        node: waiting.node.clone(),
+        concurrency: account.is_some_and(|account| account.is_blocked(state.page_of(account), now)),
+        position,
+        eta_ms: expected / slots,
+        // Work of others spread over all slots, plus what list scheduling can leave idle while a whole card drains.
+        latest_start_ms: (bound / slots).saturating_add(longest_ms.saturating_mul(2)),
+        place: (state.epoch, waiting.place),
+        caller: waiting.caller,
+    }
+}

@@ -1,0 +1,132 @@
+//! What the ledger has decided. A refusal is an event with numbers in it, not an error.
+
+use super::change::PageChange;
+use super::command::{NodeSettings, Policy};
+use super::state::{SlotUse, Stage};
+use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use crate::page::Page;
+use crate::protocol::{CallerClass, Denial};
+use crate::queue::Waiting;
+use crate::slots::Card;
+
+/// Why a term ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TermEnd {
+    /// Another leader has written a page (L2).
+    Deposed {
+        /// Its epoch.
+        by: Epoch,
+    },
+    /// A node has accepted a higher epoch than ours: a term above it has to begin (L6).
+    NodeAhead {
+        /// That epoch.
+        epoch: Epoch,
+    },
+}
+
+/// Something that is so from now on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Fields are named like the state's.
+pub enum Event {
+    // Pages.
+    /// An account is known.
+    AccountTaken { account: AccountName, page: Box<Page>, policy: Policy },
+    /// Its tier or grants changed.
+    PolicyChanged { account: AccountName, policy: Policy },
+    /// It is gone.
+    AccountDropped { account: AccountName },
+    /// The working page changed; a write will carry it.
+    Changed { account: AccountName, change: PageChange, at: Steady },
+    /// A write carries what was pending.
+    WriteBegun { account: AccountName, write_id: String, at: Steady },
+    /// Nobody knows whether it happened; it keeps its place.
+    WriteUnknown { account: AccountName },
+    /// The page has changed under it: it is read again.
+    WriteContested { account: AccountName },
+    /// It is sent once more, as it was.
+    WriteRepeated { account: AccountName },
+    /// It happened.
+    Committed { account: AccountName },
+    /// It certainly did not: these holds are aborted, the rest is pending again.
+    WriteFailed { account: AccountName, aborted: Vec<LeaseId>, retry_at: Steady },
+    /// Somebody else wrote the page: these changes are made again on top of it, and no others.
+    Rebased { account: AccountName, page: Box<Page>, kept: Vec<PageChange> },
+
+    // Requests.
+    /// A request waits, new or again.
+    Queued(Box<Waiting>),
+    /// The agent presented it again.
+    Confirmed { ticket: Ticket },
+    /// It waits no longer.
+    Left { ticket: Ticket },
+    /// Its agent is told of its place.
+    Announced { ticket: Ticket, at: Steady },
+    /// It is refused.
+    Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
+    /// A call took of its budget.
+    BudgetTaken { root: String, calls: u64, ms: u64, expires: LedgerTime },
+    /// It gave back what it did not use.
+    BudgetReturned { root: String, calls: u64, ms: u64 },
+
+    // Leases.
+    /// A slot is meant for a request; its hold is not durable yet.
+    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId> },
+    /// The hold is aborted.
+    Unreserved { lease: LeaseId },
+    /// The hold is durable: the order leaves.
+    Ordered { lease: LeaseId, at: Steady },
+    /// A lease of an earlier term, or one that only its node knows.
+    Adopted {
+        lease: LeaseId,
+        account: Option<AccountName>,
+        node: NodeName,
+        size: Size,
+        declared_ms: u64,
+        card: Option<u32>,
+        stage: Stage,
+        slot: SlotUse,
+        at: Steady,
+    },
+    /// The node took the order.
+    Assigned { lease: LeaseId, card: Option<u32> },
+    /// The clock runs.
+    Running { lease: LeaseId },
+    /// It is over; its settlement is pending.
+    Ended { lease: LeaseId, slot: SlotUse },
+    /// The settlement is durable.
+    Settled { account: AccountName, lease: LeaseId },
+    /// The node gave the slot back.
+    SlotFreed { lease: LeaseId },
+    /// The visitor left before it began, or its request can not be served any more.
+    Abandoned { lease: LeaseId },
+    /// The node is told to end it (L9).
+    Cancelled { lease: LeaseId, at: Steady, reason: &'static str },
+    /// The node need not repeat its report.
+    Acknowledged { node: NodeName, lease: LeaseId, ended: bool, freed: bool },
+    /// A Space used one of its free NoDevice endings of this hour.
+    NoDeviceCounted { space: SpaceKey, at: Steady },
+
+    // Nodes.
+    /// Its pool says so.
+    NodeConfigured { node: NodeName, settings: NodeSettings },
+    /// An agent began a session.
+    NodeHello { node: NodeName, agent_instance: String },
+    /// It accepted the term.
+    NodeJoined { node: NodeName, cards: Vec<Card>, confirm_by: Steady },
+    /// Its cards changed.
+    InventoryTaken { node: NodeName, cards: Vec<Card> },
+    /// Its session is gone.
+    NodeLost { node: NodeName, at: Steady },
+    /// No orders until it is heard again.
+    NodeRests { node: NodeName },
+    /// It is heard again.
+    NodeHeard { node: NodeName },
+
+    // The term.
+    /// The clock is off, or no longer.
+    ClockJudged { off_ms: Option<u64> },
+    /// Budgets and counters that time has made pointless are forgotten.
+    Forgotten { before: LedgerTime, at: Steady },
+    /// Nothing is decided any more.
+    TermEnded(TermEnd),
+}

@@ -1,0 +1,59 @@
+//! What time alone brings about.
+
+use super::Moment;
+use super::command::EndReport;
+use super::event::Event;
+use super::mutant::Mutant;
+use super::report;
+use super::request;
+use super::state::{Lease, SlotUse, State};
+use crate::ids::{LeaseId, Steady};
+use crate::page::Ending;
+
+/// How long the requests of a node without a session keep their place. Its agent tells its visitors after 30 s that there
+/// is no broker (node.md); this is beyond it.
+pub const DISCONNECTED_QUEUE_MS: u64 = 60_000;
+
+/// Time between two Cancels of the same lease: a session that is open delivers the first.
+const CANCEL_PERIOD_MS: u64 = 5_000;
+
+pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
+    let mut events = Vec::new();
+    let is_late = |confirm_by: Option<Steady>| confirm_by.is_some_and(|confirm_by| confirm_by <= at.steady);
+    for waiting in state.queue.iter().filter(|waiting| is_late(waiting.unconfirmed)) {
+        events.extend(request::left(at, state, waiting, "its node did not present the request again"));
+    }
+    for (id, lease) in &state.leases {
+        events.extend(overdue(at, state, id, lease));
+    }
+    let stale_budget = state.roots.values().any(|used| used.expires <= at.wall);
+    let stale_count = state.no_device.values().any(|(since, _)| at.steady.since(*since) >= report::NO_DEVICE_PERIOD_MS);
+    if stale_budget || stale_count {
+        events.push(Event::Forgotten { before: at.wall, at: at.steady });
+    }
+    events
+}
+
+/// When a lease must have ended even if its order arrived at the last moment and its worker used every limit (L9).
+fn end_by(state: &State, lease: &Lease) -> Steady {
+    let settings = state.settings(&lease.node);
+    let follows = if lease.after.is_some() { settings.clear_limit_ms } else { 0 };
+    lease.sent.plus(settings.order_ttl_ms).plus(settings.held_ms(lease.declared_ms)).plus(follows)
+}
+
+/// L9: only the node ends a granted lease. A node that is there is told; one that is silent is given up at the bound.
+fn overdue(at: Moment, state: &State, id: &LeaseId, lease: &Lease) -> Vec<Event> {
+    let joined = state.joined(&lease.node);
+    let nobodys = lease.account.is_none() && lease.slot == SlotUse::Taken;
+    let late = lease.is_open() && (end_by(state, lease) < at.steady || state.has(Mutant::ExpireAtOnce));
+    let again = lease.cancelled.is_none_or(|cancelled| at.steady.since(cancelled) >= CANCEL_PERIOD_MS);
+    if joined && (late || nobodys) && again {
+        let reason = if late { "the lease is over its limit" } else { "no account has a reservation for this lease" };
+        return vec![Event::Cancelled { lease: id.clone(), at: at.steady, reason }];
+    }
+    if !joined && late {
+        let report = EndReport { ending: Ending::Expired, used_ms: 0 };
+        return report::settle(at, state, id, report, SlotUse::Free);
+    }
+    Vec::new()
+}

@@ -1,0 +1,112 @@
+//! The ledger of leases: [`decide`] reads the state and says what happens, [`apply`](State::apply) is the only writer.
+//!
+//! ```text
+//! command -> decide -> events -> apply (working state) -> effects (what the shell has to do)
+//!                                   |
+//!                  changes of a page wait until its write is acknowledged;
+//!                  only then Ordered, Settled and what follows from them happen (invariant 2)
+//! ```
+//! One command is one [`step`]: decide and apply, then hand free slots to whoever waits ([`dispatch`]), then begin the
+//! page writes that are due ([`begin`]). No clock, no randomness: [`Moment`] and [`IdSeed`] come with the command, so that
+//! the same commands always give the same state.
+
+mod apply;
+mod begin;
+pub mod change;
+mod command;
+mod decide;
+mod dispatch;
+mod effect;
+mod event;
+mod expiry;
+mod mutant;
+mod node;
+mod pages;
+mod report;
+mod request;
+mod state;
+
+pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, begin};
+pub use change::{Misfit, PageChange, Urgency};
+pub use command::{
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, NodeSettings, Policy, Priority, Request,
+};
+pub use decide::decide;
+pub use dispatch::dispatch;
+pub use effect::{Effect, Order, Place, effects};
+pub use event::{Event, TermEnd};
+pub use expiry::DISCONNECTED_QUEUE_MS;
+pub use mutant::Mutant;
+pub use report::NO_DEVICE_FREE_PER_HOUR;
+pub use request::ATTEMPTS_MAX;
+pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, WRITES_IN_FLIGHT_MAX};
+
+use crate::ids::{IdSeed, LedgerTime, Steady};
+
+/// When a command is decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// The wall clock; a page never sees it go back (L20).
+    pub wall: LedgerTime,
+    /// The monotonic clock, for intervals.
+    pub steady: Steady,
+}
+
+/// What came of a command.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// What happened, in order. Applying them again to the same state gives the same state.
+    pub events: Vec<Event>,
+    /// What the shell has to do, in order.
+    pub effects: Vec<Effect>,
+    /// An event did not fit the state, and the events of its decision after it were dropped. A bug of ours: nothing
+    /// was granted or charged by it, and whatever it was about is derived again later.
+    pub violations: Vec<Misfit>,
+}
+
+/// Takes one command all the way.
+pub fn step(state: &mut State, at: Moment, mut ids: IdSeed, command: Command) -> Outcome {
+    let mut outcome = Outcome::default();
+    if state.ended.is_some() {
+        return outcome;
+    }
+    let tick = matches!(command, Command::Tick);
+    let events = decide(at, state, command);
+    if !tick && events.is_empty() {
+        return outcome;
+    }
+    outcome.take(state, events);
+    if state.ended.is_some() {
+        return outcome;
+    }
+    let nodes: Vec<_> = state.queue.nodes().cloned().collect();
+    for node in nodes {
+        // Each round takes one request out of the queue, so there are no more rounds than requests.
+        loop {
+            let events = dispatch(at, &mut ids, state, &node);
+            if events.is_empty() || !outcome.take(state, events) {
+                break;
+            }
+        }
+    }
+    let announcements = request::announce(at, state);
+    outcome.take(state, announcements);
+    let begun = begin(at, &mut ids, state, tick);
+    outcome.take(state, begun);
+    outcome
+}
+
+impl Outcome {
+    /// False if an event did not fit.
+    fn take(&mut self, state: &mut State, events: Vec<Event>) -> bool {
+        for event in events {
+            if let Err(misfit) = state.apply(&event) {
+                self.violations.push(misfit);
+                return false;
+            }
+            self.effects.extend(effects(state, &event));
+            self.events.push(event);
+        }
+        true
+    }
+}

@@ -1,0 +1,40 @@
+//! Deliberate faults, one for each property, so that the tests can show that their checks see them. Without the feature
+//! `mutants`, which only the crate's own tests turn on, no fault can be set and the compiler removes the switches.
+
+/// A fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// Against invariant 1 and L3: decisions read the durable page, without what is in flight.
+    DecideOnDurable,
+    /// Against invariant 2: orders leave when the hold is decided.
+    OrderEarly,
+    /// Against invariant 3: a hold stays open when it is settled.
+    SettleTwice,
+    /// Against invariant 3: what a rebase has to carry over is dropped.
+    RebaseForgets,
+    /// Against invariant 4: a lease that was never allowed pays what it declared.
+    ChargeUnallowed,
+    /// Against invariant 5: the charge is what was used, without a bound.
+    ChargeUnbounded,
+    /// Against invariant 6: a slot counts as free when its lease ends, before the node says so.
+    FreeAtEnd,
+    /// Against L2: a read that does not show our write is taken for a failure.
+    ReadProvesFailure,
+    /// Against L9: a silent node's lease expires at once.
+    ExpireAtOnce,
+    /// Against the replay: applying looks at how often it was called.
+    Stateful,
+}
+
+/// Counts its own calls, which nothing pure may do.
+#[cfg(feature = "mutants")]
+pub(super) fn applied() -> usize {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static APPLIED: AtomicUsize = AtomicUsize::new(0);
+    APPLIED.fetch_add(1, Ordering::Relaxed)
+}
+
+#[cfg(not(feature = "mutants"))]
+pub(super) const fn applied() -> usize {
+    0
+}

@@ -1,0 +1,153 @@
+//! Nodes come, tell what they have, and go (L6, L7).
+
+use std::collections::BTreeMap;
+
+use super::Moment;
+use super::command::{AgentLease, AgentPhase};
+use super::event::Event;
+use super::report;
+use super::request;
+use super::state::{Lease, SlotUse, Stage, State};
+use crate::ids::{LeaseId, NodeName};
+use crate::page::Ending;
+use crate::slots::Card;
+
+/// An agent presents its waiting requests again right behind Joined; one that is not there by then is gone.
+const CONFIRM_MS: u64 = 2_000;
+
+pub(super) fn hello(at: Moment, state: &State, node: NodeName, agent_instance: String) -> Vec<Event> {
+    // A second session without a goodbye of the first.
+    let mut events = if state.joined(&node) { disconnected(at, state, node.clone()) } else { Vec::new() };
+    let restarted = state.nodes.get(&node).is_some_and(|known| known.agent_instance != agent_instance);
+    if restarted {
+        // The connections of its earlier start are gone, and with them whoever waited on them.
+        for waiting in state.queue.line(&node).filter(|waiting| waiting.ticket.agent_instance != agent_instance) {
+            events.extend(request::left(at, state, waiting, "the node agent restarted"));
+        }
+        let stale = state.leases.iter().filter(|(_, lease)| {
+            let request = lease.request.as_ref();
+            lease.node == node && request.is_some_and(|waiting| waiting.ticket.agent_instance != agent_instance)
+        });
+        events.extend(stale.map(|(id, _)| Event::Abandoned { lease: id.clone() }));
+    }
+    events.push(Event::NodeHello { node, agent_instance });
+    events
+}
+
+/// L7: what the pages hold against what the node has.
+pub(super) fn joined(
+    at: Moment,
+    state: &State,
+    node: NodeName,
+    cards: Vec<Card>,
+    leases: Vec<AgentLease>,
+) -> Vec<Event> {
+    let confirm_by = at.steady.plus(CONFIRM_MS);
+    let mut events = vec![Event::NodeJoined { node: node.clone(), cards, confirm_by }];
+    let on_node: BTreeMap<LeaseId, AgentLease> = leases.into_iter().map(|lease| (lease.lease.clone(), lease)).collect();
+    for (id, lease) in state.leases.iter().filter(|(_, lease)| lease.node == node) {
+        if !on_node.contains_key(id) {
+            events.extend(missing(at, state, id, lease));
+        }
+    }
+    for lease in on_node.values() {
+        match state.leases.get(&lease.lease) {
+            Some(known) if known.node == node => events.extend(both(at, state, &node, known, lease)),
+            // It is another node's: this one has no say in it.
+            Some(_) => {}
+            None => events.extend(stranger(at, &node, lease)),
+        }
+    }
+    for event in &mut events {
+        if let Event::Queued(waiting) = event {
+            waiting.unconfirmed = Some(confirm_by);
+        }
+    }
+    events
+}
+
+/// On the page, not on the node.
+fn missing(at: Moment, state: &State, id: &LeaseId, lease: &Lease) -> Vec<Event> {
+    match (&lease.account, lease.stage) {
+        // Its order has not been sent: it will be, on this session.
+        (Some(_), Stage::Reserving) => Vec::new(),
+        // The order was lost with its session; the node takes orders of its open session only, so it can not come late.
+        (Some(_), Stage::Ordered) => report::void(at, state, id, Ending::Refused, SlotUse::Free),
+        // The node had it and lost it.
+        (Some(_), Stage::Assigned | Stage::Running) => {
+            report::void(at, state, id, Ending::PlatformFault, SlotUse::Free)
+        }
+        (None, _) | (Some(_), Stage::Settling | Stage::Settled) => vec![Event::SlotFreed { lease: id.clone() }],
+    }
+}
+
+/// On the page and on the node: adopted.
+fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &AgentLease) -> Vec<Event> {
+    let id = || lease.lease.clone();
+    let mut events = Vec::new();
+    if known.is_open() {
+        events.push(Event::Assigned { lease: id(), card: Some(lease.card) });
+    }
+    match &lease.phase {
+        AgentPhase::Assigned => {}
+        AgentPhase::Running => {
+            if known.is_open() {
+                events.push(Event::Running { lease: id() });
+            }
+        }
+        AgentPhase::Ended { report, freed } => {
+            events.extend(report::ended(at, state, node, &lease.lease, *report));
+            if *freed {
+                events.push(Event::SlotFreed { lease: id() });
+                events.push(Event::Acknowledged { node: node.clone(), lease: id(), ended: false, freed: true });
+            }
+        }
+    }
+    events
+}
+
+/// On the node, not on the page: killed. Its slot is in use until the node says otherwise.
+fn stranger(at: Moment, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
+    let adopt = |slot| Event::Adopted {
+        lease: lease.lease.clone(),
+        account: None,
+        node: node.clone(),
+        size: lease.size,
+        declared_ms: 0,
+        card: Some(lease.card),
+        stage: Stage::Assigned,
+        slot,
+        at: at.steady,
+    };
+    let id = lease.lease.clone();
+    match lease.phase {
+        AgentPhase::Assigned | AgentPhase::Running => {
+            let reason = "no account has a reservation for this lease";
+            vec![adopt(SlotUse::Taken), Event::Cancelled { lease: id, at: at.steady, reason }]
+        }
+        // Settled long ago, or void: nothing changes, the node may forget it (L10).
+        AgentPhase::Ended { freed: true, .. } => {
+            vec![Event::Acknowledged { node: node.clone(), lease: id, ended: true, freed: true }]
+        }
+        AgentPhase::Ended { freed: false, .. } => {
+            vec![
+                adopt(SlotUse::Clearing),
+                Event::Acknowledged { node: node.clone(), lease: id, ended: true, freed: false },
+            ]
+        }
+    }
+}
+
+pub(super) fn heartbeat(state: &State, node: NodeName, cards: Option<Vec<Card>>) -> Vec<Event> {
+    let Some(known) = state.nodes.get(&node).filter(|known| known.joined) else { return Vec::new() };
+    match cards {
+        Some(cards) if cards != known.cards => vec![Event::InventoryTaken { node, cards }],
+        _ if known.rests => vec![Event::NodeHeard { node }],
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn disconnected(at: Moment, state: &State, node: NodeName) -> Vec<Event> {
+    let known = state.nodes.get(&node).is_some_and(|known| known.joined || known.silent_since.is_none());
+    if known { vec![Event::NodeLost { node, at: at.steady }] } else { Vec::new() }
+}

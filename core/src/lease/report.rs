@@ -1,0 +1,146 @@
+//! What nodes say about leases. Every report may come twice, late, or about a lease that nobody knows any more (L10).
+
+use super::Moment;
+use super::change::PageChange;
+use super::command::{EndReport, FreedAs};
+use super::event::Event;
+use super::mutant::Mutant;
+use super::request;
+use super::state::{Lease, SlotUse, Stage, State};
+use crate::ids::{LeaseId, NodeName, Steady};
+use crate::page::{Ending, Hold};
+
+/// Leases of one Space that may end as NoDevice without a charge, in an hour. Beyond it they are charged like any other
+/// failure, or an app that fails on purpose would hold cards for free (node.md N16).
+pub const NO_DEVICE_FREE_PER_HOUR: u32 = 20;
+
+/// The hour.
+pub(super) const NO_DEVICE_PERIOD_MS: u64 = 60 * 60 * 1000;
+
+/// The lease, if this node may speak of it.
+fn find<'a>(state: &'a State, node: &NodeName, lease: &LeaseId) -> Option<&'a Lease> {
+    state.leases.get(lease).filter(|found| found.node == *node)
+}
+
+fn acknowledged(node: &NodeName, lease: &LeaseId, ended: bool, freed: bool) -> Event {
+    Event::Acknowledged { node: node.clone(), lease: lease.clone(), ended, freed }
+}
+
+pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, card: Option<u32>) -> Vec<Event> {
+    match find(state, node, &lease) {
+        Some(found) if found.is_open() => {
+            vec![Event::Assigned { lease, card }, Event::NodeHeard { node: node.clone() }]
+        }
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn running(state: &State, node: &NodeName, lease: LeaseId) -> Vec<Event> {
+    match find(state, node, &lease) {
+        Some(found) if found.is_open() && found.stage < Stage::Running => vec![Event::Running { lease }],
+        _ => Vec::new(),
+    }
+}
+
+/// The node did not take the order: the hold is voided and the request returns to its place.
+pub(super) fn refused(at: Moment, state: &State, node: &NodeName, lease: &LeaseId) -> Vec<Event> {
+    let Some(found) = find(state, node, lease).filter(|found| found.is_open()) else { return Vec::new() };
+    let mut events = void(at, state, lease, Ending::Refused, SlotUse::Free);
+    if !events.is_empty() && found.request.is_some() && !found.abandoned {
+        events.push(Event::NodeRests { node: node.clone() });
+    }
+    events
+}
+
+pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId, report: EndReport) -> Vec<Event> {
+    let Some(found) = find(state, node, lease) else {
+        // Unknown or settled long ago: nothing changes, and the node may forget it (L10).
+        return vec![acknowledged(node, lease, true, false)];
+    };
+    match (&found.account, found.stage) {
+        (None, _) => {
+            let slot = clearing(found);
+            vec![Event::Ended { lease: lease.clone(), slot }, acknowledged(node, lease, true, false)]
+        }
+        (Some(_), Stage::Settled) => vec![acknowledged(node, lease, true, false)],
+        // It is acknowledged when it is durable (invariant 2). A hold that is not durable no node can know of.
+        (Some(_), Stage::Settling | Stage::Reserving) => Vec::new(),
+        (Some(_), Stage::Ordered | Stage::Assigned | Stage::Running) => {
+            settle(at, state, lease, report, clearing(found))
+        }
+    }
+}
+
+/// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none.
+fn clearing(lease: &Lease) -> SlotUse {
+    if lease.slot == SlotUse::Free || lease.after.is_some() { SlotUse::Free } else { SlotUse::Clearing }
+}
+
+pub(super) fn freed(state: &State, node: &NodeName, lease: LeaseId, how: FreedAs) -> Vec<Event> {
+    // Where a slot is out of use the inventory says so, which the node sends first; here it is no longer this lease's.
+    let (FreedAs::Free | FreedAs::Held | FreedAs::Quarantined) = how;
+    let known = find(state, node, &lease).is_some_and(|found| found.slot != SlotUse::Free);
+    let mut events = vec![acknowledged(node, &lease, false, true), Event::NodeHeard { node: node.clone() }];
+    if known {
+        events.insert(0, Event::SlotFreed { lease });
+    }
+    events
+}
+
+/// Posts what a lease used, or voids it: the hold is charged weight x min(used, declared) or nothing (L11, invariant 5).
+pub(super) fn settle(at: Moment, state: &State, lease: &LeaseId, report: EndReport, slot: SlotUse) -> Vec<Event> {
+    let Some(found) = state.leases.get(lease) else { return Vec::new() };
+    let Some(name) = &found.account else { return Vec::new() };
+    let Some(account) = state.accounts.get(name) else { return Vec::new() };
+    let Some(hold) = account.working.holds.iter().find(|hold| hold.lease == *lease) else { return Vec::new() };
+    let (ending, charged_ms) = charge(state, hold, report, at.steady);
+    let time = account.working.time(at.wall);
+    let change = PageChange::Settle { lease: lease.clone(), ending, used_ms: report.used_ms, charged_ms, at: time };
+    let mut events = vec![
+        Event::Changed { account: name.clone(), change, at: at.steady },
+        Event::Ended { lease: lease.clone(), slot },
+    ];
+    if ending == Ending::NoDevice {
+        events.push(Event::NoDeviceCounted { space: hold.space.clone(), at: at.steady });
+    }
+    if let Some(waiting) = &found.request {
+        let unused_ms = hold.weight.saturating_mul(hold.declared_ms).saturating_sub(charged_ms);
+        events.extend(request::give_back(waiting, unused_ms, false));
+    }
+    events
+}
+
+/// Voids a hold at no charge. A request that still waits for its answer returns to its place.
+pub(super) fn void(at: Moment, state: &State, lease: &LeaseId, ending: Ending, slot: SlotUse) -> Vec<Event> {
+    let mut events = settle(at, state, lease, EndReport { ending, used_ms: 0 }, slot);
+    let Some(found) = state.leases.get(lease).filter(|_| !events.is_empty()) else { return events };
+    if let Some(waiting) = &found.request {
+        // The whole call is given back or kept for the next try, so not twice.
+        events.retain(|event| !matches!(event, Event::BudgetReturned { .. }));
+        events.extend(request::again(at, state, waiting, !found.abandoned));
+    }
+    events
+}
+
+fn charge(state: &State, hold: &Hold, report: EndReport, now: Steady) -> (Ending, u64) {
+    let used_ms =
+        if state.has(Mutant::ChargeUnbounded) { report.used_ms } else { report.used_ms.min(hold.declared_ms) };
+    let charged_ms = hold.weight.saturating_mul(used_ms);
+    match report.ending {
+        Ending::Released | Ending::Failed | Ending::WorkerDied | Ending::Deadline | Ending::Cancelled => {
+            (report.ending, charged_ms)
+        }
+        Ending::NeverAllowed if state.has(Mutant::ChargeUnallowed) => {
+            (report.ending, hold.weight.saturating_mul(hold.declared_ms))
+        }
+        Ending::NeverAllowed | Ending::Undelivered | Ending::Refused | Ending::PlatformFault | Ending::Expired => {
+            (report.ending, 0)
+        }
+        Ending::NoDevice => {
+            let free = state.no_device.get(&hold.space.uid).is_none_or(|(since, count)| {
+                now.since(*since) >= NO_DEVICE_PERIOD_MS || *count < NO_DEVICE_FREE_PER_HOUR
+            });
+            if free { (Ending::NoDevice, 0) } else { (Ending::Failed, charged_ms) }
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! What the ledger knows. Only [`State::apply`] changes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::change::{PageChange, Urgency};
+use super::command::{NodeSettings, Policy};
+use super::event::TermEnd;
+use super::mutant::Mutant;
+use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady};
+use crate::page::{CLOSED_MAX, Page};
+use crate::queue::{Queue, Waiting};
+use crate::slots::Card;
+
+/// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
+/// beyond it, changes of one account gather in one write instead.
+pub const WRITES_IN_FLIGHT_MAX: usize = 64;
+
+/// After a fail-over nothing new starts until every node has rejoined or this much time passed (L17).
+pub const REJOIN_WAIT_MS: u64 = 500;
+
+/// Everything about one term.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// The term (L6).
+    pub epoch: Epoch,
+    /// The term is over: nothing is decided any more.
+    pub ended: Option<TermEnd>,
+    /// The clock is this far off: nothing is granted (L20).
+    pub clock_off_ms: Option<u64>,
+    /// Pages.
+    pub accounts: BTreeMap<AccountName, Account>,
+    /// Nodes that were ever heard of in this term.
+    pub nodes: BTreeMap<NodeName, Node>,
+    /// Every lease that has an open hold or a slot.
+    pub leases: BTreeMap<LeaseId, Lease>,
+    /// Who waits.
+    pub queue: Queue,
+    /// What was taken of each call's budget.
+    pub roots: BTreeMap<String, RootUse>,
+    /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
+    pub no_device: BTreeMap<String, (Steady, u32)>,
+    /// Numbers the requests of this term.
+    pub next_place: u64,
+    /// Numbers the reservations of this term.
+    pub next_reservation: u64,
+    /// Nodes whose rejoining is waited for until [`REJOIN_WAIT_MS`].
+    pub awaited: BTreeSet<NodeName>,
+    /// Accounts with changes that no write carries yet.
+    pub(super) dirty: BTreeSet<AccountName>,
+    /// Those of them that have one to be written at once.
+    pub(super) urgent: BTreeSet<AccountName>,
+    /// Whose write began last; the next is looked for behind it, so that none waits forever.
+    pub(super) cursor: Option<AccountName>,
+    pub(super) writes_in_flight: usize,
+    #[cfg(feature = "mutants")]
+    pub(super) mutant: Option<Mutant>,
+}
+
+/// One account: its page three times, and its policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// What it may do.
+    pub policy: Policy,
+    /// As last acknowledged by the store.
+    pub durable: Page,
+    /// Durable, and all that is in flight or waits for the next write: decisions see this one (L3).
+    pub working: Page,
+    /// The write in flight.
+    pub in_flight: Option<Batch>,
+    /// Changes for the next write.
+    pub pending: Vec<PageChange>,
+    /// When a write last carried a note (L5).
+    pub(super) noted_at: Option<Steady>,
+    /// Since when lazy changes wait.
+    pub(super) lazy_since: Option<Steady>,
+    /// Nothing is written or granted before; after a failed write.
+    pub(super) retry_at: Option<Steady>,
+    /// Failed writes in a row.
+    pub(super) failures: u32,
+}
+
+/// A group commit: the changes that one write carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Proves that the write happened (L2). A repetition of the very same write keeps it: at most one of them can happen,
+    /// since each expects the page of before.
+    pub write_id: String,
+    /// What it changes.
+    pub changes: Vec<PageChange>,
+    /// What it writes.
+    pub page: Page,
+    /// An attempt had an unknown outcome: a later refusal does not prove that it failed.
+    pub unknown: bool,
+}
+
+/// A node's cards and who uses them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Times, weights and bounds of its pool.
+    pub settings: NodeSettings,
+    /// It accepted this term's epoch and its session is open.
+    pub joined: bool,
+    /// The agent that said Hello last.
+    pub agent_instance: String,
+    /// Its cards, as it said last.
+    pub cards: Vec<Card>,
+    /// Leases on it.
+    pub leases: BTreeSet<LeaseId>,
+    /// It refused an order that should have fitted: our picture of it is old. No orders until it is heard again.
+    pub rests: bool,
+    /// Since when its session is gone.
+    pub silent_since: Option<Steady>,
+}
+
+/// A lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Who is charged; None if only the node knows it: then it is cancelled, and only its slot counts (L7).
+    pub account: Option<AccountName>,
+    /// Where.
+    pub node: NodeName,
+    /// Size.
+    pub size: Size,
+    /// Longest run.
+    pub declared_ms: u64,
+    /// The request it was made for; None after a fail-over.
+    pub request: Option<Waiting>,
+    /// How far it is.
+    pub stage: Stage,
+    /// Card, once the node has said it.
+    pub card: Option<u32>,
+    /// Counts the reservations of the term: the order in which their places are predicted.
+    pub number: u64,
+    /// It gets the slot of this lease (L14).
+    pub after: Option<LeaseId>,
+    /// Its slot.
+    pub slot: SlotUse,
+    /// When the order was sent; the start of the term for leases of an earlier one (L9).
+    pub sent: Steady,
+    /// Its visitor left before it began.
+    pub abandoned: bool,
+    /// When it was cancelled last.
+    pub cancelled: Option<Steady>,
+}
+
+/// How far a lease is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Its hold is not durable; nobody outside knows of it.
+    Reserving,
+    /// Its hold is durable and the order left, or may have left in an earlier term.
+    Ordered,
+    /// The node took the order.
+    Assigned,
+    /// The clock runs.
+    Running,
+    /// Over; the settlement is not durable.
+    Settling,
+    /// Over and settled.
+    Settled,
+}
+
+/// What a lease does to its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotUse {
+    /// Uses it, or will.
+    Taken,
+    /// Over, but the node has not given the slot back (invariant 6).
+    Clearing,
+    /// Does not use it.
+    Free,
+}
+
+/// What calls with one root token have taken of its budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RootUse {
+    /// Calls.
+    pub calls: u64,
+    /// Weighted milliseconds: reserved, then charged.
+    pub ms: u64,
+    /// When it can be forgotten.
+    pub expires: LedgerTime,
+}
+
+// === impl State ===
+
+impl State {
+    /// A term begins. `awaited` are the nodes known to exist.
+    pub fn new(epoch: Epoch, awaited: BTreeSet<NodeName>) -> Self {
+        Self {
+            epoch,
+            ended: None,
+            clock_off_ms: None,
+            accounts: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            queue: Queue::default(),
+            roots: BTreeMap::new(),
+            no_device: BTreeMap::new(),
+            next_place: 1,
+            next_reservation: 1,
+            awaited,
+            dirty: BTreeSet::new(),
+            urgent: BTreeSet::new(),
+            cursor: None,
+            writes_in_flight: 0,
+            #[cfg(feature = "mutants")]
+            mutant: None,
+        }
+    }
+
+    /// Sets a deliberate fault.
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub fn with_mutant(self, mutant: Mutant) -> Self {
+        Self { mutant: Some(mutant), ..self }
+    }
+
+    #[cfg(feature = "mutants")]
+    pub(super) fn has(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    #[allow(clippy::unused_self)] // The same call as with the feature.
+    pub(super) const fn has(&self, _mutant: Mutant) -> bool {
+        false
+    }
+
+    /// The settings of a node, the defaults if none were given.
+    pub fn settings(&self, node: &NodeName) -> NodeSettings {
+        self.nodes.get(node).map(|node| node.settings).unwrap_or_default()
+    }
+
+    /// True if the node accepted this term and its session is open.
+    pub fn joined(&self, node: &NodeName) -> bool {
+        self.nodes.get(node).is_some_and(|node| node.joined)
+    }
+
+    /// The page that decisions are made on.
+    pub(super) fn page_of<'a>(&self, account: &'a Account) -> &'a Page {
+        if self.has(Mutant::DecideOnDurable) { &account.durable } else { &account.working }
+    }
+
+    /// Leases that have a hold or a settlement that is not durable.
+    pub fn unsettled(&self) -> impl Iterator<Item = (&LeaseId, &Lease)> {
+        self.leases.iter().filter(|(_, lease)| lease.account.is_some() && lease.stage < Stage::Settled)
+    }
+}
+
+// === impl Account ===
+
+impl Account {
+    /// True while a new hold has to wait for something of the account's own: its concurrency limit, its outbox, or its
+    /// failing writes. On the wire all three are the queueing reason `concurrency`.
+    pub(super) fn is_blocked(&self, page: &Page, now: Steady) -> bool {
+        page.holds.len() >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
+            // L10: a full outbox pauses this account only. Every open hold will need a row in it.
+            || page.holds.len() + page.closed.len() >= CLOSED_MAX
+            || self.retry_at.is_some_and(|retry_at| now < retry_at)
+    }
+
+    /// The most urgent of the changes that no write carries yet.
+    pub(super) fn urgency(&self) -> Option<Urgency> {
+        self.pending.iter().map(PageChange::urgency).max()
+    }
+
+    /// True if nothing of it is in flight or waits to be written.
+    pub fn is_quiet(&self) -> bool {
+        self.in_flight.is_none() && self.pending.is_empty()
+    }
+}
+
+// === impl Lease ===
+
+impl Lease {
+    /// Granted, and not over as far as we know.
+    pub const fn is_open(&self) -> bool {
+        self.account.is_some() && matches!(self.stage, Stage::Ordered | Stage::Assigned | Stage::Running)
+    }
+}

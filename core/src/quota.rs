@@ -1,0 +1,341 @@
+//! What an account has left, from which sources a call is paid, and which refusal it gets if it is not (accounting.md,
+//! ledger.md L12 and L18).
+//!
+//! All amounts are weighted milliseconds unless they are called declared.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{LedgerTime, Size};
+use crate::page::{GRANTS_MAX, GrantRow, Page, Part, Source, WINDOWS_MAX, Window};
+use crate::protocol::{Denial, DurationLimit};
+
+/// How long a window lasts from its first hold.
+pub const WINDOW_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// What the account's tier and grants allow at the moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allowance {
+    /// Base quota of a window.
+    pub base_ms: u64,
+    /// Longest declared duration of one call, unweighted.
+    pub longest_call_ms: u64,
+    /// Most runs in one window, if that is limited.
+    pub runs_per_window: Option<u64>,
+    /// Generation of the tier, repeated by every row that comes from it.
+    pub generation: i64,
+    /// The account's GPUQuotaGrants, in any order. Empty if the tier is not extendable.
+    pub grants: Vec<Grant>,
+}
+
+/// A GPUQuotaGrant. Its spec is immutable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// uid of the object.
+    pub uid: String,
+    /// Granted.
+    pub ms: u64,
+    /// Unusable from here on.
+    pub expires: LedgerTime,
+}
+
+/// What a call asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// Size of the slot.
+    pub size: Size,
+    /// Charged milliseconds for each millisecond of use.
+    pub weight: u64,
+    /// Longest run, unweighted.
+    pub declared_ms: u64,
+    /// What the client multiplies durations of `large` by on these cards, in percent (L19).
+    pub duration_factor_percent: u64,
+}
+
+/// How the account stands at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Base and what can still be charged to grants, together with what is charged to the base.
+    pub limit_ms: u64,
+    /// limit - charged.
+    pub uncharged_ms: u64,
+    /// limit - charged - reserved.
+    pub left_ms: u64,
+    /// Reserved in the sources that can be used now.
+    pub reserved_ms: u64,
+    /// When the open window ends, if one is open.
+    pub resets_at: Option<LedgerTime>,
+}
+
+/// A hold that fits: what it is paid from, and the rows that come onto the page with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// The window it belongs to: the open one with the base that applies now, or a new one.
+    pub window: Window,
+    /// In the order in which they will be charged; the first is of the window.
+    pub parts: Vec<Part>,
+    /// Copies of the grants among the parts.
+    pub grants: Vec<GrantRow>,
+}
+
+/// A source that can be used now.
+struct Usable {
+    source: Source,
+    limit_ms: u64,
+    charged_ms: u64,
+    reserved_ms: u64,
+}
+
+impl Usable {
+    const fn uncharged_ms(&self) -> u64 {
+        self.limit_ms.saturating_sub(self.charged_ms)
+    }
+
+    const fn left_ms(&self) -> u64 {
+        self.uncharged_ms().saturating_sub(self.reserved_ms)
+    }
+}
+
+impl Demand {
+    /// weight x declared.
+    pub const fn needed_ms(&self) -> u64 {
+        self.weight.saturating_mul(self.declared_ms)
+    }
+
+    /// The largest declared duration of this size that the longest call allows (L19: only `large` is multiplied).
+    const fn longest_declared_ms(&self, longest_call_ms: u64) -> u64 {
+        match self.size {
+            Size::Large => longest_call_ms.saturating_mul(self.duration_factor_percent) / 100,
+            Size::Xlarge => longest_call_ms,
+        }
+    }
+
+    const fn declared_for(&self, ms: u64) -> u64 {
+        // A weight of 0 would make every duration free; then any fits.
+        match ms.checked_div(self.weight) {
+            Some(declared) => declared,
+            None => u64::MAX,
+        }
+    }
+}
+
+impl Window {
+    /// When it ends.
+    pub const fn end(&self) -> LedgerTime {
+        self.start.plus(WINDOW_MS)
+    }
+
+    /// True if `at` lies within its 24 hours.
+    pub fn covers(&self, at: LedgerTime) -> bool {
+        self.start <= at && at < self.end()
+    }
+}
+
+impl Page {
+    /// Ledger time on this page: never before anything that was decided on it (L20).
+    pub fn time(&self, now: LedgerTime) -> LedgerTime {
+        now.max(self.last_time)
+    }
+
+    /// The window that is open at `at`.
+    pub fn open_window(&self, at: LedgerTime) -> Option<&Window> {
+        self.windows.iter().find(|window| window.covers(at))
+    }
+
+    /// What open holds have reserved in a source.
+    pub fn reserved_ms(&self, source: &Source) -> u64 {
+        let parts = self.holds.iter().flat_map(|hold| &hold.parts).filter(|part| part.source == *source);
+        parts.fold(0, |sum, part| sum.saturating_add(part.ms))
+    }
+
+    /// True if an open hold has a part, of any amount, in the source.
+    pub fn is_referenced(&self, source: &Source) -> bool {
+        self.holds.iter().flat_map(|hold| &hold.parts).any(|part| part.source == *source)
+    }
+
+    /// How the account stands at `at`, a time of this page.
+    pub fn standing(&self, allowance: &Allowance, at: LedgerTime) -> Standing {
+        let usable = usable(self, allowance, at);
+        let sum =
+            |value: fn(&Usable) -> u64| usable.iter().fold(0_u64, |sum, source| sum.saturating_add(value(source)));
+        Standing {
+            limit_ms: sum(|source| match source.source {
+                Source::Window(_) => source.limit_ms,
+                // What a grant has paid never comes back, so it is no part of the quota any more.
+                Source::Grant(_) => source.uncharged_ms(),
+            }),
+            uncharged_ms: sum(Usable::uncharged_ms),
+            left_ms: sum(Usable::left_ms),
+            reserved_ms: sum(|source| source.reserved_ms),
+            resets_at: self.open_window(at).map(Window::end),
+        }
+    }
+}
+
+/// Sources in the order in which they are used: base first, then the grant that expires soonest.
+fn usable(page: &Page, allowance: &Allowance, at: LedgerTime) -> Vec<Usable> {
+    let open = page.open_window(at);
+    let start = open.map_or(at, |window| window.start);
+    let base = Source::Window(start);
+    let mut sources = vec![Usable {
+        limit_ms: allowance.base_ms,
+        charged_ms: open.map_or(0, |window| window.charged_ms),
+        reserved_ms: page.reserved_ms(&base),
+        source: base,
+    }];
+    let mut grants: Vec<&Grant> = allowance.grants.iter().filter(|grant| at < grant.expires).collect();
+    grants.sort_by(|one, other| (one.expires, &one.uid).cmp(&(other.expires, &other.uid)));
+    // Beyond what the page can hold a grant cannot be used, whatever its order; rows in use keep their place.
+    let mut free_rows = GRANTS_MAX.saturating_sub(page.grants.iter().filter(|row| keeps(page, row, at)).count());
+    for grant in grants {
+        let row = page.grants.iter().find(|row| row.uid == grant.uid);
+        if row.is_none() {
+            match free_rows.checked_sub(1) {
+                Some(rest) => free_rows = rest,
+                None => continue,
+            }
+        }
+        let source = Source::Grant(grant.uid.clone());
+        sources.push(Usable {
+            limit_ms: grant.ms,
+            charged_ms: row.map_or(0, |row| row.used_ms),
+            reserved_ms: page.reserved_ms(&source),
+            source,
+        });
+    }
+    sources
+}
+
+/// True if a grant's row has to stay: it can still be used, or an open hold will be charged to it.
+pub(crate) fn keeps(page: &Page, row: &GrantRow, at: LedgerTime) -> bool {
+    at < row.expires || page.is_referenced(&Source::Grant(row.uid.clone()))
+}
+
+/// Refuses what no window could ever admit.
+///
+/// # Errors
+/// [`Denial::IllegalDuration`].
+pub fn check_legal(page: &Page, allowance: &Allowance, at: LedgerTime, demand: &Demand) -> Result<(), Denial> {
+    let quota_declared_ms = demand.declared_for(page.standing(allowance, at).limit_ms);
+    let longest_declared_ms = demand.longest_declared_ms(allowance.longest_call_ms);
+    let illegal = |limit_ms, what| Err(Denial::IllegalDuration { declared_ms: demand.declared_ms, limit_ms, what });
+    if demand.declared_ms == 0 {
+        return illegal(longest_declared_ms.min(quota_declared_ms), DurationLimit::Zero);
+    }
+    if demand.declared_ms > longest_declared_ms {
+        return illegal(longest_declared_ms, DurationLimit::LongestCall);
+    }
+    if demand.declared_ms > quota_declared_ms {
+        return illegal(quota_declared_ms, DurationLimit::WholeQuota);
+    }
+    Ok(())
+}
+
+/// Decides whether a call fits now, beside `queued_ms` that the same account has waiting, and what pays for it.
+/// `frees_in_ms` is when the first reservation ends at the latest, for the message.
+///
+/// # Errors
+/// [`Denial::IllegalDuration`], [`Denial::RunsExceeded`], [`Denial::QuotaExceeded`] or [`Denial::PendingOverquota`],
+/// in this order.
+pub fn admit(
+    page: &Page,
+    allowance: &Allowance,
+    at: LedgerTime,
+    demand: &Demand,
+    queued_ms: u64,
+    frees_in_ms: u64,
+) -> Result<Admission, Denial> {
+    check_legal(page, allowance, at, demand)?;
+    check_runs(page, allowance, at)?;
+    let standing = page.standing(allowance, at);
+    let needed_ms = demand.needed_ms();
+    // Without a window nothing is charged, so nothing has to come back; then this number is not shown.
+    let resets_in_ms = standing.resets_at.map_or(WINDOW_MS, |end| end.since(at)).max(1);
+    let left_ms = standing.left_ms.saturating_sub(queued_ms);
+    let largest_declared_ms = demand.declared_for(left_ms).min(demand.longest_declared_ms(allowance.longest_call_ms));
+    let reserved_ms = standing.reserved_ms.saturating_add(queued_ms);
+    let (declared_ms, weight, limit_ms) = (demand.declared_ms, demand.weight, standing.limit_ms);
+    if needed_ms > standing.uncharged_ms {
+        return Err(Denial::QuotaExceeded {
+            declared_ms,
+            weight,
+            needed_ms,
+            left_ms,
+            reserved_ms,
+            limit_ms,
+            resets_in_ms,
+            largest_declared_ms,
+        });
+    }
+    let pending = Denial::PendingOverquota {
+        declared_ms,
+        weight,
+        needed_ms,
+        left_ms,
+        reserved_ms,
+        limit_ms,
+        frees_in_ms: frees_in_ms.max(1),
+        largest_declared_ms,
+    };
+    if needed_ms > left_ms {
+        return Err(pending);
+    }
+    // A third window cannot be while holds of two older ones are open: it waits for them like any reservation.
+    plan(page, allowance, at, needed_ms).ok_or(pending)
+}
+
+fn check_runs(page: &Page, allowance: &Allowance, at: LedgerTime) -> Result<(), Denial> {
+    let Some(limit) = allowance.runs_per_window else { return Ok(()) };
+    let Some(window) = page.open_window(at) else {
+        return if limit > 0 { Ok(()) } else { Err(Denial::RunsExceeded { limit, resets_in_ms: WINDOW_MS }) };
+    };
+    let source = Source::Window(window.start);
+    let open = page.holds.iter().filter(|hold| hold.parts.iter().any(|part| part.source == source)).count() as u64;
+    if window.runs.saturating_add(open) < limit {
+        return Ok(());
+    }
+    Err(Denial::RunsExceeded { limit, resets_in_ms: window.end().since(at).max(1) })
+}
+
+fn plan(page: &Page, allowance: &Allowance, at: LedgerTime, needed_ms: u64) -> Option<Admission> {
+    let window = match page.open_window(at) {
+        Some(window) => Window { base_ms: allowance.base_ms, generation: allowance.generation, ..window.clone() },
+        None => {
+            let kept = page.windows.iter().filter(|window| page.is_referenced(&Source::Window(window.start)));
+            if kept.count() >= WINDOWS_MAX {
+                return None;
+            }
+            Window { start: at, base_ms: allowance.base_ms, charged_ms: 0, runs: 0, generation: allowance.generation }
+        }
+    };
+    let mut missing_ms = needed_ms;
+    let mut parts = Vec::new();
+    let mut grants = Vec::new();
+    for source in usable(page, allowance, at) {
+        let ms = source.left_ms().min(missing_ms);
+        missing_ms -= ms;
+        // The window's part comes also with 0 ms: the hold belongs to that window, whoever pays.
+        if ms == 0 && !parts.is_empty() {
+            continue;
+        }
+        if let Source::Grant(uid) = &source.source {
+            let grant = allowance.grants.iter().find(|grant| grant.uid == *uid)?;
+            let used_ms = source.charged_ms;
+            grants.push(GrantRow { uid: uid.clone(), ms: grant.ms, expires: grant.expires, used_ms });
+        }
+        parts.push(Part { source: source.source, ms });
+    }
+    (missing_ms == 0).then_some(Admission { window, parts, grants })
+}
+
+/// Splits a charge over the parts of its hold, in their order.
+pub fn fill(parts: &[Part], charged_ms: u64) -> impl Iterator<Item = (&Source, u64)> {
+    let mut rest_ms = charged_ms;
+    parts.iter().map(move |part| {
+        let ms = part.ms.min(rest_ms);
+        rest_ms -= ms;
+        (&part.source, ms)
+    })
+}
+
+#[cfg(test)]
+mod tests;

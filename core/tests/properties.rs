@@ -1,0 +1,113 @@
+//! Invariants 1 to 6 and L3 of the ledger over random histories, and for each check a deliberate fault that it sees.
+
+mod world;
+
+use proptest::prelude::*;
+use spaceport_core::lease::Mutant;
+use world::{Faults, World, script};
+
+fn history(script: &[u32], faults: Faults) -> Result<World, String> {
+    let mut world = World::new(faults);
+    world.run(script)?;
+    world.replay()?;
+    world.settle_down()?;
+    Ok(world)
+}
+
+const STORMS: Faults = Faults { mutant: None, storms: true };
+const CALM: Faults = Faults { mutant: None, storms: false };
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Crashes, cuts, conflicts, unknown outcomes, stepped clocks: the accounts add up and every lease is settled once.
+    #[test]
+    fn every_history_adds_up(script in prop::collection::vec(any::<u32>(), 1..400)) {
+        if let Err(error) = history(&script, STORMS) {
+            prop_assert!(false, "{}", error);
+        }
+    }
+
+    /// Without faults the broker's picture of a node is right: no order is refused for want of a slot.
+    #[test]
+    fn calm_histories_order_only_what_fits(script in prop::collection::vec(any::<u32>(), 1..400)) {
+        if let Err(error) = history(&script, CALM) {
+            prop_assert!(false, "{}", error);
+        }
+    }
+}
+
+/// The histories are worth something: leases are granted, settled and charged in them.
+#[test]
+fn histories_reach_far() {
+    let (mut granted, mut charged_ms) = (0, 0);
+    for seed in 0..50 {
+        let world = history(&script(seed, 400), STORMS).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        granted += world.granted;
+        charged_ms += world.store.settled.values().map(|closed| closed.charged_ms).sum::<u64>();
+    }
+    assert!(granted > 500, "{granted} orders");
+    assert!(charged_ms > 100_000, "{charged_ms} ms charged");
+}
+
+/// Some history must fail, with an error that names what was broken.
+fn is_seen(mutant: Mutant, storms: bool, names: &[&str]) {
+    for seed in 0..300 {
+        let faults = Faults { mutant: Some(mutant), storms };
+        if let Err(error) = history(&script(seed, 400), faults) {
+            assert!(names.iter().any(|name| error.contains(name)), "{mutant:?} was seen as: {error}");
+            return;
+        }
+    }
+    panic!("{mutant:?} was not seen in 300 histories");
+}
+
+#[test]
+fn a_decision_without_what_is_in_flight_is_seen() {
+    is_seen(Mutant::DecideOnDurable, true, &["would bring"]);
+}
+
+#[test]
+fn an_order_before_its_hold_is_durable_is_seen() {
+    is_seen(Mutant::OrderEarly, true, &["invariant 2"]);
+}
+
+#[test]
+fn a_hold_that_is_settled_twice_is_seen() {
+    is_seen(Mutant::SettleTwice, true, &["L3", "invariant 3"]);
+}
+
+#[test]
+fn a_settlement_lost_in_a_rebase_is_seen() {
+    is_seen(Mutant::RebaseForgets, true, &["invariant 3"]);
+}
+
+#[test]
+fn a_charge_without_a_gpu_is_seen() {
+    is_seen(Mutant::ChargeUnallowed, true, &["invariant 5", "invariant 4"]);
+}
+
+#[test]
+fn a_charge_without_a_bound_is_seen() {
+    is_seen(Mutant::ChargeUnbounded, true, &["would be charged", "invariant 5"]);
+}
+
+#[test]
+fn a_slot_given_before_it_is_back_is_seen() {
+    is_seen(Mutant::FreeAtEnd, false, &["invariant 6"]);
+}
+
+#[test]
+fn a_read_taken_for_a_proof_of_failure_is_seen() {
+    is_seen(Mutant::ReadProvesFailure, true, &["invariant", "L5"]);
+}
+
+#[test]
+fn a_silent_node_given_up_too_early_is_seen() {
+    is_seen(Mutant::ExpireAtOnce, true, &["L9"]);
+}
+
+#[test]
+fn an_apply_that_is_not_pure_is_seen() {
+    is_seen(Mutant::Stateful, true, &["replay"]);
+}

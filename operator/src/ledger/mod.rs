@@ -1,0 +1,14 @@
+//! The ledger's shell: the API server's side (store, watches, receipts) and the broker around the core's rules.
+
+pub mod actor;
+pub mod convert;
+pub mod display;
+pub mod node_messages;
+pub mod policy;
+pub mod ports;
+pub mod receipt;
+pub mod records;
+pub mod retention;
+pub mod seen;
+pub mod store;
+pub mod watches;

@@ -1,0 +1,213 @@
+//! Nodelink messages as the ledger's commands, and the ledger's effects as nodelink messages. Pure.
+
+use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size};
+use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, Place};
+use spaceport_core::page::Ending;
+use spaceport_core::protocol::{CallerClass, Denial};
+use spaceport_core::slots::Card;
+use spaceport_proto::nodelink as proto;
+use spaceport_proto::nodelink::broker_message::Message as Outgoing;
+use spaceport_proto::nodelink::node_message::Message as Incoming;
+
+/// A message that makes no sense; the session that sent it is ended, and the agent begins anew.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}: {problem}")]
+pub struct Nonsense {
+    message: &'static str,
+    problem: &'static str,
+}
+
+/// The command of a report. None for messages that are no reports: Hello, Request and Dequeue need more than the message.
+///
+/// # Errors
+/// [`Nonsense`].
+pub fn command(node: &NodeName, message: &Incoming) -> Result<Option<Command>, Nonsense> {
+    let node = node.clone();
+    Ok(Some(match message {
+        Incoming::Hello(_) | Incoming::Request(_) | Incoming::Dequeue(_) => return Ok(None),
+        Incoming::Joined(joined) => Command::NodeJoined {
+            node,
+            epoch: Epoch(joined.epoch),
+            cards: joined.cards.iter().map(card).collect(),
+            leases: joined.leases.iter().map(agent_lease).collect::<Result<_, _>>()?,
+        },
+        Incoming::Heartbeat(heartbeat) => Command::Heartbeat {
+            node,
+            cards: heartbeat.inventory_changed.then(|| heartbeat.cards.iter().map(card).collect()),
+        },
+        Incoming::Started(started) => Command::Started {
+            node,
+            lease: LeaseId::new(&started.lease),
+            card: (!started.waiting).then_some(started.card),
+        },
+        Incoming::Refused(refused) => Command::Refused { node, lease: LeaseId::new(&refused.lease) },
+        Incoming::Running(running) => Command::Running { node, lease: LeaseId::new(&running.lease) },
+        Incoming::Ended(ended) => {
+            Command::Ended { node, lease: LeaseId::new(&ended.lease), report: end_report(ended)? }
+        }
+        Incoming::Freed(freed) => Command::Freed {
+            node,
+            lease: LeaseId::new(&freed.lease),
+            how: match freed.kind() {
+                proto::FreedKind::Free => FreedAs::Free,
+                proto::FreedKind::Held => FreedAs::Held,
+                proto::FreedKind::Quarantined => FreedAs::Quarantined,
+                proto::FreedKind::Unspecified => return Err(Nonsense { message: "Freed", problem: "no kind" }),
+            },
+        },
+    }))
+}
+
+fn card(card: &proto::Card) -> Card {
+    Card {
+        index: card.index,
+        large_slots: card.large_slots,
+        grantable: card.grantable,
+        quarantined_slots: card.quarantined_slots,
+    }
+}
+
+fn agent_lease(lease: &proto::NodeLease) -> Result<AgentLease, Nonsense> {
+    let wrong = |problem| Nonsense { message: "Joined", problem };
+    let phase = match lease.phase() {
+        proto::LeasePhase::Assigned => AgentPhase::Assigned,
+        proto::LeasePhase::Running => AgentPhase::Running,
+        proto::LeasePhase::Ended => {
+            let ended = lease.ended.as_ref().ok_or(wrong("an ended lease without its end"))?;
+            AgentPhase::Ended { report: end_report(ended)?, freed: lease.freed }
+        }
+        proto::LeasePhase::Unspecified => return Err(wrong("a lease without phase")),
+    };
+    let size = size(lease.size()).ok_or(wrong("a lease without size"))?;
+    Ok(AgentLease { lease: LeaseId::new(&lease.lease), size, card: lease.card, phase })
+}
+
+fn end_report(ended: &proto::Ended) -> Result<EndReport, Nonsense> {
+    let ending = match ended.kind() {
+        proto::EndKind::Released => Ending::Released,
+        proto::EndKind::Failed => Ending::Failed,
+        proto::EndKind::WorkerDied => Ending::WorkerDied,
+        proto::EndKind::Deadline => Ending::Deadline,
+        proto::EndKind::NeverAllowed => Ending::NeverAllowed,
+        proto::EndKind::Undelivered => Ending::Undelivered,
+        proto::EndKind::Cancelled => Ending::Cancelled,
+        proto::EndKind::PlatformFault => Ending::PlatformFault,
+        proto::EndKind::NoDevice => Ending::NoDevice,
+        proto::EndKind::Unspecified => return Err(Nonsense { message: "Ended", problem: "no kind" }),
+    };
+    Ok(EndReport { ending, used_ms: ended.used_ms })
+}
+
+/// A size on the wire; none if it is not given.
+pub const fn size(size: proto::Size) -> Option<Size> {
+    match size {
+        proto::Size::Large => Some(Size::Large),
+        proto::Size::Xlarge => Some(Size::Xlarge),
+        proto::Size::Unspecified => None,
+    }
+}
+
+const fn caller(class: CallerClass) -> proto::CallerClass {
+    match class {
+        CallerClass::Guest => proto::CallerClass::Guest,
+        CallerClass::Regular => proto::CallerClass::Regular,
+        CallerClass::Pro => proto::CallerClass::Pro,
+    }
+}
+
+/// The order to begin a lease. `boottime_ms` is the node's last stamp (L8).
+pub fn start(order: &Order, boottime_ms: u64) -> Outgoing {
+    let size = match order.size {
+        Size::Large => proto::Size::Large,
+        Size::Xlarge => proto::Size::Xlarge,
+    };
+    Outgoing::Start(proto::Start {
+        epoch: order.epoch.0,
+        boottime_ms,
+        lease: order.lease.to_string(),
+        ticket: order.ticket.number,
+        agent_instance: order.ticket.agent_instance.clone(),
+        size: size.into(),
+        declared_ms: order.declared_ms,
+        grace_ms: order.settings.grace_ms,
+        allow_limit_ms: order.settings.allow_limit_ms,
+        clear_limit_ms: order.settings.clear_limit_ms,
+        order_ttl_ms: order.settings.order_ttl_ms,
+        after: order.after.as_ref().map(ToString::to_string).unwrap_or_default(),
+        // Only the two-lane queue keeps cards for others; oldest first blocks instead.
+        avoid: Vec::new(),
+        caller: caller(order.caller).into(),
+    })
+}
+
+/// The order to end a lease.
+pub fn cancel(epoch: Epoch, lease: &LeaseId, reason: &str, boottime_ms: u64, order_ttl_ms: u64) -> Outgoing {
+    Outgoing::Cancel(proto::Cancel {
+        epoch: epoch.0,
+        boottime_ms,
+        lease: lease.to_string(),
+        reason: reason.to_owned(),
+        order_ttl_ms,
+    })
+}
+
+/// A report that need not be repeated.
+pub fn acknowledged(lease: &LeaseId, ended: bool, freed: bool) -> Outgoing {
+    Outgoing::Acknowledged(proto::Acknowledged { lease: lease.to_string(), ended, freed })
+}
+
+/// A refusal for its agent.
+///
+/// # Errors
+/// The denial cannot be written as JSON; none of its values causes that.
+pub fn denied(number: u64, denial: &Denial, class: CallerClass) -> Result<Outgoing, serde_json::Error> {
+    Ok(Outgoing::Denied(proto::Denied {
+        ticket: number,
+        denial: serde_json::to_string(denial)?,
+        caller: caller(class).into(),
+    }))
+}
+
+/// A place in the queue for its agent.
+pub fn queued(place: &Place) -> Outgoing {
+    Outgoing::Queued(proto::Queued {
+        ticket: place.ticket.number,
+        concurrency: place.concurrency,
+        position: place.position,
+        eta_ms: place.eta_ms,
+        latest_start_ms: place.latest_start_ms,
+        place_epoch: place.place.0.0,
+        place_number: place.place.1,
+        caller: caller(place.caller).into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_without_its_kind_is_nonsense() {
+        let node = NodeName::new("gpu-1");
+        let ended = Incoming::Ended(proto::Ended { lease: "x".to_owned(), ..proto::Ended::default() });
+        assert_eq!(command(&node, &ended).unwrap_err().to_string(), "Ended: no kind");
+        let freed = Incoming::Freed(proto::Freed { lease: "x".to_owned(), ..proto::Freed::default() });
+        assert_eq!(command(&node, &freed).unwrap_err().to_string(), "Freed: no kind");
+        let lease = proto::NodeLease { phase: proto::LeasePhase::Ended.into(), ..proto::NodeLease::default() };
+        let joined = Incoming::Joined(proto::Joined { leases: vec![lease], ..proto::Joined::default() });
+        assert!(command(&node, &joined).is_err());
+    }
+
+    #[test]
+    fn a_slot_that_still_clears_has_no_card_yet() {
+        let node = NodeName::new("gpu-1");
+        let started = |waiting| {
+            Incoming::Started(proto::Started { lease: "x".to_owned(), card: 3, waiting, ..proto::Started::default() })
+        };
+        let card = |waiting| match command(&node, &started(waiting)) {
+            Ok(Some(Command::Started { card, .. })) => card,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!((card(true), card(false)), (None, Some(3)));
+    }
+}

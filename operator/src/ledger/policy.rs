@@ -1,0 +1,132 @@
+//! Which tier an account is in, and what tier and grants allow it. Pure.
+
+use std::collections::BTreeMap;
+
+use spaceport_core::ids::NodeName;
+use spaceport_core::lease::{NodeSettings, Policy, Priority};
+use spaceport_core::protocol::CallerClass;
+use spaceport_core::queue::QueueBounds;
+use spaceport_core::quota::{Allowance, Grant};
+use spaceport_crds::names::{GUEST_PAGE_PREFIX, SPACE_PAGE_PREFIX};
+use spaceport_crds::{Callers, Identity, IdentityRule, Priority as TierPriority};
+
+use super::seen::{AccountSeen, GrantSeen, PoolSeen, TierSeen};
+
+/// The label by which a pool can select single nodes.
+const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
+
+/// The tier that applies: `spec.tier`, else by kind of account, else the most specific rule of the oldest tier (L4).
+pub fn tier_of<'a>(account: &AccountSeen, tiers: &'a BTreeMap<String, TierSeen>) -> Option<&'a TierSeen> {
+    if let Some(name) = &account.tier {
+        return tiers.get(name);
+    }
+    let name = account.name.as_str();
+    let callers = if name.starts_with(GUEST_PAGE_PREFIX) {
+        Callers::Guests
+    } else if name.starts_with(SPACE_PAGE_PREFIX) {
+        Callers::Spaces
+    } else {
+        Callers::SignedIn
+    };
+    let of_kind = tiers.values().filter(|tier| tier.callers == callers);
+    if callers != Callers::SignedIn {
+        return of_kind.min_by_key(|tier| tier.created);
+    }
+    of_kind
+        .filter_map(|tier| Some((specificity(tier, &account.identities)?, tier)))
+        .max_by(|(a, first), (b, second)| a.cmp(b).then_with(|| second.created.cmp(&first.created)))
+        .map(|(_, tier)| tier)
+}
+
+/// Fields of the tier's most specific rule that fits one of the identities; none if no rule fits.
+fn specificity(tier: &TierSeen, identities: &[Identity]) -> Option<usize> {
+    let fits = |rule: &IdentityRule, identity: &Identity| {
+        let IdentityRule { issuer, subject, subject_suffix, group } = rule;
+        // Groups are known to the gateway only: a rule that asks for one fits nobody here.
+        group.is_none()
+            && issuer.as_ref().is_none_or(|issuer| *issuer == identity.issuer)
+            && subject.as_ref().is_none_or(|subject| *subject == identity.subject)
+            && subject_suffix.as_ref().is_none_or(|suffix| identity.subject.ends_with(suffix.as_str()))
+    };
+    let fields = |rule: &IdentityRule| {
+        [&rule.issuer, &rule.subject, &rule.subject_suffix].into_iter().filter(|field| field.is_some()).count()
+    };
+    let rules = tier.identities.iter().filter(|rule| identities.iter().any(|identity| fits(rule, identity)));
+    rules.map(fields).max()
+}
+
+/// What the account may do. Without a tier nothing: every call is refused with a limit of zero.
+pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&GrantSeen]) -> Policy {
+    let Some(tier) = tier else {
+        return Policy {
+            tier: String::new(),
+            allowance: Allowance {
+                base_ms: 0,
+                longest_call_ms: 0,
+                runs_per_window: None,
+                generation: 0,
+                grants: Vec::new(),
+            },
+            concurrent: 0,
+            priority: Priority::Low,
+            caller: CallerClass::Guest,
+            deleting: account.deleting,
+        };
+    };
+    let grants = if tier.extendable { grants } else { &[] };
+    Policy {
+        tier: tier.name.clone(),
+        allowance: Allowance {
+            base_ms: tier.base_ms,
+            longest_call_ms: tier.longest_call_ms,
+            runs_per_window: tier.runs_per_window,
+            generation: tier.generation,
+            grants: grants
+                .iter()
+                .map(|grant| Grant { uid: grant.uid.clone(), ms: grant.ms, expires: grant.expires })
+                .collect(),
+        },
+        concurrent: tier.concurrent_leases,
+        priority: match tier.priority {
+            TierPriority::Low => Priority::Low,
+            TierPriority::Medium => Priority::Medium,
+            TierPriority::Highest => Priority::Highest,
+        },
+        caller: tier.class,
+        deleting: account.deleting,
+    }
+}
+
+/// The settings of a node: those of the oldest pool that selects it; the defaults if none does. A pool selects all nodes,
+/// or one by its host name; by other labels only the agents select, and the broker uses the defaults there.
+pub fn settings_of(node: &NodeName, pools: &BTreeMap<String, PoolSeen>) -> NodeSettings {
+    let selects = |pool: &&PoolSeen| {
+        pool.node_selector.iter().all(|(label, value)| label == HOSTNAME_LABEL && value == node.as_str())
+    };
+    let Some(pool) = pools.values().filter(selects).min_by_key(|pool| pool.created) else {
+        return NodeSettings::default();
+    };
+    let bound = |requests: u64| usize::try_from(requests).unwrap_or(usize::MAX);
+    NodeSettings {
+        allow_limit_ms: pool.allow_limit_ms,
+        grace_ms: pool.grace_ms,
+        clear_limit_ms: pool.clear_limit_ms,
+        order_ttl_ms: pool.order_ttl_ms,
+        duration_factor_percent: pool.duration_factor_percent,
+        large_weight: pool.large_weight,
+        xlarge_weight: pool.xlarge_weight,
+        queue: QueueBounds {
+            node: bound(pool.queue_per_pool),
+            space: bound(pool.queue_per_space),
+            account: bound(pool.queue_per_account),
+        },
+    }
+}
+
+/// True if receipts of leases on this node are written while they run.
+pub fn receipts_live(node: &NodeName, pools: &BTreeMap<String, PoolSeen>) -> bool {
+    let selects = |pool: &&PoolSeen| {
+        pool.node_selector.iter().all(|(label, value)| label == HOSTNAME_LABEL && value == node.as_str())
+    };
+    pools.values().filter(selects).min_by_key(|pool| pool.created).is_none_or(|pool| pool.receipts_live)
+}

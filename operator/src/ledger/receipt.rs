@@ -1,0 +1,282 @@
+//! Writes receipts, off the critical path (ledger.md, Writes per lease).
+//!
+//! A receipt is created when its lease has waited or run for 2 s, updated when the lease gets on, and written with its
+//! end; a lease that is over before that is created once, at its end. Several states of one lease that wait to be written
+//! are one write: the latest. A receipt that cannot be written is tried again for ever, with bounded back-off: its row
+//! stays in the account's outbox until it is (L10).
+
+mod record;
+mod schedule;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use spaceport_core::ids::{AccountName, LeaseId};
+use spaceport_crds::GPULease;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub use record::{Crossing, LeaseEnd, LeaseRecord, Progress};
+
+use self::record::merged;
+use self::schedule::{Pending, Written};
+use crate::clock;
+use crate::kubeapi::{ApiError, KubeApi, Objects, pause};
+use crate::metrics::Metrics;
+
+/// Receipts that are followed at the same time: open leases, and ended ones not yet written. 64 holds of 256 busy
+/// accounts; a record is about 2 KiB, so this is at most 32 MiB.
+const FOLLOWED_MAX: usize = 16 * 1024;
+/// Writes at the same time: enough for hundreds a second, few beside the page writes that callers wait for.
+const WRITES_AT_ONCE: usize = 8;
+/// How often it is looked for receipts that are due. Nobody waits for a receipt; this bounds the work of looking.
+const LOOK_PERIOD: Duration = Duration::from_millis(50);
+/// Time limit of a write.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// Rounds of one write against others who change the same object: the retention, an admin.
+const ROUNDS_MAX: usize = 3;
+
+/// What the writer tells the broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReceiptEvent {
+    /// The final receipt is durable (or nobody can ever read it: its namespace is gone); the settled row can leave the
+    /// outbox.
+    Written {
+        /// On whose page the row is.
+        account: AccountName,
+        /// Which row.
+        lease: LeaseId,
+    },
+}
+
+/// The broker's side: takes records, never waits. A cheap handle.
+#[derive(Clone)]
+pub struct Receipts {
+    /// A std mutex: it is never held across an await.
+    pending: Arc<Mutex<HashMap<LeaseId, Pending>>>,
+}
+
+/// There are too many receipts to follow another. A record without end can be dropped; one with its end stays in the
+/// outbox and has to be offered again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{FOLLOWED_MAX} receipts are being followed already")]
+pub struct ReceiptsFull;
+
+/// A write of a receipt panicked: a bug of ours, and its lease would wait for ever.
+#[derive(Debug, thiserror::Error)]
+#[error("a write of a receipt died")]
+pub struct ReceiptWriteDied(#[source] tokio::task::JoinError);
+
+/// How a write of a receipt ended.
+enum Outcome {
+    Written {
+        resource_version: String,
+    },
+    /// There is no namespace to write it to, and so nobody to read it.
+    NoPlace,
+    Failed(ApiError),
+}
+
+// === impl Receipts ===
+
+impl Default for Receipts {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Receipts {
+    /// Nothing to write yet.
+    pub fn new() -> Self {
+        Self { pending: Arc::new(Mutex::new(HashMap::new())) }
+    }
+
+    /// Takes the state of a lease as it is now; it replaces what was taken before. `live`: the receipt is to be written
+    /// while the lease is open, not only at its end (the pool's `receipts.timing`).
+    ///
+    /// # Errors
+    /// [`ReceiptsFull`], if the lease is not followed yet.
+    pub fn record(&self, record: LeaseRecord, live: bool) -> Result<(), ReceiptsFull> {
+        let now = clock::monotonic();
+        let mut pending = self.lock();
+        if let Some(known) = pending.get_mut(&record.lease) {
+            known.update(record, live, now);
+            return Ok(());
+        }
+        if pending.len() >= FOLLOWED_MAX {
+            return Err(ReceiptsFull);
+        }
+        pending.insert(record.lease.clone(), Pending::new(record, live, now));
+        Ok(())
+    }
+
+    /// Stops following a lease that never was: its hold failed to be written. A receipt that exists says `Queued` until
+    /// the request gets another lease or an end, so only leases without receipt may be dropped; others are kept.
+    pub fn drop_unwritten(&self, lease: &LeaseId) {
+        let mut pending = self.lock();
+        if pending.get(lease).is_some_and(|pending| pending.is_unwritten()) {
+            pending.remove(lease);
+        }
+    }
+
+    /// Receipts whose end is not written yet.
+    pub fn unwritten_ends(&self) -> usize {
+        self.lock().values().filter(|pending| pending.end_is_unwritten()).count()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseId, Pending>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Up to `count` receipts that are due, marked as being written.
+    fn take_due(&self, now: Instant, count: usize) -> Vec<(LeaseRecord, Option<Written>)> {
+        let mut pending = self.lock();
+        pending.retain(|_, pending| !pending.is_over(now));
+        let due = pending.values_mut().filter(|pending| pending.is_due(now)).take(count);
+        due.map(Pending::begin).collect()
+    }
+
+    /// Takes in how a write ended. True if the end of the lease is durable now and was not before.
+    fn finish(&self, written: &LeaseRecord, outcome: &Outcome, now: Instant) -> bool {
+        let mut pending = self.lock();
+        let Some(known) = pending.get_mut(&written.lease) else { return false };
+        match outcome {
+            Outcome::Written { resource_version } => known.succeeded(written, resource_version.clone(), now),
+            Outcome::NoPlace => {
+                pending.remove(&written.lease);
+                written.end.is_some()
+            }
+            Outcome::Failed(_) => {
+                known.failed(now);
+                false
+            }
+        }
+    }
+}
+
+/// Writes what is due until `stop`. What is not written then is found again in the outbox at the next start (L10).
+///
+/// # Errors
+/// [`ReceiptWriteDied`]: the process must end.
+pub async fn run<I>(
+    receipts: Receipts,
+    api: KubeApi,
+    metrics: Metrics,
+    events: mpsc::Sender<I>,
+    stop: CancellationToken,
+) -> Result<(), ReceiptWriteDied>
+where
+    I: From<ReceiptEvent> + Send + 'static,
+{
+    let mut writes: JoinSet<(LeaseRecord, Outcome)> = JoinSet::new();
+    loop {
+        let room = WRITES_AT_ONCE.saturating_sub(writes.len());
+        for (record, written) in receipts.take_due(clock::monotonic(), room) {
+            let api = api.clone();
+            writes.spawn(async move {
+                let objects = api.namespace::<GPULease>(&record.space.namespace);
+                let outcome = write(&objects, &record, written).await;
+                (record, outcome)
+            });
+        }
+        metrics.set_receipts_pending(receipts.unwritten_ends());
+        tokio::select! {
+            Some(ended) = writes.join_next() => {
+                let (record, outcome) = ended.map_err(ReceiptWriteDied)?;
+                if !take_outcome(&receipts, &metrics, &events, record, &outcome).await {
+                    return Ok(());
+                }
+            }
+            waited = pause(LOOK_PERIOD, &stop) => if !waited { return Ok(()) },
+        }
+    }
+}
+
+/// False if the broker is gone.
+async fn take_outcome<I: From<ReceiptEvent>>(
+    receipts: &Receipts,
+    metrics: &Metrics,
+    events: &mpsc::Sender<I>,
+    record: LeaseRecord,
+    outcome: &Outcome,
+) -> bool {
+    metrics.receipt_write(matches!(outcome, Outcome::Written { .. }));
+    match outcome {
+        Outcome::Written { .. } => {}
+        Outcome::NoPlace => tracing::warn!(
+            lease = %record.lease, namespace = record.space.namespace,
+            "A receipt is given up: its namespace is gone"
+        ),
+        Outcome::Failed(error) => tracing::warn!(
+            lease = %record.lease, namespace = record.space.namespace, error = %crate::error_chain(error),
+            "A receipt cannot be written; it is tried again"
+        ),
+    }
+    if !receipts.finish(&record, outcome, clock::monotonic()) {
+        return true;
+    }
+    let event = ReceiptEvent::Written { account: record.account, lease: record.lease };
+    events.send(event.into()).await.is_ok()
+}
+
+/// Creates or replaces one receipt. Idempotent: written again it changes nothing.
+async fn write(objects: &Objects<GPULease>, record: &LeaseRecord, written: Option<Written>) -> Outcome {
+    let mut known_version = written.map(|written| written.resource_version);
+    for _ in 0..ROUNDS_MAX {
+        let mut receipt = record.receipt();
+        let result = match known_version.take() {
+            Some(version) => {
+                receipt.metadata.resource_version = Some(version);
+                objects.replace(&receipt, WRITE_LIMIT).await
+            }
+            None => objects.create(&receipt).await,
+        };
+        match result {
+            Ok(receipt) => return written_as(receipt),
+            Err(ApiError::Exists { .. } | ApiError::Conflict { .. }) => {}
+            // Created below if it was deleted, else its namespace is gone.
+            Err(ApiError::NotFound { .. }) => match objects.create(&record.receipt()).await {
+                Ok(receipt) => return written_as(receipt),
+                Err(ApiError::NotFound { .. }) => return Outcome::NoPlace,
+                Err(ApiError::Exists { .. }) => {}
+                Err(error) => return refused(error),
+            },
+            Err(error) => return refused(error),
+        }
+        match replace_found(objects, record).await {
+            Ok(Some(outcome)) => return outcome,
+            Ok(None) => {}
+            Err(error) => return refused(error),
+        }
+    }
+    let call = crate::kubeapi::Call { verb: "write", kind: "GPULease".to_owned(), name: record.object_name() };
+    Outcome::Failed(ApiError::Conflict { call })
+}
+
+/// Writes over a receipt that is there. None if it has changed or gone meanwhile.
+async fn replace_found(objects: &Objects<GPULease>, record: &LeaseRecord) -> Result<Option<Outcome>, ApiError> {
+    let Some(mut found) = objects.get(&record.object_name()).await? else { return Ok(None) };
+    let Some(spec) = merged(&found.spec, record.receipt().spec) else { return Ok(Some(written_as(found))) };
+    found.spec = spec;
+    match objects.replace(&found, WRITE_LIMIT).await {
+        Ok(receipt) => Ok(Some(written_as(receipt))),
+        Err(ApiError::Conflict { .. } | ApiError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn written_as(receipt: GPULease) -> Outcome {
+    Outcome::Written { resource_version: receipt.metadata.resource_version.unwrap_or_default() }
+}
+
+fn refused(error: ApiError) -> Outcome {
+    match &error {
+        // Nothing can be created in a namespace that is being deleted; the API server says so in words only.
+        ApiError::Refused { code: 403, message, .. } if message.contains("because it is being terminated") => {
+            Outcome::NoPlace
+        }
+        _ => Outcome::Failed(error),
+    }
+}

@@ -1,0 +1,144 @@
+//! The records of leases that are open or just over, kept for their receipts (invariant 12). Pure, and bounded by the
+//! ledger's own bounds: a record is dropped once its lease is settled and its slot is back.
+
+use std::collections::BTreeMap;
+
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime};
+use spaceport_core::page::{Closed, Page};
+use spaceport_core::queue::Waiting;
+use spaceport_proto::nodelink::Boundary;
+
+use super::display::seconds;
+use super::receipt::{Crossing, LeaseEnd, LeaseRecord, Progress};
+
+/// Records by lease.
+#[derive(Debug, Default)]
+pub struct Records {
+    by_lease: BTreeMap<LeaseId, LeaseRecord>,
+}
+
+/// The most boundaries of one lease that are kept: a receipt shows 32, and repeated reports add none.
+const CROSSINGS_MAX: usize = 64;
+
+impl Records {
+    /// A slot is meant for a request. Nothing is durable yet.
+    pub fn reserved(&mut self, lease: &LeaseId, waiting: &Waiting, epoch: Epoch, generation: i64) {
+        let mut record = LeaseRecord {
+            lease: lease.clone(),
+            account: waiting.account.clone(),
+            space: waiting.space.clone(),
+            size: waiting.demand.size,
+            weight: waiting.demand.weight,
+            declared_ms: waiting.demand.declared_ms,
+            progress: Progress::Queued,
+            node: Some(waiting.node.clone()),
+            card: None,
+            isolation: None,
+            via: waiting.via.clone(),
+            epoch,
+            generation,
+            parts: Vec::new(),
+            timeline: Vec::new(),
+            end: None,
+        };
+        cross(&mut record, "Requested", waiting.since, String::new());
+        if waiting.announced {
+            cross(&mut record, "Queued", waiting.since, String::new());
+        }
+        self.by_lease.insert(lease.clone(), record);
+    }
+
+    /// The hold was not written.
+    pub fn unreserved(&mut self, lease: &LeaseId) {
+        self.by_lease.remove(lease);
+    }
+
+    /// The hold is durable, as it stands on this page. Gives the record to write.
+    pub fn held(&mut self, account: &AccountName, lease: &LeaseId, page: &Page, at: LedgerTime) -> Option<LeaseRecord> {
+        let hold = page.holds.iter().find(|hold| hold.lease == *lease)?;
+        let record = self.by_lease.entry(lease.clone()).or_insert_with(|| LeaseRecord::of_hold(account, hold));
+        record.progress = record.progress.max(Progress::Reserved);
+        record.parts.clone_from(&hold.parts);
+        record.generation = hold.generation;
+        let detail = hold.after.as_ref().map(|after| format!("begins when {after} is freed")).unwrap_or_default();
+        cross(record, "Reserved", at, detail);
+        Some(record.clone())
+    }
+
+    /// What the node says of a lease. Gives the record to write if anything is new.
+    pub fn report(
+        &mut self,
+        lease: &LeaseId,
+        boundaries: &[Boundary],
+        now: LedgerTime,
+        report: Report,
+    ) -> Option<LeaseRecord> {
+        let record = self.by_lease.get_mut(lease)?;
+        let before = (record.timeline.len(), record.progress, record.card);
+        for boundary in boundaries {
+            let ago = i64::try_from(boundary.ago_ms).unwrap_or(i64::MAX);
+            let at = LedgerTime(now.0.saturating_sub(ago));
+            cross(record, &boundary.name, at, boundary.detail.clone());
+        }
+        match report {
+            Report::Started { card, isolation } => {
+                record.card = card.or(record.card);
+                if !isolation.is_empty() {
+                    record.isolation = Some(isolation);
+                }
+            }
+            Report::Running => record.progress = Progress::Running,
+            Report::Over => {}
+        }
+        let after = (record.timeline.len(), record.progress, record.card);
+        let record = record.clone();
+        if record.is_complete() {
+            self.by_lease.remove(lease);
+        }
+        (before != after).then_some(record)
+    }
+
+    /// The settlement is durable. Gives the final record to write.
+    pub fn settled(&mut self, account: &AccountName, closed: &Closed, message: String) -> LeaseRecord {
+        let Some(record) = self.by_lease.get_mut(&closed.hold.lease) else {
+            return LeaseRecord::rebuilt(account, closed);
+        };
+        let detail = format!("used {}, charged {}", seconds(closed.used_ms), seconds(closed.charged_ms));
+        cross(record, "Settled", closed.at, detail);
+        record.end =
+            Some(LeaseEnd { ending: closed.ending, used_ms: closed.used_ms, charged_ms: closed.charged_ms, message });
+        let record = record.clone();
+        if record.is_complete() {
+            self.by_lease.remove(&closed.hold.lease);
+        }
+        record
+    }
+
+    /// The account of a lease that is known.
+    pub fn account(&self, lease: &LeaseId) -> Option<&AccountName> {
+        self.by_lease.get(lease).map(|record| &record.account)
+    }
+}
+
+/// What a node's report says besides its boundaries.
+pub enum Report {
+    /// It has a slot.
+    Started {
+        /// Which card, once it is known.
+        card: Option<u32>,
+        /// What separates it from its neighbour.
+        isolation: String,
+    },
+    /// The clock runs.
+    Running,
+    /// It is over, or its slot is back.
+    Over,
+}
+
+/// Notes a boundary once: reports are repeated (L10), and the first time counts.
+fn cross(record: &mut LeaseRecord, boundary: &str, at: LedgerTime, detail: String) {
+    let known = record.timeline.iter().any(|crossing| crossing.boundary == boundary);
+    if !known && record.timeline.len() < CROSSINGS_MAX {
+        record.timeline.push(Crossing { boundary: boundary.to_owned(), at, detail });
+    }
+}

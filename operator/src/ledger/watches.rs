@@ -1,0 +1,412 @@
+//! The broker's watches: accounts, tiers, pools and grants as parsed values on its bounded input, and how far our clock
+//! is from the API server's.
+//!
+//! A list (at the start, and again after a watch was too far behind) is delivered as a whole when it is complete: first
+//! what is gone, then everything that is there, the term page last. So when the broker sees its own term, every page
+//! written before it is already in its hands (L6).
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::DeserializeGuard;
+use kube::runtime::watcher::{self, Event};
+use kube::{Resource, ResourceExt as _};
+use serde::de::DeserializeOwned;
+use spaceport_core::ids::AccountName;
+use spaceport_crds::names::TERM_PAGE;
+use spaceport_crds::{GPUAccount, GPUPool, GPUQuotaGrant, GPUTier};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::retention::Retention;
+use super::seen::{AccountSeen, GrantSeen, PoolSeen, TermSeen, TierSeen};
+use super::store::PageStore;
+use crate::clock::ClockDifference;
+use crate::kubeapi::{KubeApi, Objects, pause};
+use crate::metrics::Metrics;
+
+/// Time between two looks at the API server's clock; clocks that drift apart by seconds a minute are broken anyway.
+const CLOCK_PERIOD: Duration = Duration::from_secs(30);
+/// The same after a look that failed.
+const CLOCK_RETRY: Duration = Duration::from_secs(2);
+
+/// A watched kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Watched {
+    /// GPUAccount.
+    Accounts,
+    /// GPUTier.
+    Tiers,
+    /// GPUPool.
+    Pools,
+    /// GPUQuotaGrant.
+    Grants,
+}
+
+impl Watched {
+    /// All of them: the broker decides nothing before each was listed once.
+    pub const ALL: [Self; 4] = [Self::Accounts, Self::Tiers, Self::Pools, Self::Grants];
+}
+
+/// What the watches tell the broker. Objects that cannot be used count as gone, but for accounts, which are there and
+/// closed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StoreEvent {
+    /// An account as it is.
+    Account(Box<AccountSeen>),
+    /// An account does not exist any more.
+    AccountGone {
+        /// Its name.
+        name: AccountName,
+        /// Which object of that name.
+        uid: String,
+    },
+    /// The term page; never delivered as an account.
+    Term(TermSeen),
+    /// A tier as it is.
+    Tier(Box<TierSeen>),
+    /// A tier does not exist any more.
+    TierGone {
+        /// Its name.
+        name: String,
+    },
+    /// A pool as it is.
+    Pool(Box<PoolSeen>),
+    /// A pool does not exist any more.
+    PoolGone {
+        /// Its name.
+        name: String,
+    },
+    /// A grant as it is.
+    Grant(GrantSeen),
+    /// A grant does not exist any more.
+    GrantGone {
+        /// Its uid.
+        uid: String,
+    },
+    /// Everything of this kind that was there at the beginning, or after a gap, has been delivered.
+    Listed(Watched),
+    /// How far our clock is from the API server's (L20).
+    Clock(ClockDifference),
+}
+
+/// How a watched kind becomes events.
+trait Translate {
+    type Object: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static;
+    const WATCHED: Watched;
+
+    /// The object as an event.
+    fn present(&self, object: DeserializeGuard<Self::Object>) -> StoreEvent;
+
+    /// The end of an object as an event.
+    fn gone(&self, name: &str, uid: &str) -> StoreEvent;
+
+    /// True for what is delivered after everything else of a list.
+    fn comes_last(&self, _name: &str) -> bool {
+        false
+    }
+}
+
+/// The broker's input as the watches see it.
+struct Sink<I> {
+    events: mpsc::Sender<I>,
+}
+
+/// The broker is gone; the process is about to end.
+struct BrokerGone;
+
+impl<I: From<StoreEvent>> Sink<I> {
+    async fn deliver(&self, event: StoreEvent) -> Result<(), BrokerGone> {
+        self.events.send(event.into()).await.map_err(|_| BrokerGone)
+    }
+}
+
+/// What [`run`] needs.
+pub struct WatchParts<I> {
+    /// The cluster.
+    pub api: KubeApi,
+    /// Remembers what pages do not carry.
+    pub store: PageStore,
+    /// Counts what cannot be used.
+    pub metrics: Metrics,
+    /// How long receipts are kept, from the pools: the longest, or none while there is no pool.
+    pub retention: watch::Sender<Option<Retention>>,
+    /// The broker's bounded input. When it is full, the watches wait.
+    pub events: mpsc::Sender<I>,
+}
+
+/// Watches all kinds until `stop` or until the broker is gone.
+pub async fn run<I>(parts: WatchParts<I>, stop: CancellationToken)
+where
+    I: From<StoreEvent> + Send + 'static,
+{
+    let WatchParts { api, store, metrics, retention, events } = parts;
+    let sink = Sink { events };
+    let malformed = Malformed { metrics: metrics.clone() };
+    let accounts = Accounts { store, malformed: malformed.clone() };
+    let pools = Pools { malformed: malformed.clone(), by_pool: Mutex::new(BTreeMap::new()), retention };
+    // All in one task: they end together, and each waits for the broker's input only.
+    tokio::select! {
+        () = follow(&api, accounts, &sink, &stop) => {}
+        () = follow(&api, Tiers { malformed: malformed.clone() }, &sink, &stop) => {}
+        () = follow(&api, pools, &sink, &stop) => {}
+        () = follow(&api, Grants { malformed }, &sink, &stop) => {}
+        () = measure_clock(&api, &metrics, &sink, &stop) => {}
+    }
+}
+
+/// Follows one kind. Returns when it is time to stop.
+async fn follow<T, I>(api: &KubeApi, translate: T, sink: &Sink<I>, stop: &CancellationToken)
+where
+    T: Translate,
+    I: From<StoreEvent>,
+{
+    let objects: Objects<DeserializeGuard<T::Object>> = api.cluster();
+    let mut events = std::pin::pin!(objects.watch(watcher::Config::default()));
+    // Name and uid of everything that was delivered and is not gone: a list shows only what is there.
+    let mut known: BTreeMap<String, String> = BTreeMap::new();
+    let mut list: Vec<DeserializeGuard<T::Object>> = Vec::new();
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event,
+            () = stop.cancelled() => return,
+        };
+        let delivered = match event {
+            Some(Ok(Event::Init)) => {
+                list.clear();
+                Ok(())
+            }
+            Some(Ok(Event::InitApply(object))) => {
+                list.push(object);
+                Ok(())
+            }
+            Some(Ok(Event::InitDone)) => deliver_list(&translate, std::mem::take(&mut list), &mut known, sink).await,
+            Some(Ok(Event::Apply(object))) => deliver(&translate, object, &mut known, sink).await,
+            Some(Ok(Event::Delete(object))) => {
+                known.remove(&object.name_any());
+                sink.deliver(translate.gone(&object.name_any(), &object.uid().unwrap_or_default())).await
+            }
+            Some(Err(error)) => {
+                tracing::warn!(kind = ?T::WATCHED, error = %crate::error_chain(&error), "A watch was interrupted");
+                Ok(())
+            }
+            None => return,
+        };
+        if delivered.is_err() {
+            return;
+        }
+    }
+}
+
+async fn deliver<T, I>(
+    translate: &T,
+    object: DeserializeGuard<T::Object>,
+    known: &mut BTreeMap<String, String>,
+    sink: &Sink<I>,
+) -> Result<(), BrokerGone>
+where
+    T: Translate,
+    I: From<StoreEvent>,
+{
+    known.insert(object.name_any(), object.uid().unwrap_or_default());
+    sink.deliver(translate.present(object)).await
+}
+
+async fn deliver_list<T, I>(
+    translate: &T,
+    list: Vec<DeserializeGuard<T::Object>>,
+    known: &mut BTreeMap<String, String>,
+    sink: &Sink<I>,
+) -> Result<(), BrokerGone>
+where
+    T: Translate,
+    I: From<StoreEvent>,
+{
+    let listed: BTreeMap<String, String> =
+        list.iter().map(|object| (object.name_any(), object.uid().unwrap_or_default())).collect();
+    for (name, uid) in std::mem::take(known) {
+        // An object of the same name with another uid is another object: the old one is gone.
+        if listed.get(&name) != Some(&uid) {
+            sink.deliver(translate.gone(&name, &uid)).await?;
+        }
+    }
+    let (last, first): (Vec<_>, Vec<_>) = list.into_iter().partition(|object| translate.comes_last(&object.name_any()));
+    for object in first.into_iter().chain(last) {
+        deliver(translate, object, known, sink).await?;
+    }
+    sink.deliver(StoreEvent::Listed(T::WATCHED)).await
+}
+
+async fn measure_clock<I: From<StoreEvent>>(
+    api: &KubeApi,
+    metrics: &Metrics,
+    sink: &Sink<I>,
+    stop: &CancellationToken,
+) {
+    let mut wait = Duration::ZERO;
+    while pause(wait, stop).await {
+        wait = match api.clock_difference().await {
+            Ok(difference) => {
+                metrics.set_clock_ahead(difference.ahead_ms);
+                if sink.deliver(StoreEvent::Clock(difference)).await.is_err() {
+                    return;
+                }
+                CLOCK_PERIOD
+            }
+            Err(error) => {
+                tracing::warn!(error = %crate::error_chain(&error), "Cannot compare clocks with the API server");
+                CLOCK_RETRY
+            }
+        };
+    }
+}
+
+/// Says what cannot be used: in the log and in a metric.
+#[derive(Clone)]
+struct Malformed {
+    metrics: Metrics,
+}
+
+impl Malformed {
+    fn report(&self, kind: &'static str, metadata: &ObjectMeta, error: &str) {
+        let name = metadata.name.as_deref().unwrap_or_default();
+        tracing::error!(kind, name, error, "An object cannot be used");
+        self.metrics.malformed(kind);
+    }
+
+    /// The parsed object, or nothing after saying why.
+    fn parse<K, S>(&self, kind: &'static str, object: DeserializeGuard<K>) -> Result<S, Box<ObjectMeta>>
+    where
+        K: Resource,
+        S: for<'a> TryFrom<&'a K, Error = super::seen::OutOfRange>,
+    {
+        match object.0 {
+            Ok(object) => S::try_from(&object).map_err(|error| {
+                self.report(kind, object.meta(), &error.to_string());
+                Box::new(object.meta().clone())
+            }),
+            Err(invalid) => {
+                self.report(kind, &invalid.metadata, &invalid.error);
+                Err(Box::new(invalid.metadata))
+            }
+        }
+    }
+}
+
+struct Accounts {
+    store: PageStore,
+    malformed: Malformed,
+}
+
+impl Translate for Accounts {
+    type Object = GPUAccount;
+    const WATCHED: Watched = Watched::Accounts;
+
+    fn present(&self, account: DeserializeGuard<GPUAccount>) -> StoreEvent {
+        let metadata = account.meta().clone();
+        let seen = self.store.see(account);
+        if let Err(error) = &seen.page {
+            self.malformed.report("GPUAccount", &metadata, &crate::error_chain(error));
+        }
+        match seen {
+            AccountSeen { name, page: Ok(page), .. } if name.as_str() == TERM_PAGE => {
+                StoreEvent::Term(TermSeen { epoch: page.epoch, write_id: page.write_id })
+            }
+            // A term page that cannot be read is delivered as an account that is closed: no term starts by it.
+            seen => StoreEvent::Account(Box::new(seen)),
+        }
+    }
+
+    fn gone(&self, name: &str, uid: &str) -> StoreEvent {
+        let name = AccountName::new(name);
+        self.store.forget(&name);
+        StoreEvent::AccountGone { name, uid: uid.to_owned() }
+    }
+
+    fn comes_last(&self, name: &str) -> bool {
+        name == TERM_PAGE
+    }
+}
+
+struct Tiers {
+    malformed: Malformed,
+}
+
+impl Translate for Tiers {
+    type Object = GPUTier;
+    const WATCHED: Watched = Watched::Tiers;
+
+    fn present(&self, tier: DeserializeGuard<GPUTier>) -> StoreEvent {
+        match self.malformed.parse::<_, TierSeen>("GPUTier", tier) {
+            Ok(tier) => StoreEvent::Tier(Box::new(tier)),
+            Err(metadata) => StoreEvent::TierGone { name: metadata.name.unwrap_or_default() },
+        }
+    }
+
+    fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        StoreEvent::TierGone { name: name.to_owned() }
+    }
+}
+
+struct Pools {
+    malformed: Malformed,
+    /// A std mutex: it is never held across an await.
+    by_pool: Mutex<BTreeMap<String, Retention>>,
+    retention: watch::Sender<Option<Retention>>,
+}
+
+impl Pools {
+    /// Takes what a pool says about receipts, or that it says nothing any more.
+    fn keep_receipts(&self, pool: &str, retention: Option<Retention>) {
+        let mut pools = self.by_pool.lock().unwrap_or_else(PoisonError::into_inner);
+        match retention {
+            Some(retention) => pools.insert(pool.to_owned(), retention),
+            None => pools.remove(pool),
+        };
+        self.retention.send_replace(pools.values().copied().reduce(Retention::or_longer));
+    }
+}
+
+impl Translate for Pools {
+    type Object = GPUPool;
+    const WATCHED: Watched = Watched::Pools;
+
+    fn present(&self, pool: DeserializeGuard<GPUPool>) -> StoreEvent {
+        match self.malformed.parse::<_, PoolSeen>("GPUPool", pool) {
+            Ok(pool) => {
+                let (kept, age_max_seconds) = (pool.receipts_kept, pool.receipt_age_max_seconds);
+                self.keep_receipts(&pool.name, Some(Retention { kept, age_max_seconds }));
+                StoreEvent::Pool(Box::new(pool))
+            }
+            Err(metadata) => self.gone(&metadata.name.unwrap_or_default(), ""),
+        }
+    }
+
+    fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        self.keep_receipts(name, None);
+        StoreEvent::PoolGone { name: name.to_owned() }
+    }
+}
+
+struct Grants {
+    malformed: Malformed,
+}
+
+impl Translate for Grants {
+    type Object = GPUQuotaGrant;
+    const WATCHED: Watched = Watched::Grants;
+
+    fn present(&self, grant: DeserializeGuard<GPUQuotaGrant>) -> StoreEvent {
+        match self.malformed.parse::<_, GrantSeen>("GPUQuotaGrant", grant) {
+            Ok(grant) => StoreEvent::Grant(grant),
+            Err(metadata) => StoreEvent::GrantGone { uid: metadata.uid.unwrap_or_default() },
+        }
+    }
+
+    fn gone(&self, _name: &str, uid: &str) -> StoreEvent {
+        StoreEvent::GrantGone { uid: uid.to_owned() }
+    }
+}

@@ -1,0 +1,249 @@
+//! What the operator counts. No label names a user, a Space or a lease: their number has no bound.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+/// Buckets for a compare-and-swap, seconds: from a fast local etcd to the write time limit.
+const WRITE_BUCKETS: [f64; 12] = [0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 5.0];
+
+/// One word from a fixed list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    kind: &'static str,
+}
+
+/// A node; their number is that of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct NodeLabel {
+    node: String,
+}
+
+/// All metrics of the process; a cheap handle.
+#[derive(Clone)]
+pub struct Metrics {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    registry: Registry,
+    leases: Family<KindLabel, Counter>,
+    denials: Family<KindLabel, Counter>,
+    queued: Family<NodeLabel, Gauge>,
+    page_write_seconds: Histogram,
+    page_writes: Family<KindLabel, Counter>,
+    receipts_pending: Gauge,
+    receipt_writes: Family<KindLabel, Counter>,
+    malformed_objects: Family<KindLabel, Counter>,
+    leader: Gauge,
+    epoch: Gauge<u64, AtomicU64>,
+    nodes_connected: Gauge,
+    sessions_refused: Family<KindLabel, Counter>,
+    clock_ahead_seconds: Gauge<f64, AtomicU64>,
+}
+
+/// How a page write ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageWrite {
+    /// Written.
+    Written,
+    /// Another revision was there.
+    Conflict,
+    /// No answer, or one that proves nothing.
+    Unknown,
+    /// The account is gone.
+    Gone,
+    /// The API server refused it.
+    Refused,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("spaceport");
+        let leases = Family::default();
+        registry.register("leases", "Leases that ended, by ending", leases.clone());
+        let denials = Family::default();
+        registry.register("denials", "Requests that were denied, by kind", denials.clone());
+        let queued = Family::default();
+        registry.register("queued_requests", "Requests that wait for a slot, by node", queued.clone());
+        let page_write_seconds = Histogram::new(WRITE_BUCKETS);
+        registry.register_with_unit(
+            "page_write",
+            "Time of one compare-and-swap of a page",
+            Unit::Seconds,
+            page_write_seconds.clone(),
+        );
+        let page_writes = Family::default();
+        registry.register("page_writes", "Compare-and-swaps of pages, by outcome", page_writes.clone());
+        let receipts_pending = Gauge::default();
+        registry.register("receipts_pending", "Leases whose receipt is not written", receipts_pending.clone());
+        let receipt_writes = Family::default();
+        registry.register("receipt_writes", "Writes of receipts, by outcome", receipt_writes.clone());
+        let malformed_objects = Family::default();
+        registry.register("malformed_objects", "Objects seen that cannot be used, by kind", malformed_objects.clone());
+        let leader = Gauge::default();
+        registry.register("leader", "1 while this replica leads", leader.clone());
+        let epoch = Gauge::default();
+        registry.register("epoch", "Term of the ledger that this replica leads", epoch.clone());
+        let nodes_connected = Gauge::default();
+        registry.register("nodes_connected", "Node agents with a session here", nodes_connected.clone());
+        let sessions_refused = Family::default();
+        registry.register(
+            "sessions_refused",
+            "Sessions of agents that were refused, by reason",
+            sessions_refused.clone(),
+        );
+        let clock_ahead_seconds = Gauge::default();
+        registry.register_with_unit(
+            "clock_ahead",
+            "How far this clock is ahead of the API server's",
+            Unit::Seconds,
+            clock_ahead_seconds.clone(),
+        );
+        Self {
+            inner: Arc::new(Inner {
+                registry,
+                leases,
+                denials,
+                queued,
+                page_write_seconds,
+                page_writes,
+                receipts_pending,
+                receipt_writes,
+                malformed_objects,
+                leader,
+                epoch,
+                nodes_connected,
+                sessions_refused,
+                clock_ahead_seconds,
+            }),
+        }
+    }
+
+    /// In the text form that Prometheus reads.
+    ///
+    /// # Errors
+    /// The encoder's; none of the metrics here causes one.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        text::encode(&mut text, &self.inner.registry)?;
+        Ok(text)
+    }
+
+    /// A lease ended; `ending` is the name of a `spaceport_core::page::Ending`.
+    pub fn lease_ended(&self, ending: &'static str) {
+        self.inner.leases.get_or_create(&KindLabel { kind: ending }).inc();
+    }
+
+    /// A request was denied; `kind` is the name of a denial.
+    pub fn denied(&self, kind: &'static str) {
+        self.inner.denials.get_or_create(&KindLabel { kind }).inc();
+    }
+
+    /// Requests that wait on a node.
+    pub fn set_queued(&self, node: &str, requests: usize) {
+        self.inner.queued.get_or_create(&NodeLabel { node: node.to_owned() }).set(gauge(requests));
+    }
+
+    /// A compare-and-swap of a page ended after `time`.
+    pub fn page_write(&self, outcome: PageWrite, time: Duration) {
+        let kind = match outcome {
+            PageWrite::Written => "written",
+            PageWrite::Conflict => "conflict",
+            PageWrite::Unknown => "unknown",
+            PageWrite::Gone => "gone",
+            PageWrite::Refused => "refused",
+        };
+        self.inner.page_writes.get_or_create(&KindLabel { kind }).inc();
+        self.inner.page_write_seconds.observe(time.as_secs_f64());
+    }
+
+    /// Leases whose receipt waits to be written.
+    pub fn set_receipts_pending(&self, receipts: usize) {
+        self.inner.receipts_pending.set(gauge(receipts));
+    }
+
+    /// A write of a receipt ended.
+    pub fn receipt_write(&self, succeeded: bool) {
+        let kind = if succeeded { "written" } else { "failed" };
+        self.inner.receipt_writes.get_or_create(&KindLabel { kind }).inc();
+    }
+
+    /// An object of this kind cannot be used.
+    pub fn malformed(&self, kind: &'static str) {
+        self.inner.malformed_objects.get_or_create(&KindLabel { kind }).inc();
+    }
+
+    /// Whether this replica leads.
+    pub fn set_leader(&self, leads: bool) {
+        self.inner.leader.set(i64::from(leads));
+    }
+
+    /// The term of the ledger.
+    pub fn set_epoch(&self, epoch: u64) {
+        self.inner.epoch.set(epoch);
+    }
+
+    /// Node agents with a session here.
+    pub fn set_nodes_connected(&self, nodes: usize) {
+        self.inner.nodes_connected.set(gauge(nodes));
+    }
+
+    /// A session of an agent was refused.
+    pub fn session_refused(&self, reason: &'static str) {
+        self.inner.sessions_refused.get_or_create(&KindLabel { kind: reason }).inc();
+    }
+
+    /// How far our clock is ahead of the API server's.
+    pub fn set_clock_ahead(&self, milliseconds: i64) {
+        #[allow(clippy::cast_precision_loss)] // A clock difference that needs 53 bits is wrong in any case.
+        self.inner.clock_ahead_seconds.set(milliseconds as f64 / 1000.0);
+    }
+}
+
+fn gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_has_what_was_counted() {
+        let metrics = Metrics::new();
+        metrics.lease_ended("Released");
+        metrics.denied("QuotaExceeded");
+        metrics.set_queued("gpu-1", 3);
+        metrics.page_write(PageWrite::Written, Duration::from_millis(3));
+        metrics.page_write(PageWrite::Conflict, Duration::from_millis(3));
+        metrics.set_epoch(7);
+        metrics.set_leader(true);
+        let text = metrics.encode().unwrap();
+        for line in [
+            "spaceport_leases_total{kind=\"Released\"} 1",
+            "spaceport_denials_total{kind=\"QuotaExceeded\"} 1",
+            "spaceport_queued_requests{node=\"gpu-1\"} 3",
+            "spaceport_page_writes_total{kind=\"conflict\"} 1",
+            "spaceport_page_write_seconds_count 2",
+            "spaceport_epoch 7",
+            "spaceport_leader 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What the cluster says about one Space. Reads only.
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
+use spaceport_core::stage::Progress;
+
+use super::plan::{
+    ANNOTATION_REVISION, CONTAINER_APP, CONTAINER_DEVICE_API, CONTAINER_ENVIRONMENT, CONTAINER_SOURCE, LABEL_SPACE_UID,
+};
+use crate::kubeapi::{ApiError, KubeApi};
+
+/// What was found.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// The Space's Deployment, if there is one.
+    pub deployment: Option<Deployment>,
+    /// Its pods, newest first.
+    pub pods: Vec<Pod>,
+}
+
+/// Reads the Deployment and the pods of a Space.
+///
+/// # Errors
+/// The API server could not be read.
+pub async fn observe(api: &KubeApi, namespace: &str, name: &str, uid: &str) -> Result<Observed, ApiError> {
+    let deployment = api.namespace::<Deployment>(namespace).get(name).await?;
+    let mut pods = api.namespace::<Pod>(namespace).list(Some(&format!("{LABEL_SPACE_UID}={uid}"))).await?;
+    pods.retain(|pod| pod.metadata.deletion_timestamp.is_none());
+    pods.sort_by(|a, b| b.metadata.creation_timestamp.cmp(&a.metadata.creation_timestamp));
+    Ok(Observed { deployment, pods })
+}
+
+/// How far one pod has come, with the words of kubelet where something went wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodProgress {
+    /// Has a node.
+    pub scheduled: Progress,
+    /// Init container `source`.
+    pub source: Progress,
+    /// Init container `environment`.
+    pub environment: Progress,
+    /// The app's process (after the device API answered).
+    pub started: Progress,
+    /// The app answers.
+    pub healthy: Progress,
+    /// What is going on or went wrong: container, reason, message.
+    pub message: String,
+    /// What the source container reported (the commit).
+    pub commit: Option<String>,
+}
+
+impl Observed {
+    /// The newest pod of this revision.
+    pub fn current(&self, revision: &str) -> Option<&Pod> {
+        self.pods.iter().find(|pod| is_of(pod, revision))
+    }
+
+    /// A pod of an older revision still answers.
+    pub fn older_answers(&self, revision: &str) -> bool {
+        self.pods.iter().any(|pod| !is_of(pod, revision) && progress(pod).healthy == Progress::Done)
+    }
+}
+
+fn is_of(pod: &Pod, revision: &str) -> bool {
+    pod.metadata
+        .annotations
+        .as_ref()
+        .and_then(|annotations| annotations.get(ANNOTATION_REVISION))
+        .is_some_and(|of| of == revision)
+}
+
+/// Reads a pod's status. Pure.
+pub fn progress(pod: &Pod) -> PodProgress {
+    let mut progress = PodProgress::default();
+    let Some(status) = &pod.status else { return progress };
+    let condition = |kind: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == kind);
+    match condition("PodScheduled") {
+        Some(scheduled) if scheduled.status == "True" => progress.scheduled = Progress::Done,
+        scheduled => {
+            progress.scheduled = Progress::InProgress;
+            progress.message = scheduled.and_then(|scheduled| scheduled.message.clone()).unwrap_or_default();
+            return progress;
+        }
+    }
+    // The kubelet refuses a pod as a whole (a seat that is gone after a reboot, say).
+    if status.phase.as_deref() == Some("Failed") && status.container_statuses.is_none() {
+        progress.started = Progress::Failed;
+        progress.message = format!(
+            "{}: {}",
+            status.reason.as_deref().unwrap_or("the pod failed"),
+            status.message.as_deref().unwrap_or_default()
+        );
+        return progress;
+    }
+    let find = |name: &str| {
+        let all = status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten());
+        all.into_iter().find(|container| container.name == name)
+    };
+    progress.source = init(find(CONTAINER_SOURCE), &mut progress.message);
+    progress.commit = find(CONTAINER_SOURCE)
+        .and_then(|container| container.state.as_ref()?.terminated.as_ref())
+        .filter(|ended| ended.exit_code == 0)
+        .and_then(|ended| ended.message.clone());
+    if progress.source != Progress::Done {
+        return progress;
+    }
+    progress.environment = init(find(CONTAINER_ENVIRONMENT), &mut progress.message);
+    if progress.environment != Progress::Done {
+        return progress;
+    }
+    if let Some(waits) = find(CONTAINER_DEVICE_API) {
+        progress.started = init(Some(waits), &mut progress.message);
+        if progress.started != Progress::Done {
+            return progress;
+        }
+    }
+    let Some(app) = find(CONTAINER_APP) else { return progress };
+    progress.started = match &app.state {
+        Some(ContainerState { running: Some(_), .. }) => Progress::Done,
+        state => {
+            let ended = state.as_ref().and_then(|state| state.terminated.as_ref());
+            let last = app.last_state.as_ref().and_then(|state| state.terminated.as_ref());
+            let waits = state.as_ref().and_then(|state| state.waiting.as_ref());
+            match ended.or(last) {
+                Some(ended) => {
+                    progress.message = format!(
+                        "the app ended with exit code {} ({}), restarted {} times; see its log: kubectl logs --previous",
+                        ended.exit_code,
+                        ended.reason.as_deref().unwrap_or("no reason"),
+                        app.restart_count
+                    );
+                    Progress::Failed
+                }
+                None => {
+                    progress.message = waits.map(waiting).unwrap_or_default();
+                    Progress::InProgress
+                }
+            }
+        }
+    };
+    if progress.started == Progress::Done {
+        progress.healthy = if app.ready { Progress::Done } else { Progress::InProgress };
+    }
+    progress
+}
+
+fn waiting(waiting: &k8s_openapi::api::core::v1::ContainerStateWaiting) -> String {
+    match (waiting.reason.as_deref(), waiting.message.as_deref()) {
+        (Some("PodInitializing") | None, None) => String::new(),
+        (reason, message) => format!("{}: {}", reason.unwrap_or("waiting"), message.unwrap_or("no message")),
+    }
+}
+
+/// An init container: done when it ended with 0; failed while it waits for its next try after an error.
+fn init(container: Option<&ContainerStatus>, message: &mut String) -> Progress {
+    let Some(container) = container else { return Progress::Waiting };
+    let state = container.state.as_ref();
+    let ended = state.and_then(|state| state.terminated.as_ref());
+    let last = container.last_state.as_ref().and_then(|state| state.terminated.as_ref());
+    match (ended, last) {
+        (Some(ended), _) if ended.exit_code == 0 => Progress::Done,
+        (Some(ended), _) | (None, Some(ended)) => {
+            *message = format!(
+                "{}: {} (exit code {}, tried {} times)",
+                container.name,
+                ended.message.as_deref().map(str::trim).or(ended.reason.as_deref()).unwrap_or("no message"),
+                ended.exit_code,
+                container.restart_count + 1
+            );
+            Progress::Failed
+        }
+        (None, None) => {
+            if let Some(waits) = state.and_then(|state| state.waiting.as_ref()) {
+                let said = waiting(waits);
+                if !said.is_empty() {
+                    *message = format!("{}: {said}", container.name);
+                }
+                return if state.is_some_and(|state| {
+                    state.waiting.as_ref().is_some_and(|w| w.reason.as_deref() == Some("PodInitializing"))
+                }) {
+                    Progress::Waiting
+                } else {
+                    Progress::InProgress
+                };
+            }
+            Progress::InProgress
+        }
+    }
+}

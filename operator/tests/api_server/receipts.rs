@@ -1,0 +1,100 @@
+//! Receipts on the API server.
+
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::page::{Closed, Ending, Hold, Part, Source};
+use spaceport_crds::{GPULease, LeasePhase};
+use spaceport_operator::ledger::receipt::{self, Crossing, LeaseEnd, LeaseRecord, Progress, ReceiptEvent, Receipts};
+use spaceport_operator::metrics::Metrics;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{connect, fresh, namespace, next, wait_for};
+
+const AT: LedgerTime = LedgerTime(1_800_000_000_000);
+
+fn hold(namespace: &str) -> Hold {
+    Hold {
+        lease: LeaseId::new(format!("01jd8x000000000000{:08x}", rand::random::<u32>())),
+        space: SpaceKey { namespace: namespace.to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+        parts: vec![Part { source: Source::Window(AT), ms: 10_000 }],
+        node: NodeName::new("gpu-1"),
+        avoid: Vec::new(),
+        size: Size::Large,
+        weight: 1,
+        declared_ms: 10_000,
+        epoch: Epoch(1),
+        since: AT,
+        after: None,
+        generation: 1,
+        via: "token".to_owned(),
+    }
+}
+
+fn cross(record: &mut LeaseRecord, boundary: &str, after_ms: u64) {
+    record.timeline.push(Crossing { boundary: boundary.to_owned(), at: AT.plus(after_ms), detail: String::new() });
+}
+
+#[tokio::test]
+async fn a_receipt_follows_its_lease_and_a_lost_one_is_rebuilt_on_top_of_what_is_there() {
+    let api = connect().await;
+    let namespace = namespace(&api).await;
+    let stop = CancellationToken::new();
+    let receipts = Receipts::new();
+    let (events, mut said) = mpsc::channel::<ReceiptEvent>(16);
+    let writing = tokio::spawn(receipt::run(receipts.clone(), api.clone(), Metrics::new(), events, stop.clone()));
+    let objects = api.namespace::<GPULease>(&namespace);
+    let bob = AccountName::new("bob");
+
+    // A long lease: created while it runs.
+    let hold = hold(&namespace);
+    let mut record = LeaseRecord::of_hold(&bob, &hold);
+    record.progress = Progress::Running;
+    cross(&mut record, "Assigned", 5);
+    cross(&mut record, "Allowed", 10);
+    receipts.record(record.clone(), true).unwrap();
+    let name = record.object_name();
+    let running = wait_for("the receipt", async || objects.get(&name).await.unwrap()).await;
+    assert_eq!((running.spec.phase, running.spec.used), (LeasePhase::Running, None));
+
+    // The writer dies and another takes over, which has only the settled row.
+    let closed =
+        Closed { hold: hold.clone(), ending: Ending::Released, used_ms: 5000, charged_ms: 5000, at: AT.plus(5010) };
+    let successor = Receipts::new();
+    let (events, mut successor_said) = mpsc::channel::<ReceiptEvent>(16);
+    let succeeding = tokio::spawn(receipt::run(successor.clone(), api.clone(), Metrics::new(), events, stop.clone()));
+    successor.record(LeaseRecord::rebuilt(&bob, &closed), true).unwrap();
+    let written = ReceiptEvent::Written { account: bob.clone(), lease: hold.lease.clone() };
+    next("that it is written", &mut successor_said, |event| (event == written).then_some(())).await;
+    let rebuilt = objects.get(&name).await.unwrap().unwrap().spec;
+    assert_eq!((rebuilt.phase, rebuilt.charged.as_deref()), (LeasePhase::Settled, Some("5s")));
+    assert!(rebuilt.boundaries.allowed.is_some(), "the lost writer knew it");
+    assert!(rebuilt.timeline.iter().any(|line| line.contains("Rebuilt")), "{:?}", rebuilt.timeline);
+
+    // The first writer was only slow: its own end changes nothing of what is final, and is acknowledged.
+    record.end = Some(LeaseEnd { ending: Ending::Released, used_ms: 5000, charged_ms: 5000, message: String::new() });
+    receipts.record(record, true).unwrap();
+    next("that it is written", &mut said, |event| (event == written).then_some(())).await;
+    assert_eq!(objects.get(&name).await.unwrap().unwrap().spec, rebuilt);
+
+    stop.cancel();
+    writing.await.unwrap().unwrap();
+    succeeding.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_receipt_without_a_namespace_does_not_hold_up_its_account() {
+    let api = connect().await;
+    let stop = CancellationToken::new();
+    let receipts = Receipts::new();
+    let (events, mut said) = mpsc::channel::<ReceiptEvent>(16);
+    let writing = tokio::spawn(receipt::run(receipts.clone(), api.clone(), Metrics::new(), events, stop.clone()));
+    let closed = Closed { hold: hold(&fresh("gone")), ending: Ending::Refused, used_ms: 0, charged_ms: 0, at: AT };
+    receipts.record(LeaseRecord::rebuilt(&AccountName::new("bob"), &closed), true).unwrap();
+    next("that it is done", &mut said, |event| {
+        let ReceiptEvent::Written { lease, .. } = event;
+        (lease == closed.hold.lease).then_some(())
+    })
+    .await;
+    stop.cancel();
+    writing.await.unwrap().unwrap();
+}

@@ -1,0 +1,76 @@
+//! `cargo xtask bench …`: numbers, taken on the local cluster. Never part of the tests: a slow machine is no fault.
+
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Subcommand};
+use standin_nvml::State;
+
+use crate::charts::{self, ChartsArguments};
+use crate::clients;
+use crate::cluster::machine::Machine;
+use crate::cluster::{self, UpArguments, standin};
+use crate::command::{command, headline};
+use crate::workspace::Workspace;
+
+/// Two halves each: 16 callers find a free slot also while others are being cleared.
+const CARDS: u32 = 16;
+
+#[derive(Args)]
+pub struct BenchArguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// What a durable grant costs, beside the bare compare-and-swap it rests on
+    Grant {
+        /// Print exactly one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
+    let What::Grant { json } = &arguments.what;
+    enough_cards(workspace)?;
+    headline("the local cluster");
+    cluster::up(workspace, &UpArguments { cards: CARDS, real_gpu: false })?;
+    headline("images and charts");
+    charts::run(workspace, &ChartsArguments::default())?;
+    headline("building the benchmark");
+    let package = ["--locked", "--package", "spaceport-e2e", "--bin", "spaceport-bench"];
+    // With optimisation, as the images: a slow client would make the API server look slow, and the ratio good.
+    let mut build = command(&workspace.host.cargo, &["build", "--release"]);
+    let built = build.args(package).current_dir(&workspace.root).stdin(Stdio::null()).status();
+    ensure!(built.context("cannot start cargo")?.success(), "the benchmark does not build (see above)");
+    headline("the benchmark");
+    let mut run = command(&workspace.host.cargo, &["run", "--release", "--quiet"]);
+    run.args(package).args(["--", "grant"]);
+    if *json {
+        run.arg("--json");
+    }
+    clients::environment(workspace, &mut run)?;
+    let status =
+        run.current_dir(&workspace.root).stdin(Stdio::null()).status().context("cannot start the benchmark")?;
+    ensure!(status.success(), "there are no numbers (see above); the cluster stays up for you to look");
+    Ok(())
+}
+
+/// A cluster that is up keeps its cards here: pods that run cannot be given more device nodes.
+fn enough_cards(workspace: &Workspace) -> Result<()> {
+    let is_up = Machine::read(workspace)?.is_some_and(|machine| !machine.devices.is_empty());
+    let state = workspace.short(standin::STATE);
+    if !is_up || !state.exists() {
+        return Ok(());
+    }
+    let cards = State::load(&state)?.cards.len();
+    if cards != CARDS as usize {
+        bail!(
+            "the local cluster is up with {cards} card(s); the benchmark needs {CARDS}, so that 16 callers find free \
+             slots. Run `cargo xtask down` and then this command again: it starts the cluster with {CARDS}"
+        );
+    }
+    Ok(())
+}

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{AccountName, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
+use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
 use crate::protocol::{CallerClass, QueueOf};
 use crate::quota::Demand;
 
@@ -42,6 +42,9 @@ pub struct Waiting {
     pub attempts: u32,
     /// Its place was told to the agent.
     pub announced: bool,
+    /// The lease it will get, named when it has to wait, so that people can see it from then on. None again after a hold
+    /// that failed: ids are never used twice.
+    pub lease: Option<LeaseId>,
     /// Its agent's stream was cut since: dropped at this time unless the agent presents it again. Its visitor may have
     /// left meanwhile, of which nobody told us.
     pub unconfirmed: Option<Steady>,
@@ -205,6 +208,7 @@ mod tests {
             arrived: Steady(0),
             attempts: 0,
             announced: false,
+            lease: None,
             unconfirmed: None,
         }
     }

@@ -18,7 +18,7 @@ const STORMS: Faults = Faults { mutant: None, storms: true };
 const CALM: Faults = Faults { mutant: None, storms: false };
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Crashes, cuts, conflicts, unknown outcomes, stepped clocks: the accounts add up and every lease is settled once.
     #[test]
@@ -52,19 +52,15 @@ fn histories_reach_far() {
 
 /// Some history must fail, with an error that names what was broken.
 fn is_seen(mutant: Mutant, storms: bool, names: &[&str]) {
-    for seed in 0..300 {
-        let faults = Faults { mutant: Some(mutant), storms };
-        if let Err(error) = history(&script(seed, 400), faults) {
-            assert!(names.iter().any(|name| error.contains(name)), "{mutant:?} was seen as: {error}");
-            return;
-        }
-    }
-    panic!("{mutant:?} was not seen in 300 histories");
+    let faults = Faults { mutant: Some(mutant), storms };
+    let error = (0..300).find_map(|seed| history(&script(seed, 400), faults).err());
+    let error = error.unwrap_or_else(|| "nothing, in 300 histories".to_owned());
+    assert!(names.iter().any(|name| error.contains(name)), "{mutant:?} was seen as: {error}");
 }
 
 #[test]
 fn a_decision_without_what_is_in_flight_is_seen() {
-    is_seen(Mutant::DecideOnDurable, true, &["would bring"]);
+    is_seen(Mutant::DecideOnDurable, true, &["apply refused"]);
 }
 
 #[test]
@@ -99,7 +95,7 @@ fn a_slot_given_before_it_is_back_is_seen() {
 
 #[test]
 fn a_read_taken_for_a_proof_of_failure_is_seen() {
-    is_seen(Mutant::ReadProvesFailure, true, &["invariant", "L5"]);
+    is_seen(Mutant::ReadProvesFailure, true, &["L2"]);
 }
 
 #[test]

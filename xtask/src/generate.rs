@@ -14,7 +14,7 @@ use crate::workspace::{Workspace, write_atomically};
 pub struct GenerateArguments {
     /// Writes nothing; fails and names the files that differ
     #[arg(long)]
-    check: bool,
+    pub check: bool,
 }
 
 /// A folder that holds nothing but generated files: what we do not generate (any more) there is stale too.

@@ -50,9 +50,9 @@ impl State {
             Event::Left { ticket } => {
                 self.queue.remove(ticket);
             }
-            Event::Announced { ticket, .. } => {
+            Event::Announced { ticket, lease, .. } => {
                 if let Some(waiting) = self.queue.get_mut(ticket) {
-                    waiting.announced = true;
+                    (waiting.announced, waiting.lease) = (true, Some(lease.clone()));
                 }
             }
             Event::BudgetTaken { root, calls, ms, expires } => {
@@ -307,6 +307,7 @@ impl State {
                         card: None,
                         number: self.next_reservation,
                         after: after.clone(),
+                        follows: after.is_some(),
                         slot: SlotUse::Taken,
                         sent: Steady(0),
                         abandoned: false,
@@ -315,24 +316,26 @@ impl State {
                 );
             }
             Event::Unreserved { lease } => self.remove_lease(lease),
-            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, at } => self.add_lease(
-                lease,
-                Lease {
-                    account: account.clone(),
-                    node: node.clone(),
-                    size: *size,
-                    declared_ms: *declared_ms,
-                    request: None,
-                    stage: *stage,
-                    card: *card,
-                    number: 0,
-                    after: None,
-                    slot: *slot,
-                    sent: *at,
-                    abandoned: false,
-                    cancelled: None,
-                },
-            ),
+            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, follows, at } => self
+                .add_lease(
+                    lease,
+                    Lease {
+                        account: account.clone(),
+                        node: node.clone(),
+                        size: *size,
+                        declared_ms: *declared_ms,
+                        request: None,
+                        stage: *stage,
+                        card: *card,
+                        number: 0,
+                        after: None,
+                        follows: *follows,
+                        slot: *slot,
+                        sent: *at,
+                        abandoned: false,
+                        cancelled: None,
+                    },
+                ),
             Event::SlotFreed { lease } => self.free_slot(lease),
             Event::Ordered { lease, .. }
             | Event::Assigned { lease, .. }

@@ -159,7 +159,7 @@ pub enum Command {
         /// None: near enough.
         off_ms: Option<u64>,
     },
-    /// Time passed. The shell sends it every second.
+    /// Time passed. The shell sends it at least every second.
     Tick,
 }
 

@@ -66,7 +66,7 @@ fn reserve(
     slot: FoundSlot,
     admission: Admission,
 ) -> Vec<Event> {
-    let lease = LeaseId::new(ids.draw());
+    let lease = waiting.lease.clone().unwrap_or_else(|| LeaseId::new(ids.draw()));
     let hold = Hold {
         lease: lease.clone(),
         space: waiting.space.clone(),
@@ -86,11 +86,7 @@ fn reserve(
     let change = PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants };
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved {
-            lease: lease.clone(),
-            waiting: Box::new(waiting.clone()),
-            after: slot.after,
-        },
+        Event::Reserved { lease: lease.clone(), waiting: Box::new(waiting.clone()), after: slot.after },
     ];
     if state.has(Mutant::OrderEarly) {
         events.push(Event::Ordered { lease, at: at.steady });

@@ -151,7 +151,7 @@ pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
         Event::Denied { ticket, node, caller, denial } => {
             vec![Effect::Deny { ticket: ticket.clone(), node: node.clone(), caller: *caller, denial: denial.clone() }]
         }
-        Event::Announced { ticket, at } => {
+        Event::Announced { ticket, at, .. } => {
             let waiting = state.queue.get(ticket);
             waiting.map(|waiting| Effect::Queue(Box::new(place(state, waiting, *at)))).into_iter().collect()
         }

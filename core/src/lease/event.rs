@@ -59,8 +59,8 @@ pub enum Event {
     Confirmed { ticket: Ticket },
     /// It waits no longer.
     Left { ticket: Ticket },
-    /// Its agent is told of its place.
-    Announced { ticket: Ticket, at: Steady },
+    /// Its agent is told of its place, and its lease has a name.
+    Announced { ticket: Ticket, lease: LeaseId, at: Steady },
     /// It is refused.
     Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
     /// A call took of its budget.
@@ -85,6 +85,7 @@ pub enum Event {
         card: Option<u32>,
         stage: Stage,
         slot: SlotUse,
+        follows: bool,
         at: Steady,
     },
     /// The node took the order.

@@ -37,7 +37,7 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
 /// When a lease must have ended even if its order arrived at the last moment and its worker used every limit (L9).
 fn end_by(state: &State, lease: &Lease) -> Steady {
     let settings = state.settings(&lease.node);
-    let follows = if lease.after.is_some() { settings.clear_limit_ms } else { 0 };
+    let follows = if lease.follows { settings.clear_limit_ms } else { 0 };
     lease.sent.plus(settings.order_ttl_ms).plus(settings.held_ms(lease.declared_ms)).plus(follows)
 }
 

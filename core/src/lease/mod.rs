@@ -89,7 +89,7 @@ pub fn step(state: &mut State, at: Moment, mut ids: IdSeed, command: Command) ->
             }
         }
     }
-    let announcements = request::announce(at, state);
+    let announcements = request::announce(at, &mut ids, state);
     outcome.take(state, announcements);
     let begun = begin(at, &mut ids, state, tick);
     outcome.take(state, begun);

@@ -117,6 +117,7 @@ fn stranger(at: Moment, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
         card: Some(lease.card),
         stage: Stage::Assigned,
         slot,
+        follows: false,
         at: at.steady,
     };
     let id = lease.lease.clone();

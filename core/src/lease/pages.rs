@@ -65,11 +65,9 @@ fn adopt(at: Moment, state: &State, name: &AccountName, hold: &Hold) -> Vec<Even
         card: known.and_then(|known| known.card),
         stage: Stage::Ordered,
         slot: known.map_or(SlotUse::Taken, |known| known.slot),
-        // The order may have left at any time up to now; one that waits for another's slot begins that much later.
-        at: match hold.after {
-            Some(_) => at.steady.plus(state.settings(&hold.node).clear_limit_ms),
-            None => at.steady,
-        },
+        follows: hold.after.is_some(),
+        // The order may have left at any time up to now.
+        at: at.steady,
     };
     if state.joined(&hold.node) {
         // The node has joined without it, or was told to end it: its answer voids or settles it (L9).

@@ -5,7 +5,7 @@ use super::change::PageChange;
 use super::command::{Budget, Request};
 use super::event::Event;
 use super::state::{Account, Stage, State};
-use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, SpaceKey, Ticket};
+use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, SpaceKey, Ticket};
 use crate::page::{DenialRow, Outcome};
 use crate::protocol::{CallerClass, Denial, QueueOf, UnauthenticatedReason, human_message};
 use crate::queue::Waiting;
@@ -61,6 +61,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 arrived: at.steady,
                 attempts: 0,
                 announced: false,
+                lease: None,
                 unconfirmed: None,
             })));
             events
@@ -167,7 +168,8 @@ pub(super) fn give_back(waiting: &Waiting, ms: u64, call: bool) -> Option<Event>
 
 /// The request returns to its place, unless it can not be served any more.
 pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) -> Vec<Event> {
-    let waiting = Waiting { attempts: waiting.attempts.saturating_add(1), announced: false, ..waiting.clone() };
+    let waiting =
+        Waiting { attempts: waiting.attempts.saturating_add(1), announced: false, lease: None, ..waiting.clone() };
     if !wanted || waiting.unconfirmed.is_some_and(|confirm_by| confirm_by <= at.steady) {
         return left(at, state, &waiting, "the visitor left before the GPU was ready");
     }
@@ -229,7 +231,12 @@ impl<'a> Refusal<'a> {
 }
 
 /// Those who wait and have not been told so.
-pub(super) fn announce(at: Moment, state: &State) -> Vec<Event> {
+pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event> {
     let untold = state.queue.iter().filter(|waiting| !waiting.announced && waiting.unconfirmed.is_none());
-    untold.map(|waiting| Event::Announced { ticket: waiting.ticket.clone(), at: at.steady }).collect()
+    untold
+        .map(|waiting| {
+            let lease = waiting.lease.clone().unwrap_or_else(|| LeaseId::new(ids.draw()));
+            Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady }
+        })
+        .collect()
 }

@@ -133,6 +133,8 @@ pub struct Lease {
     pub number: u64,
     /// It gets the slot of this lease (L14).
     pub after: Option<LeaseId>,
+    /// Its order said to wait for another lease's slot: all its limits begin that much later (L9).
+    pub follows: bool,
     /// Its slot.
     pub slot: SlotUse,
     /// When the order was sent; the start of the term for leases of an earlier one (L9).

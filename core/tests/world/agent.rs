@@ -93,10 +93,14 @@ impl Agent {
         let leases = self.leases.values().map(|held| self.told(held)).collect();
         let (node, cards) = (self.name.clone(), self.cards.clone());
         self.send(Command::NodeJoined { node, epoch, cards, leases });
-        let again: Vec<_> = self.tickets.values_mut().map(|asked| {
-            asked.sent = true;
-            asked.request.clone()
-        }).collect();
+        let again: Vec<_> = self
+            .tickets
+            .values_mut()
+            .map(|asked| {
+                asked.sent = true;
+                asked.request.clone()
+            })
+            .collect();
         for request in again {
             self.send(Command::Request(Box::new(request)));
         }

@@ -26,8 +26,28 @@ pub fn look(world: &World) -> Result<(), String> {
             }
         }
     }
+    may_happen(world)?;
     slots(world)?;
     fences(world)
+}
+
+/// L2: what a write of unknown outcome has reserved stays taken as long as the write can still happen.
+fn may_happen(world: &World) -> Result<(), String> {
+    let Some(leader) = &world.leader else { return Ok(()) };
+    let open = world.writes.iter().filter(|write| {
+        write.page.epoch == leader.state.epoch && write.revision == world.store.pages[&write.account].revision
+    });
+    for write in open {
+        let working = &leader.state.accounts[&write.account].working;
+        for hold in &write.page.holds {
+            let taken = working.holds.iter().any(|known| known.lease == hold.lease)
+                || working.closed.iter().any(|closed| closed.hold.lease == hold.lease);
+            if !taken {
+                return Err(format!("L2: {} was given back, but its write can still happen", hold.lease));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Invariant 6 as the broker sees it: as long as nothing goes wrong it orders only what its nodes have room for.
@@ -58,9 +78,9 @@ pub fn is_quiet(world: &World) -> bool {
     });
     let leader = world.leader.as_ref().is_some_and(|leader| {
         let state = &leader.state;
-        state.leases.is_empty() && state.queue.is_empty() && state.accounts.values().all(|account| {
-            account.in_flight.is_none() && account.working.holds.is_empty()
-        })
+        state.leases.is_empty()
+            && state.queue.is_empty()
+            && state.accounts.values().all(|account| account.in_flight.is_none() && account.working.holds.is_empty())
     });
     agents && leader && world.writes.iter().all(|write| write.leader == u64::MAX)
 }

@@ -9,9 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use agent::{Agent, Asked, Phase, ToAgent};
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
-use spaceport_core::lease::{
-    Command, Effect, Event, FreedAs, Moment, Mutant, Policy, Priority, Request, State, step,
-};
+use spaceport_core::lease::{Command, Effect, Event, FreedAs, Moment, Mutant, Policy, Priority, Request, State, step};
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::quota::{Allowance, Grant};
@@ -171,7 +169,7 @@ impl World {
         Ok(())
     }
 
-    fn to_agent(&mut self, node: &NodeName, message: ToAgent) {
+    fn send_to(&mut self, node: &NodeName, message: ToAgent) {
         if let Some(agent) = self.agents.get_mut(node).filter(|agent| agent.connected) {
             agent.inbox.push_back(message);
         }
@@ -196,16 +194,16 @@ impl World {
                     return Err(format!("invariant 2: {} is ordered before its hold is durable", order.lease));
                 }
                 let now = self.now;
-                self.to_agent(&order.node.clone(), ToAgent::Start(*order, now));
+                self.send_to(&order.node.clone(), ToAgent::Start(*order, now));
             }
-            Effect::Cancel { node, lease, .. } => self.to_agent(&node, ToAgent::Cancel(lease)),
+            Effect::Cancel { node, lease, .. } => self.send_to(&node, ToAgent::Cancel(lease)),
             Effect::Acknowledge { node, lease, ended, freed } => {
                 if ended && self.store.is_held(&lease) {
                     return Err(format!("invariant 2: {lease} is acknowledged before it is settled"));
                 }
-                self.to_agent(&node, ToAgent::Acknowledge(lease, ended, freed));
+                self.send_to(&node, ToAgent::Acknowledge(lease, ended, freed));
             }
-            Effect::Deny { ticket, node, .. } => self.to_agent(&node, ToAgent::Deny(ticket)),
+            Effect::Deny { ticket, node, .. } => self.send_to(&node, ToAgent::Deny(ticket)),
             Effect::Queue(_) => {}
             Effect::EndTerm(_) => self.leader = None,
         }
@@ -557,6 +555,10 @@ impl World {
                 self.answer_write(value)?;
                 self.answer_read()?;
                 self.progress(mix(round * 1_000 + value) | 15 << 40);
+            }
+            for account in 0..3 {
+                // The watch shows what others, earlier leaders, have written.
+                self.show_page(account | 0x100)?;
             }
             self.write_receipts()?;
             self.pass(1_500)?;

@@ -30,7 +30,7 @@ use crate::wait::now;
 const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
 /// As the operator's own limit of a page write: as long as etcd needs to elect a leader, twice over.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// Writes of others, all in all, that a run bears: the broker may settle once what it finds on a page that it did not
+/// Writes of others to one page that a run bears: the broker may settle once what it finds on a page that it did not
 /// write. More means that it works on the page, and then nothing is measured that has a name.
 const DISTURBED_MAX: usize = 10;
 /// A node that never joins: the broker waits for it (ledger.md L7, L9) longer than a benchmark takes.
@@ -73,6 +73,7 @@ impl PageWriter {
     /// Turns to the account of this name and writes a page made from its own.
     fn take_up(&mut self, name: &str, page: fn(GPUAccountStatus, i64) -> GPUAccountStatus) -> Result<()> {
         self.read(name)?;
+        self.disturbed = 0;
         // Bounded by DISTURBED_MAX.
         while self.write(page(self.account.status.clone().unwrap_or_default(), now_ms()))?.is_none() {}
         Ok(())
@@ -123,7 +124,7 @@ impl PageWriter {
         self.bytes
     }
 
-    /// Writes of others that were met.
+    /// Writes of others to this page that were met.
     pub(super) fn disturbed(&self) -> usize {
         self.disturbed
     }

@@ -3,7 +3,9 @@
 pub mod actor;
 pub mod convert;
 pub mod display;
+pub mod known;
 pub mod node_messages;
+pub mod pages;
 pub mod policy;
 pub mod ports;
 pub mod receipt;

@@ -42,11 +42,11 @@ impl From<ReceiptEvent> for Input {
 }
 
 /// What the actor is given.
-pub struct ActorParts {
+pub struct ActorParts<P = PageStore> {
     /// Everything that happens.
     pub inputs: mpsc::Receiver<Input>,
     /// Pages: written and read by tasks of the actor's own, never awaited by it.
-    pub store: PageStore,
+    pub store: P,
     /// Takes records of leases without waiting.
     pub receipts: Receipts,
     /// Checks callers' tokens; pure work, no I/O.

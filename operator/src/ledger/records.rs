@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime};
-use spaceport_core::page::{Closed, Page};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, Ticket};
+use spaceport_core::page::{Closed, Ending, Page};
 use spaceport_core::queue::Waiting;
 use spaceport_proto::nodelink::Boundary;
 
@@ -15,42 +15,94 @@ use super::receipt::{Crossing, LeaseEnd, LeaseRecord, Progress};
 #[derive(Debug, Default)]
 pub struct Records {
     by_lease: BTreeMap<LeaseId, LeaseRecord>,
+    /// Leases of requests that wait.
+    by_ticket: BTreeMap<Ticket, LeaseId>,
+}
+
+/// A request that waited longer has a receipt of its own, which then needs an end: what it takes the writer to make one
+/// (ledger.md, Writes per lease).
+const RECEIPT_EXISTS_MS: u64 = 2_000;
+
+/// What to do with the receipt of a request that waits no longer.
+#[derive(Debug)]
+pub enum Unserved {
+    /// It may exist: write this end.
+    End(Box<LeaseRecord>),
+    /// It was never written.
+    Drop(LeaseId),
 }
 
 /// The most boundaries of one lease that are kept: a receipt shows 32, and repeated reports add none.
 const CROSSINGS_MAX: usize = 64;
 
 impl Records {
-    /// A slot is meant for a request. Nothing is durable yet.
-    pub fn reserved(&mut self, lease: &LeaseId, waiting: &Waiting, epoch: Epoch, generation: i64) {
-        let mut record = LeaseRecord {
-            lease: lease.clone(),
-            account: waiting.account.clone(),
-            space: waiting.space.clone(),
-            size: waiting.demand.size,
-            weight: waiting.demand.weight,
-            declared_ms: waiting.demand.declared_ms,
-            progress: Progress::Queued,
-            node: Some(waiting.node.clone()),
-            card: None,
-            isolation: None,
-            via: waiting.via.clone(),
-            epoch,
-            generation,
-            parts: Vec::new(),
-            timeline: Vec::new(),
-            end: None,
-        };
-        cross(&mut record, "Requested", waiting.since, String::new());
-        if waiting.announced {
-            cross(&mut record, "Queued", waiting.since, String::new());
-        }
-        self.by_lease.insert(lease.clone(), record);
+    /// A request waits, and its lease has a name. Gives the record to write.
+    pub fn queued(&mut self, lease: &LeaseId, waiting: &Waiting, epoch: Epoch, now: LedgerTime) -> LeaseRecord {
+        self.by_ticket.insert(waiting.ticket.clone(), lease.clone());
+        let record = self.of_request(lease, waiting, epoch);
+        cross(record, "Queued", now, String::new());
+        record.clone()
     }
 
-    /// The hold was not written.
-    pub fn unreserved(&mut self, lease: &LeaseId) {
-        self.by_lease.remove(lease);
+    /// A slot is meant for a request. Nothing is durable yet.
+    pub fn reserved(&mut self, lease: &LeaseId, waiting: &Waiting, epoch: Epoch) {
+        self.by_ticket.remove(&waiting.ticket);
+        self.of_request(lease, waiting, epoch);
+    }
+
+    fn of_request(&mut self, lease: &LeaseId, waiting: &Waiting, epoch: Epoch) -> &mut LeaseRecord {
+        self.by_lease.entry(lease.clone()).or_insert_with(|| {
+            let mut record = LeaseRecord {
+                lease: lease.clone(),
+                account: waiting.account.clone(),
+                space: waiting.space.clone(),
+                size: waiting.demand.size,
+                weight: waiting.demand.weight,
+                declared_ms: waiting.demand.declared_ms,
+                progress: Progress::Queued,
+                node: Some(waiting.node.clone()),
+                card: None,
+                isolation: None,
+                via: waiting.via.clone(),
+                epoch,
+                generation: 0,
+                parts: Vec::new(),
+                timeline: Vec::new(),
+                end: None,
+            };
+            cross(&mut record, "Requested", waiting.since, String::new());
+            record
+        })
+    }
+
+    /// A request was refused or left while it waited.
+    pub fn unserved(&mut self, ticket: &Ticket, ending: Ending, message: String, now: LedgerTime) -> Option<Unserved> {
+        let lease = self.by_ticket.remove(ticket)?;
+        self.unreserved(&lease, ending, message, now)
+    }
+
+    /// The lease never was: its hold was not written, or its request waits no longer.
+    pub fn unreserved(
+        &mut self,
+        lease: &LeaseId,
+        ending: Ending,
+        message: String,
+        now: LedgerTime,
+    ) -> Option<Unserved> {
+        let mut record = self.by_lease.remove(lease)?;
+        let requested = record.timeline.first().map_or(now, |crossing| crossing.at);
+        if now.since(requested) < RECEIPT_EXISTS_MS {
+            return Some(Unserved::Drop(lease.clone()));
+        }
+        cross(&mut record, "Settled", now, "used 0s, charged 0s".to_owned());
+        record.end = Some(LeaseEnd { ending, used_ms: 0, charged_ms: 0, message });
+        Some(Unserved::End(Box::new(record)))
+    }
+
+    /// Forgets the records of leases that are over although not everything was heard of them: a lost node's.
+    pub fn keep(&mut self, is_there: impl Fn(&LeaseId) -> bool) {
+        let Self { by_lease, by_ticket } = self;
+        by_lease.retain(|lease, _| is_there(lease) || by_ticket.values().any(|waiting| waiting == lease));
     }
 
     /// The hold is durable, as it stands on this page. Gives the record to write.

@@ -59,7 +59,7 @@ pub fn up(workspace: &Workspace, arguments: &UpArguments) -> Result<()> {
     images::import_missing(workspace, &pause)?;
     node::ensure(workspace)?;
     eprintln!("==> the cluster is up ({:.0} s)", start.elapsed().as_secs_f64());
-    println!("cargo xtask kubectl get nodes");
-    println!("export KUBECONFIG={}", workspace.kubeconfig().display());
+    eprintln!("cargo xtask kubectl get nodes");
+    eprintln!("export KUBECONFIG={}", workspace.kubeconfig().display());
     Ok(())
 }

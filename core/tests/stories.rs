@@ -1,0 +1,373 @@
+//! Single rules of the ledger, each as a story with a store that answers at once.
+
+use std::collections::BTreeSet;
+
+use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::lease::{
+    Budget, Command, Effect, EndReport, FreedAs, Moment, NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, Order, Policy,
+    Priority, Request, State, TermEnd, step,
+};
+use spaceport_core::page::{CLOSED_MAX, Ending, Page};
+use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
+use spaceport_core::quota::Allowance;
+use spaceport_core::slots::Card;
+
+const BOB: &str = "bob";
+const NODE: &str = "gpu-1";
+
+struct Story {
+    state: State,
+    now: u64,
+    seed: u128,
+    tickets: u64,
+    writes: u32,
+    effects: Vec<Effect>,
+}
+
+fn policy(base_ms: u64, concurrent: u32) -> Policy {
+    Policy {
+        tier: "demo".into(),
+        allowance: Allowance {
+            base_ms,
+            longest_call_ms: 50_000,
+            runs_per_window: None,
+            generation: 1,
+            grants: Vec::new(),
+        },
+        concurrent,
+        priority: Priority::Medium,
+        caller: CallerClass::Regular,
+        deleting: false,
+    }
+}
+
+impl Story {
+    /// A term with bob, and a node with so many cards of two slots.
+    fn begin(cards: u32, base_ms: u64, concurrent: u32) -> Self {
+        let state = State::new(Epoch(1), BTreeSet::new());
+        let mut story = Self { state, now: 0, seed: 0, tickets: 0, writes: 0, effects: Vec::new() };
+        story.account(BOB, policy(base_ms, concurrent));
+        let cards = (0..cards).map(|index| Card { index, large_slots: 2, grantable: true, quarantined_slots: 0 });
+        let (node, cards) = (NodeName::new(NODE), cards.collect());
+        story.tell(Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch: Epoch(0) });
+        story.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new() });
+        story
+    }
+
+    fn account(&mut self, name: &str, policy: Policy) {
+        self.tell(Command::AccountSeen { account: AccountName::new(name), page: Box::default(), policy });
+    }
+
+    fn tell(&mut self, command: Command) -> Vec<Effect> {
+        let mut commands = vec![command];
+        let mut effects = Vec::new();
+        while let Some(command) = commands.pop() {
+            self.seed += 1000;
+            let at = Moment { wall: LedgerTime(1_000_000 + self.now as i64), steady: Steady(self.now) };
+            let outcome = step(&mut self.state, at, IdSeed(self.seed), command);
+            assert_eq!(outcome.violations, []);
+            for effect in outcome.effects {
+                if let Effect::Write { account, page } = &effect {
+                    self.writes += 1;
+                    commands.push(Command::PageWritten { account: account.clone(), write_id: page.write_id.clone() });
+                } else {
+                    effects.push(effect);
+                }
+            }
+        }
+        self.effects.extend(effects.clone());
+        effects
+    }
+
+    fn ask(&mut self, account: &str, size: Size, declared_ms: u64) -> Vec<Effect> {
+        self.ask_with(account, size, declared_ms, None)
+    }
+
+    fn ask_with(&mut self, account: &str, size: Size, declared_ms: u64, budget: Option<Budget>) -> Vec<Effect> {
+        self.tickets += 1;
+        self.tell(Command::Request(Box::new(Request {
+            ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
+            node: NodeName::new(NODE),
+            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            size,
+            declared_ms,
+            caller: Ok(AccountName::new(account)),
+            budget,
+        })))
+    }
+
+    fn started(&mut self, lease: &LeaseId, card: u32) {
+        let (node, lease) = (NodeName::new(NODE), lease.clone());
+        self.tell(Command::Started { node, lease, card: Some(card) });
+    }
+
+    fn end(&mut self, lease: &LeaseId, ending: Ending, used_ms: u64) -> Vec<Effect> {
+        let (node, lease) = (NodeName::new(NODE), lease.clone());
+        self.tell(Command::Ended { node, lease, report: EndReport { ending, used_ms } })
+    }
+
+    fn free(&mut self, lease: &LeaseId) -> Vec<Effect> {
+        let (node, lease) = (NodeName::new(NODE), lease.clone());
+        self.tell(Command::Freed { node, lease, how: FreedAs::Free })
+    }
+
+    fn pass(&mut self, ms: u64) -> Vec<Effect> {
+        self.now += ms;
+        self.tell(Command::Tick)
+    }
+
+    fn page(&self) -> &Page {
+        &self.state.accounts[&AccountName::new(BOB)].durable
+    }
+
+    /// A lease from its order to its free slot.
+    fn run(&mut self, ending: Ending, used_ms: u64) {
+        let lease = order(&self.ask(BOB, Size::Large, 10_000)).lease;
+        self.started(&lease, 0);
+        self.end(&lease, ending, used_ms);
+        self.free(&lease);
+    }
+}
+
+fn order(effects: &[Effect]) -> Order {
+    let orders: Vec<_> = effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Start(order) => Some((**order).clone()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(orders.len(), 1, "{effects:?}");
+    orders[0].clone()
+}
+
+fn denial(effects: &[Effect]) -> Option<Denial> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Deny { denial, .. } => Some(denial.clone()),
+        _ => None,
+    })
+}
+
+#[test]
+fn the_next_one_is_held_while_the_slot_still_clears() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let first = order(&story.ask(BOB, Size::Xlarge, 10_000));
+    story.started(&first.lease, 0);
+    assert!(matches!(story.ask(BOB, Size::Large, 10_000)[..], [Effect::Queue(_)]));
+    story.ask(BOB, Size::Large, 10_000);
+    let effects = story.end(&first.lease, Ending::Released, 5_000);
+    let orders: Vec<_> = effects.iter().filter(|effect| matches!(effect, Effect::Start(_))).collect();
+    assert_eq!(orders.len(), 2, "both halves of the card are handed over");
+    for effect in orders {
+        let Effect::Start(order) = effect else { continue };
+        assert_eq!(order.after.as_ref(), Some(&first.lease));
+    }
+    // The card is spoken for.
+    assert!(matches!(story.ask(BOB, Size::Large, 10_000)[..], [Effect::Queue(_)]));
+}
+
+#[test]
+fn the_head_blocks_and_whoever_waits_for_his_own_account_does_not() {
+    let mut story = Story::begin(1, 600_000, 1);
+    story.account("ann", policy(600_000, 9));
+    let first = order(&story.ask(BOB, Size::Large, 10_000));
+    story.started(&first.lease, 0);
+    let Effect::Queue(place) = &story.ask(BOB, Size::Large, 10_000)[0] else { panic!("bob is at his limit") };
+    assert!(place.concurrency);
+    // Ann passes bob, who waits for himself; then her whole card waits, and nobody passes it.
+    order(&story.ask("ann", Size::Large, 10_000));
+    let Effect::Queue(place) = &story.ask("ann", Size::Xlarge, 10_000)[0] else { panic!("the card is in use") };
+    assert!(!place.concurrency && place.latest_start_ms > place.eta_ms);
+    story.end(&first.lease, Ending::Released, 1_000);
+    // Bob is older than the whole card, so the slot is his.
+    let waiting: Vec<_> = story.state.queue.iter().map(|waiting| waiting.demand.size).collect();
+    assert_eq!(waiting, [Size::Xlarge]);
+    assert!(matches!(story.ask("ann", Size::Large, 10_000)[..], [Effect::Queue(_)]));
+}
+
+#[test]
+fn a_refused_order_is_tried_again_and_not_for_ever() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let mut lease = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    for attempt in 1..=3 {
+        let effects = story.tell(Command::Refused { node: NodeName::new(NODE), lease: lease.clone() });
+        if attempt == 3 {
+            assert_eq!(denial(&effects), Some(Denial::PlatformFault));
+            continue;
+        }
+        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Start(_))), "not before the node is heard");
+        let again = order(&story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: None })).lease;
+        assert_ne!(again, lease, "an id is used once");
+        lease = again;
+    }
+    assert_eq!((story.page().holds.len(), story.page().closed.len()), (0, 3));
+    assert!(story.page().windows.is_empty(), "nothing was charged, so no window was opened");
+}
+
+#[test]
+fn refusals_are_written_at_most_every_five_seconds() {
+    let mut story = Story::begin(1, 60_000, 9);
+    story.run(Ending::Released, 5_000);
+    let before = story.writes;
+    for _ in 0..50 {
+        assert!(denial(&story.ask(BOB, Size::Large, 99_000)).is_some());
+    }
+    assert_eq!(story.writes, before + 1, "the first at once");
+    story.pass(NOTE_PERIOD_MS);
+    assert_eq!(story.writes, before + 2, "all others together");
+    let row = story.page().last_denial.clone().map(|row| row.denial.kind());
+    assert_eq!(row, Some("IllegalDuration"));
+    assert_eq!(story.page().recent_outcomes.len(), 20);
+}
+
+#[test]
+fn a_full_outbox_pauses_its_account_only() {
+    let mut story = Story::begin(1, 6_000_000, 9);
+    story.account("ann", policy(60_000, 9));
+    for _ in 0..CLOSED_MAX {
+        story.run(Ending::Released, 10);
+    }
+    let Effect::Queue(place) = &story.ask(BOB, Size::Large, 10_000)[0] else { panic!("the outbox is full") };
+    assert!(place.concurrency);
+    order(&story.ask("ann", Size::Large, 10_000));
+    let lease = story.page().closed[0].hold.lease.clone();
+    order(&story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease }));
+}
+
+#[test]
+fn receipts_ride_along_with_the_next_write() {
+    let mut story = Story::begin(1, 6_000_000, 9);
+    story.run(Ending::Released, 10);
+    let (before, lease) = (story.writes, story.page().closed[0].hold.lease.clone());
+    story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease: lease.clone() });
+    story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease });
+    story.pass(60_000);
+    assert_eq!(story.writes, before);
+    story.run(Ending::Released, 10);
+    assert_eq!((story.writes, story.page().closed.len()), (before + 2, 1));
+}
+
+#[test]
+fn a_call_has_the_budget_of_its_token() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let budget =
+        |max_ms, max_calls| Some(Budget { root: "r".into(), max_ms, max_calls, expires: LedgerTime(i64::MAX) });
+    let exhausted = Some(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted });
+    let first = order(&story.ask_with(BOB, Size::Large, 10_000, budget(15_000, 2)));
+    assert_eq!(denial(&story.ask_with(BOB, Size::Large, 10_000, budget(15_000, 2))), exhausted, "too many seconds");
+    story.started(&first.lease, 0);
+    story.end(&first.lease, Ending::Released, 2_000);
+    order(&story.ask_with(BOB, Size::Large, 13_000, budget(15_000, 2)));
+    assert_eq!(denial(&story.ask_with(BOB, Size::Large, 1, budget(99_000, 2))), exhausted, "too many calls");
+}
+
+#[test]
+fn a_call_that_waited_in_vain_keeps_its_budget() {
+    let mut story = Story::begin(1, 600_000, 1);
+    order(&story.ask(BOB, Size::Large, 10_000));
+    let budget = Some(Budget { root: "r".into(), max_ms: 10_000, max_calls: 1, expires: LedgerTime(i64::MAX) });
+    story.ask_with(BOB, Size::Large, 10_000, budget.clone());
+    let ticket = Ticket { agent_instance: "a".into(), number: story.tickets };
+    story.tell(Command::Dequeue { ticket });
+    assert_eq!(denial(&story.ask_with(BOB, Size::Large, 10_000, budget)), None);
+}
+
+#[test]
+fn no_device_is_free_only_so_often() {
+    let mut story = Story::begin(1, 6_000_000, 9);
+    for _ in 0..NO_DEVICE_FREE_PER_HOUR {
+        story.run(Ending::NoDevice, 1_000);
+        // The outbox drains meanwhile.
+        let lease = story.page().closed[0].hold.lease.clone();
+        story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease });
+    }
+    assert!(story.page().windows.is_empty());
+    story.run(Ending::NoDevice, 1_000);
+    assert_eq!(story.page().windows[0].charged_ms, 1_000);
+    story.pass(3_600_000);
+    story.run(Ending::NoDevice, 1_000);
+    assert_eq!(story.page().windows[0].charged_ms, 1_000);
+}
+
+#[test]
+fn a_silent_node_is_given_up_at_its_bound_and_not_before() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let lease = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    story.started(&lease, 0);
+    story.tell(Command::NodeDisconnected { node: NodeName::new(NODE) });
+    // order_ttl 5 + allow_limit 30 + declared 10 + grace 2 + clear_limit 10
+    story.pass(57_000);
+    assert_eq!(story.page().holds.len(), 1);
+    story.pass(1);
+    let closed = &story.page().closed[0];
+    assert_eq!((closed.ending, closed.charged_ms), (Ending::Expired, 0));
+    // It comes back with its report: nothing changes, and it may forget it.
+    let late = story.end(&lease, Ending::Released, 9_000);
+    assert!(matches!(late[..], [Effect::Acknowledge { ended: true, .. }]));
+    assert!(story.page().windows.is_empty());
+}
+
+#[test]
+fn a_node_that_is_there_is_told_instead() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let lease = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    story.started(&lease, 0);
+    let effects = story.pass(57_001);
+    assert!(matches!(effects[..], [Effect::Cancel { .. }]), "only the node ends a granted lease");
+    assert_eq!(story.pass(1_000), [], "not at every tick");
+    story.end(&lease, Ending::Cancelled, 57_000);
+    assert_eq!(story.page().closed[0].charged_ms, 10_000);
+}
+
+#[test]
+fn another_leader_ends_the_term() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let page = Box::new(Page { epoch: Epoch(2), seq: 1, ..Page::default() });
+    let account = AccountName::new(BOB);
+    let effects = story.tell(Command::AccountSeen { account, page, policy: policy(1, 1) });
+    assert_eq!(effects, [Effect::EndTerm(TermEnd::Deposed { by: Epoch(2) })]);
+    assert_eq!(story.ask(BOB, Size::Large, 10_000), [], "nothing is decided any more");
+}
+
+#[test]
+fn a_clock_that_is_off_grants_nothing() {
+    let mut story = Story::begin(1, 600_000, 9);
+    story.tell(Command::ClockJudged { off_ms: Some(6_000) });
+    assert_eq!(denial(&story.ask(BOB, Size::Large, 10_000)), Some(Denial::ClockSkew { ms: 6_000 }));
+    story.tell(Command::ClockJudged { off_ms: None });
+    order(&story.ask(BOB, Size::Large, 10_000));
+}
+
+#[test]
+fn an_account_that_is_gone_leaves_nothing_behind() {
+    let mut story = Story::begin(1, 600_000, 1);
+    let lease = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    story.started(&lease, 0);
+    story.ask(BOB, Size::Large, 10_000);
+    let effects = story.tell(Command::AccountGone { account: AccountName::new(BOB) });
+    assert_eq!(denial(&effects), Some(Denial::AccountDeleting));
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Cancel { .. })));
+    story.end(&lease, Ending::Cancelled, 0);
+    story.free(&lease);
+    assert!(story.state.leases.is_empty() && story.state.queue.is_empty() && story.state.accounts.is_empty());
+}
+
+#[test]
+fn without_a_healthy_card_of_that_size_there_is_no_queue() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 1 }];
+    story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: Some(cards) });
+    assert_eq!(denial(&story.ask(BOB, Size::Xlarge, 10_000)), Some(Denial::NoCapacity { size: Size::Xlarge }));
+    order(&story.ask(BOB, Size::Large, 10_000));
+    assert_eq!(denial(&story.ask(BOB, Size::Large, 10_000)), None);
+}
+
+#[test]
+fn a_new_leader_waits_for_its_nodes_but_not_long() {
+    let awaited = BTreeSet::from([NodeName::new(NODE), NodeName::new("gpu-2")]);
+    let mut story = Story::begin(1, 600_000, 9);
+    story.state.awaited = awaited;
+    story.ask(BOB, Size::Large, 10_000);
+    assert!(story.page().holds.is_empty());
+    order(&story.pass(500));
+}

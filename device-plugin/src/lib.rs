@@ -1,0 +1,29 @@
+//! The node agent: NVML inventory, kubelet plugin, gate, device API, leases and their deadlines (node.md).
+
+pub mod admin;
+pub mod args;
+pub mod cards;
+pub mod cdi;
+pub mod checkpoint;
+pub mod clock;
+pub mod converge;
+pub mod device_api;
+pub mod epoch;
+pub mod gate;
+pub mod hardware;
+pub mod inventory;
+pub mod kubelet;
+pub mod majors;
+pub mod metrics;
+pub mod node_actor;
+pub mod node_link;
+pub mod node_status;
+pub mod pods;
+pub mod policy;
+pub mod processes;
+pub mod recovery;
+pub mod runtime;
+pub mod sandbox;
+pub mod sizes;
+pub mod slots;
+pub mod space_backend;

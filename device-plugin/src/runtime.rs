@@ -1,0 +1,426 @@
+//! Puts the agent together: gate first, then what an earlier agent left behind, then everything that grants. A task that
+//! dies ends the process; the gate stays shut meanwhile, and leases run on under the checkpoint.
+
+use std::path::Path;
+use std::sync::{Arc, mpsc as blocking};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use backon::{ExponentialBuilder, Retryable as _};
+use spaceport_crds::GPUAccount;
+use spaceport_crds::conditions::{ConditionStatus, GPUNodeCondition, GPUNodeReason};
+use spaceport_crds::names::TERM_PAGE;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing_subscriber::EnvFilter;
+
+use crate::admin::{self, Readiness};
+use crate::args::{Args, CardArgs, GateArgs, KubeletArgs, LogArgs, LogFormat, NodeLinkArgs, PlaceArgs};
+use crate::cards;
+use crate::cdi::{CdiFile, DriverRoot};
+use crate::checkpoint::Checkpoint;
+use crate::clock::boottime_ms;
+use crate::converge::{Machine, View};
+use crate::epoch::EpochFile;
+use crate::gate::hierarchy::Tree;
+use crate::gate::{Gate, GateSettings};
+use crate::hardware::{Hardware, Sensors};
+use crate::inventory::{self, DeviceNodes, LibraryState, NodeSensors, NvmlHandle, NvmlSettings};
+use crate::kubelet::{self, KubeletSettings, KubeletView};
+use crate::majors;
+use crate::metrics::Metrics;
+use crate::node_actor::{Input, NodeActor, NodeHandle, Records};
+use crate::node_link::{self, LinkSettings, chain};
+use crate::node_status::{self, Finding, NodeIdentity};
+use crate::pods::{self, PodSettings};
+use crate::policy::{self, Policy};
+use crate::recovery;
+
+/// How often the gate is looked after: kubelet may make its cgroup anew, the driver may be loaded later.
+const GATE_LOOK: Duration = Duration::from_secs(2);
+/// How long the start waits for the first inventory and policy, so that the first `Joined` is complete. Without them the
+/// node joins with no cards and tells of them later.
+const FIRST_LOOK_LIMIT: Duration = Duration::from_secs(10);
+/// Tries to read the term page on a node without a fence; then the process ends and is started again.
+const TERM_PAGE_TRIES: usize = 20;
+/// How long tasks may take to stop. Kubelet's own patience is 30 s.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs the agent until a signal or a failure.
+///
+/// # Errors
+/// Whatever keeps the agent from its work.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    start_logs(&args.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
+    let result = runtime.block_on(agent(args));
+    // Threads that wait for a slot to clear are left; the next agent goes on by the checkpoint.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+fn start_logs(args: &LogArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&args.log_filter).context("the log filter is malformed")?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Json => logs.json().flatten_event(true).try_init(),
+        LogFormat::Text => logs.try_init(),
+    }
+    .map_err(|error| anyhow!(error))
+}
+
+/// The agent's tasks, each with the name that the log says when it ends the process.
+struct Tasks {
+    set: JoinSet<(&'static str, anyhow::Result<()>)>,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        self.set.spawn(async move {
+            work.await;
+            (name, Ok(()))
+        });
+    }
+
+    fn spawn_fallible<E: Into<anyhow::Error>>(
+        &mut self,
+        name: &'static str,
+        work: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) {
+        self.set.spawn(async move { (name, work.await.map_err(Into::into)) });
+    }
+}
+
+async fn agent(args: Args) -> anyhow::Result<()> {
+    let Args {
+        place,
+        log: _,
+        gate: gate_args,
+        cards: card_args,
+        kubelet: kubelet_args,
+        node_link: link_args,
+        device_api_port,
+        admin_listen,
+    } = args;
+    let stop = CancellationToken::new();
+    let mut tasks = Tasks { set: JoinSet::new(), stop: stop.clone() };
+    let metrics = Metrics::new();
+    let readiness = Readiness::default();
+    readiness.expect(&["gate", "pods", "recovered"]);
+    tasks
+        .spawn_fallible("admin endpoint", admin::serve(admin_listen, metrics.clone(), readiness.clone(), stop.clone()));
+
+    let nodes = DeviceNodes::new(card_args.device_directory.clone());
+    let (gate, tree) = establish_gate(&gate_args, &nodes)?;
+    tracing::info!(majors = ?gate.majors(), tree, "The gate is shut");
+    readiness.set("gate", true);
+
+    let (sensors, nvml) = start_inventory(&card_args, &nodes, &mut tasks);
+    let client = client(&place).await?;
+    let (policy_sender, policy) = watch::channel(Policy::default());
+    let (policy_client, node_name, end) = (client.clone(), place.node.clone(), stop.clone());
+    tasks.spawn("policy", async move { policy::run(policy_client, &node_name, policy_sender, end).await });
+    first_look(&nvml, policy.clone()).await;
+
+    let identity = NodeIdentity { node: place.node.clone(), agent_instance: new_instance(), boot_id: read_boot_id()? };
+    let started = start_actor(&place, &client, &gate, &sensors, &metrics, &identity, &mut tasks).await?;
+    readiness.set("recovered", true);
+    let Started { node, inputs, epoch } = started;
+
+    let pod_settings = PodSettings {
+        node: place.node.clone(),
+        pods_cgroup: gate.pods_cgroup().to_owned(),
+        port: device_api_port,
+        exempt_namespaces: gate_args.exempt_namespaces.clone(),
+        own_pod_uid: place.pod_uid.clone(),
+    };
+    let pods = pods::run(
+        client.clone(),
+        pod_settings,
+        Arc::clone(&gate),
+        node.clone(),
+        metrics,
+        readiness.clone(),
+        stop.clone(),
+    );
+    tasks.spawn("pods", pods);
+    tasks.spawn("cards", cards::follow(nvml.inventory(), policy.clone(), node.clone(), stop.clone()));
+    tasks.spawn("memory", cards::watch_memory(nvml.clone(), node.clone(), stop.clone()));
+    let link = link_settings(&place, link_args, &identity);
+    tasks.spawn("node link", node_link::run(Some(client.clone()), link, epoch.clone(), inputs, stop.clone()));
+
+    let (found, findings) = watch::channel(Vec::new());
+    let keeper = GateKeeper {
+        gate,
+        nodes: nodes.clone(),
+        settings: gate_args.gated_majors,
+        readiness,
+        found,
+        view: node.view(),
+    };
+    tasks.spawn("gate", keeper.run(stop.clone()));
+    let (offered, kubelet_view) = watch::channel(KubeletView::default());
+    let inputs = kubelet::Inputs { inventory: nvml.inventory(), policy: policy.clone(), leases: node.view() };
+    let settings = kubelet_settings(kubelet_args, &card_args, nodes);
+    tasks.spawn("kubelet", kubelet::run(settings, inputs, offered, stop.clone()));
+    let sources = node_status::Sources {
+        inventory: nvml.inventory(),
+        policy,
+        kubelet: kubelet_view,
+        leases: node.view(),
+        epoch,
+        findings,
+    };
+    tasks.spawn("node status", node_status::run(client, identity, sources, stop));
+    wait_and_stop(tasks, &node).await
+}
+
+/// Waits for a signal or for a task to end, then stops everything.
+async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: &NodeHandle) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("no signal handler")?;
+    let result = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        ended = tasks.join_next() => Err(match ended {
+            Some(Ok((name, Err(error)))) => error.context(format!("the task {name} failed")),
+            Some(Ok((name, Ok(())))) => anyhow!("the task {name} ended"),
+            Some(Err(error)) => anyhow!(error).context("a task panicked"),
+            None => anyhow!("no task runs"),
+        }),
+    };
+    tracing::info!("Stopping; the gate stays shut and leases run on under the checkpoint");
+    stop.cancel();
+    // The device API answers its calls in flight first; they need the actor.
+    let drained = tokio::time::timeout(STOP_LIMIT, async {
+        let mut actor_told = false;
+        while !tasks.is_empty() {
+            // All but the actor's own task are over, or it is over itself.
+            if tasks.len() <= 1 && !actor_told {
+                actor_told = true;
+                node.send(Input::Stop);
+            }
+            if let Some(Ok((name, Err(error)))) = tasks.join_next().await {
+                tracing::error!(task = name, error = format!("{error:#}"), "A task failed while stopping");
+            }
+        }
+    })
+    .await;
+    if drained.is_err() {
+        node.send(Input::Stop);
+        tracing::warn!(limit_s = STOP_LIMIT.as_secs(), "Some tasks did not stop in time");
+    }
+    result
+}
+
+fn establish_gate(args: &GateArgs, nodes: &DeviceNodes) -> anyhow::Result<(Arc<Gate>, &'static str)> {
+    let tree = Tree::find(&args.cgroup_root).context("no cgroup v2 tree")?;
+    let pods_cgroup = tree.pods_cgroup(&args.pods_cgroup).context("no pods' cgroup")?;
+    let settings = GateSettings {
+        pin_directory: args.bpf_directory.clone(),
+        pods_cgroup,
+        majors: majors::gated(&majors::proc_devices(), nodes, &args.gated_majors),
+    };
+    let gate = Gate::establish(settings).context("the GPU gate cannot be shut; nothing is advertised without it")?;
+    Ok((Arc::new(gate), if tree.is_hybrid() { "hybrid" } else { "v2" }))
+}
+
+fn start_inventory(args: &CardArgs, nodes: &DeviceNodes, tasks: &mut Tasks) -> (Arc<dyn Sensors>, NvmlHandle) {
+    let settings = NvmlSettings { library: args.nvml_library.clone(), ..NvmlSettings::default() };
+    let (nvml, supervisor) = inventory::nvml(settings);
+    tasks.spawn_fallible("inventory", supervisor.run(tasks.stop.clone()));
+    (Arc::new(NodeSensors::new(nvml.clone(), nodes.clone())), nvml)
+}
+
+fn kubelet_settings(args: KubeletArgs, cards: &CardArgs, nodes: DeviceNodes) -> KubeletSettings {
+    KubeletSettings {
+        device_plugin_directory: args.device_plugin_directory,
+        pod_resources_socket: KubeletSettings::pod_resources_socket(&args.kubelet_root),
+        cdi: CdiFile::new(&args.cdi_directory),
+        nodes,
+        driver: DriverRoot { on_host: cards.driver_root.clone(), here: cards.driver_root_here.clone() },
+    }
+}
+
+async fn client(place: &PlaceArgs) -> anyhow::Result<kube::Client> {
+    let config = match &place.kubeconfig {
+        None => kube::Config::infer().await.context("no way to the API server")?,
+        Some(path) => {
+            let file = kube::config::Kubeconfig::read_from(path).context("the kubeconfig cannot be read")?;
+            kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
+        }
+    };
+    kube::Client::try_from(config).context("no client for the API server")
+}
+
+async fn first_look(nvml: &NvmlHandle, mut policy: watch::Receiver<Policy>) {
+    let mut inventory = nvml.inventory();
+    let looked = tokio::time::timeout(FIRST_LOOK_LIMIT, async {
+        // Errors mean that the task is over, which the caller learns of by itself.
+        let _ = inventory.wait_for(|found| found.library != LibraryState::Starting).await;
+        let _ = policy.changed().await;
+    })
+    .await;
+    if looked.is_err() {
+        tracing::warn!(limit_s = FIRST_LOOK_LIMIT.as_secs(), "Starting without a full look at cards and pools");
+    }
+}
+
+/// What the rest of the agent needs of the actor.
+struct Started {
+    node: NodeHandle,
+    inputs: blocking::Sender<Input>,
+    epoch: watch::Receiver<u64>,
+}
+
+async fn start_actor(
+    place: &PlaceArgs,
+    client: &kube::Client,
+    gate: &Arc<Gate>,
+    sensors: &Arc<dyn Sensors>,
+    metrics: &Metrics,
+    identity: &NodeIdentity,
+    tasks: &mut Tasks,
+) -> anyhow::Result<Started> {
+    std::fs::create_dir_all(&place.state_directory)
+        .with_context(|| format!("cannot make {}", place.state_directory.display()))?;
+    let epoch_file = EpochFile::new(&place.state_directory);
+    let highest = highest_epoch(&epoch_file, client).await?;
+    let checkpoint = Checkpoint::new(&place.state_directory, identity.boot_id.clone());
+    let mut machine = Machine::new(identity.agent_instance.clone(), highest);
+    tokio::task::block_in_place(|| {
+        let devices = |card| sensors.devices(card);
+        recovery::recover(&mut machine, &checkpoint, gate, gate.pods_cgroup(), boottime_ms(), devices)
+    })
+    .context("what an earlier agent left behind cannot be put in order")?;
+    let (inputs, from_all) = blocking::channel();
+    let (epoch_sender, epoch) = watch::channel(highest);
+    let hardware = Hardware {
+        pods_cgroup: gate.pods_cgroup().to_owned(),
+        gate: Arc::clone(gate),
+        sensors: Arc::clone(sensors),
+        inputs: inputs.clone(),
+        tasks: TaskTracker::new(),
+        runtime: tokio::runtime::Handle::current(),
+    };
+    let records = Records { checkpoint, epoch_file, epoch: epoch_sender };
+    let (actor, node) = NodeActor::new(machine, hardware, records, metrics.clone(), from_all)
+        .context("no thread for the checkpoint")?;
+    tasks.set.spawn_blocking(move || ("node actor", actor.run().map_err(Into::into)));
+    Ok(Started { node, inputs, epoch })
+}
+
+/// L6: the node's own record, or the term page where there is none; without either nothing may be accepted.
+async fn highest_epoch(file: &EpochFile, client: &kube::Client) -> anyhow::Result<u64> {
+    if let Some(epoch) = file.read().context("the fence cannot be read")? {
+        return Ok(epoch);
+    }
+    let pages: kube::Api<GPUAccount> = kube::Api::all(client.clone());
+    let read = || async { pages.get_opt(TERM_PAGE).await };
+    let page = read
+        .retry(ExponentialBuilder::new().with_max_delay(Duration::from_secs(5)).with_max_times(TERM_PAGE_TRIES))
+        .notify(|error, _| tracing::warn!(error = %chain(error), "The term page cannot be read yet"))
+        .await
+        .context("this node has no record of the term and cannot read the term page")?;
+    let epoch = page.and_then(|page| page.status).map_or(0, |status| u64::try_from(status.epoch).unwrap_or(0));
+    tracing::info!(epoch, "This node had no record of the term; the term page was read");
+    file.write(epoch).context("the fence cannot be recorded")?;
+    Ok(epoch)
+}
+
+fn link_settings(place: &PlaceArgs, args: NodeLinkArgs, identity: &NodeIdentity) -> LinkSettings {
+    LinkSettings {
+        node: place.node.clone(),
+        boot_id: identity.boot_id.clone(),
+        agent_instance: identity.agent_instance.clone(),
+        namespace: place.namespace.clone(),
+        service: args.nodelink_service,
+        endpoints: args.operator_endpoints,
+        ca_file: args.nodelink_ca,
+        token_file: args.nodelink_token,
+    }
+}
+
+/// Keeps the gate on the pods' cgroup and over all majors of the driver, and says how it is.
+struct GateKeeper {
+    gate: Arc<Gate>,
+    nodes: DeviceNodes,
+    settings: Vec<u32>,
+    readiness: Readiness,
+    found: watch::Sender<Vec<Finding>>,
+    view: watch::Receiver<View>,
+}
+
+impl GateKeeper {
+    async fn run(mut self, stop: CancellationToken) {
+        let mut look = tokio::time::interval(GATE_LOOK);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = look.tick() => {}
+            }
+            // A major that disappears with the driver stays covered: closed is the safe side.
+            let mut wanted = self.gate.majors();
+            wanted.extend(majors::gated(&majors::proc_devices(), &self.nodes, &self.settings));
+            let problem = match self.gate.maintain(&wanted) {
+                Ok(anew) => {
+                    if anew {
+                        tracing::warn!(majors = ?wanted, "The gate was attached anew");
+                    }
+                    None
+                }
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "The gate is not in order");
+                    Some(chain(&error))
+                }
+            };
+            let attached = self.gate.is_attached();
+            self.readiness.set("gate", attached);
+            let findings = vec![gate_finding(attached, problem), reconciled(self.view.borrow_and_update().linked)];
+            self.found.send_if_modified(|old| std::mem::replace(old, findings.clone()) != findings);
+        }
+    }
+}
+
+fn gate_finding(attached: bool, problem: Option<String>) -> Finding {
+    let message = problem.unwrap_or_else(|| {
+        let state = if attached { "is attached" } else { "is not attached" };
+        format!("the device program {state} to the pods' cgroup")
+    });
+    Finding {
+        condition: GPUNodeCondition::GateAttached,
+        holds: if attached { ConditionStatus::True } else { ConditionStatus::False },
+        reason: if attached { GPUNodeReason::AsExpected } else { GPUNodeReason::AttachRefused },
+        message,
+        blocks: !attached,
+    }
+}
+
+fn reconciled(linked: bool) -> Finding {
+    let message = if linked {
+        "the node has joined the broker's term with its cards and leases"
+    } else {
+        "no lease broker is connected; see the operator's logs and its Service spaceport-operator-nodelink"
+    };
+    Finding {
+        condition: GPUNodeCondition::Reconciled,
+        holds: if linked { ConditionStatus::True } else { ConditionStatus::False },
+        reason: if linked { GPUNodeReason::AsExpected } else { GPUNodeReason::BrokerUnreachable },
+        message: message.to_owned(),
+        blocks: !linked,
+    }
+}
+
+fn read_boot_id() -> anyhow::Result<String> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    Ok(std::fs::read_to_string(path).context("no boot id")?.trim().to_owned())
+}
+
+/// A name for this start of the agent.
+fn new_instance() -> String {
+    ulid::Ulid::generate().to_string().to_lowercase()
+}

@@ -1,0 +1,256 @@
+//! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
+
+use spaceport_core::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::lease::{Budget, Command, Request};
+use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
+use spaceport_proto::nodelink as proto;
+use spaceport_proto::nodelink::broker_message::Message as Outgoing;
+use spaceport_proto::nodelink::node_message::Message as Incoming;
+use tracing::{error, info, warn};
+
+use super::Actor;
+use crate::clock;
+use crate::ledger::node_messages;
+use crate::ledger::pages::{self, Pages};
+use crate::ledger::ports::Input;
+use crate::ledger::receipt::ReceiptEvent;
+use crate::ledger::records::Report;
+use crate::ledger::seen::AccountSeen;
+use crate::ledger::watches::StoreEvent;
+use crate::node_link::NodeEvent;
+
+/// Calls that wait for one account to be made or found; beyond it the Space is told that the broker is busy.
+const FIRST_CALLS_MAX: usize = 16;
+/// Accounts that are being made or looked for at once; each is a call of the API server.
+const FIRST_ACCOUNTS_MAX: usize = 256;
+
+impl<P: Pages> Actor<P> {
+    pub(super) fn input(&mut self, input: Input) {
+        match input {
+            Input::Store(event) => self.store_event(event),
+            Input::Node(event) => self.node_event(event),
+            Input::Receipt(ReceiptEvent::Written { account, lease }) => {
+                self.command(Command::ReceiptWritten { account, lease });
+            }
+        }
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.command(Command::Tick);
+        for record in std::mem::take(&mut self.unoffered) {
+            self.receipt(record);
+        }
+        let leases = &self.state.leases;
+        self.records.keep(|lease| leases.contains_key(lease));
+        self.end_messages.retain(|lease, _| leases.contains_key(lease));
+        for node in self.state.nodes.keys() {
+            self.metrics.set_queued(node.as_str(), self.state.queue.line(node).count());
+        }
+    }
+
+    // === watches ===
+
+    fn store_event(&mut self, event: StoreEvent) {
+        if let StoreEvent::AccountGone { name, .. } = event {
+            self.account_gone(name);
+            return;
+        }
+        let concerned = self.known.concerned(&event);
+        let pools = matches!(event, StoreEvent::Pool(_) | StoreEvent::PoolGone { .. });
+        self.known.store(event);
+        for account in concerned {
+            self.account_seen(&account);
+        }
+        if pools {
+            for node in self.known.sessions.keys().cloned().collect::<Vec<_>>() {
+                self.configure(&node);
+            }
+        }
+        if self.state.clock_off_ms != self.known.clock_off_ms {
+            if let Some(off_ms) = self.known.clock_off_ms {
+                error!(off_ms, "ClockSkew: our clock is too far from the API server's; nothing is granted");
+            }
+            self.command(Command::ClockJudged { off_ms: self.known.clock_off_ms });
+        }
+    }
+
+    fn configure(&mut self, node: &NodeName) {
+        let settings = self.known.settings(node);
+        self.command(Command::NodeSettings { node: node.clone(), settings });
+    }
+
+    // === agents ===
+
+    /// Greets an agent: from its answer on its slots exist in this term (L7).
+    pub(super) fn welcome(&mut self, node: &NodeName) {
+        let Some(session) = self.known.sessions.get(node) else { return };
+        let (agent_instance, highest_epoch) = (session.agent_instance.clone(), session.highest_epoch);
+        self.configure(node);
+        self.command(Command::NodeHello { node: node.clone(), agent_instance, highest_epoch });
+        if self.state.ended.is_none() {
+            self.send(node, |_| Outgoing::Welcome(proto::Welcome { epoch: self.state.epoch.0 }));
+        }
+    }
+
+    fn node_event(&mut self, event: NodeEvent) {
+        match event {
+            NodeEvent::Connected { ref node, .. } => {
+                let node = node.clone();
+                if self.known.sessions.contains_key(&node) {
+                    self.command(Command::NodeDisconnected { node: node.clone() });
+                }
+                self.known.node(event);
+                info!(%node, "An agent is here");
+                self.welcome(&node);
+            }
+            NodeEvent::Disconnected { session, ref node } => {
+                let current = self.known.is_current(node, session);
+                let node = node.clone();
+                self.known.node(event);
+                if current {
+                    warn!(%node, "An agent's session is over; its leases run on");
+                    self.command(Command::NodeDisconnected { node });
+                }
+            }
+            NodeEvent::Message { session, ref node, ref message } => {
+                if !self.known.is_current(node, session) {
+                    return;
+                }
+                let (node, message) = (node.clone(), message.message.clone());
+                self.known.node(event);
+                if let Some(message) = message {
+                    self.message(&node, message);
+                }
+            }
+        }
+        self.metrics.set_nodes_connected(self.known.sessions.len());
+    }
+
+    fn message(&mut self, node: &NodeName, message: Incoming) {
+        match message {
+            Incoming::Request(request) => self.request(node, request),
+            Incoming::Dequeue(dequeue) => {
+                if let Some(ticket) = self.known.ticket(node, dequeue.ticket) {
+                    for calls in self.first_calls.values_mut() {
+                        calls.retain(|call| call.ticket != ticket);
+                    }
+                    self.command(Command::Dequeue { ticket });
+                }
+            }
+            report => {
+                self.note_report(&report);
+                match node_messages::command(node, &report) {
+                    Ok(Some(command)) => self.command(command),
+                    Ok(None) => {}
+                    Err(nonsense) => {
+                        error!(%node, %nonsense, "An agent speaks nonsense; its session is ended");
+                        if let Some(session) = self.known.sessions.get(node) {
+                            session.outbound.close();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Evidence of a report, for the receipt; before its command, so that the end of a lease has all its boundaries.
+    fn note_report(&mut self, message: &Incoming) {
+        let (lease, boundaries, report) = match message {
+            Incoming::Started(started) => {
+                let card = (!started.waiting).then_some(started.card);
+                (&started.lease, &started.boundaries, Report::Started { card, isolation: started.isolation.clone() })
+            }
+            Incoming::Running(running) => (&running.lease, &running.boundaries, Report::Running),
+            Incoming::Ended(ended) => {
+                let lease = LeaseId::new(&ended.lease);
+                if !ended.message.is_empty() && self.state.leases.contains_key(&lease) {
+                    self.end_messages.insert(lease, ended.message.clone());
+                }
+                (&ended.lease, &ended.boundaries, Report::Over)
+            }
+            Incoming::Freed(freed) => (&freed.lease, &freed.boundaries, Report::Over),
+            _ => return,
+        };
+        let now = LedgerTime(clock::wall().as_millisecond());
+        if let Some(record) = self.records.report(&LeaseId::new(lease), boundaries, now, report) {
+            self.receipt(record);
+        }
+    }
+
+    // === requests ===
+
+    fn request(&mut self, node: &NodeName, request: proto::Request) {
+        let Some(ticket) = self.known.ticket(node, request.ticket) else { return };
+        // Where the decorator names no size it is `large`.
+        let size = node_messages::size(request.size()).unwrap_or(Size::Large);
+        let Some(pod) = request.pod else {
+            error!(%node, "A request without its pod");
+            self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
+            return;
+        };
+        let space = SpaceKey { namespace: pod.namespace, name: pod.space, uid: pod.space_uid };
+        let (caller, budget) = self.caller(&request.token, &space);
+        let declared_ms = request.declared_ms;
+        let request = Request { ticket, node: node.clone(), space, size, declared_ms, caller, budget };
+        match &request.caller {
+            Ok(account) if !self.state.accounts.contains_key(account) => self.first_call(account.clone(), request),
+            _ => self.command(Command::Request(Box::new(request))),
+        }
+    }
+
+    /// Who pays: the token's account, or without a token the Space's own.
+    fn caller(&self, token: &str, space: &SpaceKey) -> (Result<AccountName, UnauthenticatedReason>, Option<Budget>) {
+        if token.is_empty() {
+            return (Ok(AccountName::of_space(&space.uid)), None);
+        }
+        match self.verifier.verify(token, &space.uid, clock::wall()) {
+            Ok(caller) => {
+                let budget = Budget {
+                    root: caller.root_jti,
+                    max_ms: caller.max_ms,
+                    max_calls: caller.max_calls,
+                    expires: LedgerTime(caller.expires.as_millisecond()),
+                };
+                (Ok(caller.account), Some(budget))
+            }
+            Err(reason) => (Err(reason), None),
+        }
+    }
+
+    /// A call whose account is not known here. The Space's own is made with its first call (L4); that of a token was made
+    /// by whoever minted it, and may be newer than what our watch has shown.
+    fn first_call(&mut self, account: AccountName, request: Request) {
+        let full = self.first_calls.len() >= FIRST_ACCOUNTS_MAX;
+        match self.first_calls.get_mut(&account) {
+            Some(calls) if calls.len() < FIRST_CALLS_MAX => calls.push(request),
+            None if !full => {
+                let make = request.budget.is_none();
+                self.first_calls.insert(account.clone(), vec![request]);
+                self.tasks.spawn(pages::first_see(self.store.clone(), account, make));
+            }
+            _ => self.deny(&request.ticket, &request.node, CallerClass::Guest, &Denial::BrokerUnavailable),
+        }
+    }
+
+    pub(super) fn first_seen(&mut self, account: AccountName, found: Result<Option<Box<AccountSeen>>, String>) {
+        let calls = self.first_calls.remove(&account).unwrap_or_default();
+        match found {
+            Err(reason) => {
+                warn!(%account, reason, "An account can neither be made nor looked for");
+                for call in calls {
+                    self.deny(&call.ticket, &call.node, CallerClass::Guest, &Denial::BrokerUnavailable);
+                }
+                return;
+            }
+            Ok(Some(seen)) if !self.state.accounts.contains_key(&account) => {
+                self.known.accounts.insert(account.clone(), *seen);
+                self.account_seen(&account);
+            }
+            // The watch was faster; or there is none, which is for the ledger to say.
+            Ok(_) => {}
+        }
+        for call in calls {
+            self.command(Command::Request(Box::new(call)));
+        }
+    }
+}

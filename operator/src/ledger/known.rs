@@ -1,0 +1,176 @@
+//! What the broker has been shown by watches and agents, apart from the ledger: kept over terms.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use spaceport_core::ids::{AccountName, Epoch, NodeName, Ticket};
+use spaceport_core::lease::{NodeSettings, Policy};
+
+use super::policy;
+use super::seen::{AccountSeen, GrantSeen, PoolSeen, TierSeen};
+use super::watches::{StoreEvent, Watched};
+use crate::node_link::{NodeEvent, Outbound, SessionId};
+
+/// What was shown last of everything.
+pub struct Known {
+    /// Accounts.
+    pub accounts: BTreeMap<AccountName, AccountSeen>,
+    /// Tiers by name.
+    pub tiers: BTreeMap<String, TierSeen>,
+    /// Pools by name.
+    pub pools: BTreeMap<String, PoolSeen>,
+    /// Grants by uid.
+    pub grants: BTreeMap<String, GrantSeen>,
+    /// Agents that are there.
+    pub sessions: BTreeMap<NodeName, Session>,
+    /// How far our clock is off, if that is too much (L20).
+    pub clock_off_ms: Option<u64>,
+    /// Kinds of which not everything was shown yet.
+    pub unlisted: BTreeSet<Watched>,
+    clock_skew_max: Duration,
+}
+
+/// A session of an agent.
+pub struct Session {
+    /// Its number.
+    pub id: SessionId,
+    /// The way to the agent.
+    pub outbound: Outbound,
+    /// Fresh at every start of the agent.
+    pub agent_instance: String,
+    /// Highest epoch that the node had accepted when it began (L6).
+    pub highest_epoch: Epoch,
+    /// Last stamp of the node's boot-time clock, echoed by orders (L8).
+    pub boottime_ms: u64,
+}
+
+impl Known {
+    /// Nothing yet.
+    pub fn new(clock_skew_max: Duration) -> Self {
+        Self {
+            accounts: BTreeMap::new(),
+            tiers: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            grants: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            clock_off_ms: None,
+            unlisted: Watched::ALL.into_iter().collect(),
+            clock_skew_max,
+        }
+    }
+
+    /// The highest epoch of any page and any agent's hello.
+    pub fn highest_epoch(&self) -> Epoch {
+        let pages = self.accounts.values().filter_map(|account| account.page.as_ref().ok()).map(|page| page.epoch);
+        pages.chain(self.sessions.values().map(|session| session.highest_epoch)).max().unwrap_or_default()
+    }
+
+    /// Nodes that a new term waits for (L17): those with open holds and those whose agents are there.
+    pub fn awaited(&self) -> BTreeSet<NodeName> {
+        let pages = self.accounts.values().filter_map(|account| account.page.as_ref().ok());
+        let holding = pages.flat_map(|page| page.holds.iter().map(|hold| hold.node.clone()));
+        holding.chain(self.sessions.keys().cloned()).collect()
+    }
+
+    /// Takes what a watch shows.
+    pub fn store(&mut self, event: StoreEvent) {
+        match event {
+            StoreEvent::Account(account) => {
+                self.accounts.insert(account.name.clone(), *account);
+            }
+            StoreEvent::AccountGone { name, .. } => {
+                self.accounts.remove(&name);
+            }
+            StoreEvent::Tier(tier) => {
+                self.tiers.insert(tier.name.clone(), *tier);
+            }
+            StoreEvent::TierGone { name } => {
+                self.tiers.remove(&name);
+            }
+            StoreEvent::Pool(pool) => {
+                self.pools.insert(pool.name.clone(), *pool);
+            }
+            StoreEvent::PoolGone { name } => {
+                self.pools.remove(&name);
+            }
+            StoreEvent::Grant(grant) => {
+                self.grants.insert(grant.uid.clone(), grant);
+            }
+            StoreEvent::GrantGone { uid } => {
+                self.grants.remove(&uid);
+            }
+            StoreEvent::Clock(difference) => {
+                let limit_ms = u64::try_from(self.clock_skew_max.as_millis()).unwrap_or(u64::MAX);
+                // Only what certainly is too far off stops grants (L20).
+                self.clock_off_ms = difference.exceeds(limit_ms).then_some(difference.ahead_ms.unsigned_abs());
+            }
+            StoreEvent::Listed(watched) => {
+                self.unlisted.remove(&watched);
+            }
+            StoreEvent::Term(_) => {}
+        }
+    }
+
+    /// Takes what happens on the link. A session that is replaced is closed.
+    pub fn node(&mut self, event: NodeEvent) {
+        match event {
+            NodeEvent::Connected { session, node, hello, boottime_ms, outbound } => {
+                let session = Session {
+                    id: session,
+                    outbound,
+                    agent_instance: hello.agent_instance,
+                    highest_epoch: Epoch(hello.highest_epoch),
+                    boottime_ms,
+                };
+                if let Some(old) = self.sessions.insert(node, session) {
+                    old.outbound.close();
+                }
+            }
+            NodeEvent::Message { session, node, message } => {
+                if let Some(known) = self.sessions.get_mut(&node).filter(|known| known.id == session) {
+                    known.boottime_ms = known.boottime_ms.max(message.boottime_ms);
+                }
+            }
+            NodeEvent::Disconnected { session, node } => {
+                if self.is_current(&node, session) {
+                    self.sessions.remove(&node);
+                }
+            }
+        }
+    }
+
+    /// True if this is the node's session, and not an earlier one.
+    pub fn is_current(&self, node: &NodeName, session: SessionId) -> bool {
+        self.sessions.get(node).is_some_and(|known| known.id == session)
+    }
+
+    /// The idempotency key of an agent's request (L15).
+    pub fn ticket(&self, node: &NodeName, number: u64) -> Option<Ticket> {
+        let session = self.sessions.get(node)?;
+        Some(Ticket { agent_instance: session.agent_instance.clone(), number })
+    }
+
+    /// What the account may do. The tier's name is empty if none applies: then nothing is granted.
+    pub fn policy(&self, account: &AccountSeen) -> Policy {
+        let grants: Vec<&GrantSeen> = self.grants.values().filter(|grant| grant.account == account.name).collect();
+        policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants)
+    }
+
+    /// What applies to a node.
+    pub fn settings(&self, node: &NodeName) -> NodeSettings {
+        policy::settings_of(node, &self.pools)
+    }
+
+    /// Accounts that an event may change the policy of, looked up before it is taken.
+    pub fn concerned(&self, event: &StoreEvent) -> Vec<AccountName> {
+        match event {
+            StoreEvent::Account(account) => vec![account.name.clone()],
+            StoreEvent::Grant(grant) => vec![grant.account.clone()],
+            StoreEvent::GrantGone { uid } => {
+                self.grants.get(uid).map(|grant| grant.account.clone()).into_iter().collect()
+            }
+            StoreEvent::Tier(_) | StoreEvent::TierGone { .. } => self.accounts.keys().cloned().collect(),
+            _ => Vec::new(),
+        }
+    }
+}

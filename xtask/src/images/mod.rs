@@ -140,7 +140,7 @@ fn build_one(workspace: &Workspace, name: Name) -> Result<Image> {
             let binary = cargo::build_binary(workspace, "spaceport-device-plugin", cargo::Linking::Dynamic)?;
             let target = "usr/local/bin/spaceport-device-plugin";
             let layer = Layer::write(&path, &[Entry::program(target, binary)])?;
-            let config = Config { entrypoint: vec![format!("/{target}")], ..base_config() };
+            let config = Config { entrypoint: vec![format!("/{target}")], command: Vec::new(), ..base_config() };
             (vec![base::layer(workspace)?, layer], config)
         }
     };

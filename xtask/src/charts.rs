@@ -107,6 +107,7 @@ fn write_values(workspace: &Workspace) -> Result<PathBuf> {
         "build": { "caBundle": bundle, "indexURL": settings.index_url.unwrap_or_default() },
     });
     values["devicePlugin"]["capabilities"] = json!(grantable(workspace, &own_capabilities()?)?);
+    values["devicePlugin"]["stateDir"] = Value::String(workspace.short_text("agent"));
     values["devicePlugin"]["kubeletRootDir"] = Value::String(node::kubelet_root(workspace));
     let path = workspace.local.join("values.yaml");
     write_atomically(&path, serde_norway::to_string(&values)?.as_bytes())?;

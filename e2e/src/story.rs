@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::kubectl::at;
 use crate::token::Token;
 use crate::wait::eventually;
-use crate::world::World;
+use crate::world::{World, exec, told};
 
 /// Namespace and name of the Space in which the stories happen: the one of `examples/`.
 pub const NAMESPACE: &str = "demo";
@@ -78,9 +78,8 @@ impl World {
     /// The same, left running; its output can be read when it ends.
     pub fn start_app(&self, program: &str) -> Result<Child> {
         let pod = self.pod(NAMESPACE, SPACE)?;
-        let python = "/opt/environment/venv/bin/python";
         self.kubectl
-            .command(&["--namespace", NAMESPACE, "exec", &pod, "--container", "app", "--", python, "-c", program])
+            .command(&[&exec(NAMESPACE, &pod)[..], &["python", &told(program)?]].concat())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -148,17 +148,34 @@ impl World {
     /// Runs a Python program in the Space's pod, in the app's environment, and gives what it printed.
     pub fn python(&self, namespace: &str, space: &str, program: &str) -> Result<String> {
         let pod = self.pod(namespace, space)?;
-        self.kubectl.run(&[
-            "--namespace",
-            namespace,
-            "exec",
-            &pod,
-            "--container",
-            "app",
-            "--",
-            "/opt/environment/venv/bin/python",
-            "-c",
-            program,
-        ])
+        self.kubectl.run(&[&exec(namespace, &pod)[..], &["python", &told(program)?]].concat())
     }
+}
+
+/// `kubectl exec` of a shell that runs its argument as a program and prints what it said.
+///
+/// The program's output goes through a file: workers that it forked and that are kept frozen for reuse have its output open,
+/// and kubectl would wait for them.
+pub(crate) fn exec<'a>(namespace: &'a str, pod: &'a str) -> [&'a str; 10] {
+    let shell = r#"said=$(mktemp); "/opt/environment/venv/bin/$0" -c "$1" >"$said" 2>&1 </dev/null; code=$?; cat "$said"; exit $code"#;
+    ["--namespace", namespace, "exec", pod, "--container", "app", "--", "sh", "-c", shell]
+}
+
+/// The program with an end that does not wait for its frozen workers, as the interpreter's own end would.
+pub(crate) fn told(program: &str) -> Result<String> {
+    let program = serde_json::to_string(program)?;
+    Ok(format!(
+        r#"
+import os, sys, traceback
+code = 0
+try:
+    exec(compile({program}, "story", "exec"), {{"__name__": "__main__"}})
+except BaseException:
+    traceback.print_exc()
+    code = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"#
+    ))
 }

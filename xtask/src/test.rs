@@ -49,7 +49,7 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
         headline("root tests of the node agent");
         passed += cargo_tests(workspace, &["--features", "spaceport-device-plugin/root-tests", "--test", "gate"], &[])?;
         headline("stories on the real node");
-        passed += cluster_tests(workspace, &["stories"])?;
+        passed += cluster_tests(workspace, &["node_stories"])?;
     }
     println!("{passed} tests passed");
     Ok(())

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::converge::{Card, Event, Running, View};
 use crate::gate::lease_cgroup::LeaseCgroup;
 use crate::inventory::{self, GpuProcess, Health, NodeInventory, NvmlHandle, Use};
+use crate::kubelet::KubeletView;
 use crate::node_actor::{Input, NodeHandle};
 use crate::policy::Policy;
 use crate::slots::Place;
@@ -18,12 +19,14 @@ use crate::slots::Place;
 /// How often the memory of leases on shared cards is summed (N18).
 const MEMORY_LOOK: Duration = Duration::from_millis(100);
 
-/// The cards as leases see them.
-pub fn lease_cards(inventory: &NodeInventory, policy: &Policy) -> Vec<Card> {
+/// The cards as leases see them: those that are time-shared at present and are to stay so. One that a pod still holds as
+/// dedicated is not for leases yet, and one that is to be dedicated takes no new ones, so that it can change (N4).
+pub fn lease_cards(inventory: &NodeInventory, policy: &Policy, present: &BTreeMap<u32, Use>) -> Vec<Card> {
     let Some(pool) = &policy.pool else { return Vec::new() };
     let Ok(large_slots) = inventory::large_slots(pool.mode, pool.large) else { return Vec::new() };
-    let uses = inventory::card_uses(&inventory.cards, &pool.cards);
-    let shared = inventory.cards.iter().filter(|card| uses.get(&card.index) == Some(&Use::TimeShared));
+    let wanted = inventory::card_uses(&inventory.cards, &pool.cards);
+    let is_shared = |uses: &BTreeMap<u32, Use>, card: u32| uses.get(&card) == Some(&Use::TimeShared);
+    let shared = inventory.cards.iter().filter(|card| is_shared(&wanted, card.index) && is_shared(present, card.index));
     shared
         .map(|card| Card {
             index: card.index,
@@ -40,20 +43,23 @@ pub fn lease_cards(inventory: &NodeInventory, policy: &Policy) -> Vec<Card> {
         .collect()
 }
 
-/// Tells the machine about cards whenever inventory or policy change, until `stop`.
+/// Tells the machine about cards whenever inventory, policy or the cards' present use change, until `stop`.
 pub async fn follow(
     mut inventory: watch::Receiver<Arc<NodeInventory>>,
     mut policy: watch::Receiver<Policy>,
+    mut kubelet: watch::Receiver<KubeletView>,
     node: NodeHandle,
     stop: CancellationToken,
 ) {
     loop {
-        let cards = lease_cards(&inventory.borrow_and_update(), &policy.borrow_and_update());
+        let present = kubelet.borrow_and_update().offer.uses.clone();
+        let cards = lease_cards(&inventory.borrow_and_update(), &policy.borrow_and_update(), &present);
         node.send(Input::Event(Event::Inventory(cards)));
         tokio::select! {
             () = stop.cancelled() => return,
             changed = inventory.changed() => if changed.is_err() { return },
             changed = policy.changed() => if changed.is_err() { return },
+            changed = kubelet.changed() => if changed.is_err() { return },
         }
     }
 }
@@ -117,7 +123,7 @@ fn breach(place: Place, share: u32, used: u64, card_bytes: u64) -> Option<String
 
 #[cfg(test)]
 mod tests {
-    use spaceport_crds::{CardSelection, Cordon, CordonScope, LargeShare, SlicingMode};
+    use spaceport_crds::{CardSelection, Cordon, CordonScope, GpuSize, LargeShare, SlicingMode};
 
     use super::*;
     use crate::inventory::LibraryState;
@@ -150,23 +156,36 @@ mod tests {
         NodeInventory { library: LibraryState::Loaded, cards: vec![card], ..NodeInventory::default() }
     }
 
+    fn used(used: Use) -> BTreeMap<u32, Use> {
+        BTreeMap::from([(0, used)])
+    }
+
+    #[test]
+    fn a_card_that_a_pod_still_holds_is_not_for_leases_yet() {
+        let (cards, shared) = (inventory(Health::Healthy), policy(SlicingMode::Shared));
+        assert_eq!(lease_cards(&cards, &shared, &used(Use::Dedicated(GpuSize::Xlarge))), []);
+        assert_eq!(lease_cards(&cards, &shared, &BTreeMap::new()), [], "not looked at yet");
+        assert_eq!(lease_cards(&cards, &shared, &used(Use::TimeShared)).len(), 1);
+        assert_eq!(lease_cards(&cards, &Policy::default(), &used(Use::TimeShared)), [], "its leases run on");
+    }
+
     #[test]
     fn a_node_without_a_pool_has_no_cards_for_leases() {
-        assert_eq!(lease_cards(&inventory(Health::Healthy), &Policy::default()), []);
+        assert_eq!(lease_cards(&inventory(Health::Healthy), &Policy::default(), &used(Use::TimeShared)), []);
     }
 
     #[test]
     fn only_a_lost_card_ends_its_leases_and_a_silent_or_cordoned_one_gets_no_new_ones() {
-        let shared = policy(SlicingMode::Shared);
-        let healthy = &lease_cards(&inventory(Health::Healthy), &shared)[0];
+        let (shared, present) = (policy(SlicingMode::Shared), used(Use::TimeShared));
+        let healthy = &lease_cards(&inventory(Health::Healthy), &shared, &present)[0];
         assert!(healthy.grantable && healthy.fault.is_none() && healthy.large_slots == 2);
-        let silent = &lease_cards(&inventory(Health::Unmonitored { reason: "hangs".to_owned() }), &shared)[0];
+        let silent = &lease_cards(&inventory(Health::Unmonitored { reason: "hangs".to_owned() }), &shared, &present)[0];
         assert!(!silent.grantable && silent.fault.is_none());
-        let lost = &lease_cards(&inventory(Health::Lost { reason: "off the bus".to_owned() }), &shared)[0];
+        let lost = &lease_cards(&inventory(Health::Lost { reason: "off the bus".to_owned() }), &shared, &present)[0];
         assert_eq!((lost.grantable, lost.fault.as_deref()), (false, Some("off the bus")));
         let cordon = Some(Cordon { scope: CordonScope::Node, cards: Vec::new(), reason: None });
-        assert!(!lease_cards(&inventory(Health::Healthy), &Policy { cordon, ..shared })[0].grantable);
-        assert_eq!(lease_cards(&inventory(Health::Healthy), &policy(SlicingMode::Whole))[0].large_slots, 1);
+        assert!(!lease_cards(&inventory(Health::Healthy), &Policy { cordon, ..shared }, &present)[0].grantable);
+        assert_eq!(lease_cards(&inventory(Health::Healthy), &policy(SlicingMode::Whole), &present)[0].large_slots, 1);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use crate::clock::boottime_ms;
 use crate::converge::{Caller, Event, Worker};
 use crate::gate::lease_cgroup::LeaseCgroup;
-use crate::gate::{Device, Gate};
+use crate::gate::{Device, Gate, Opens};
 use crate::node_actor::Input;
 use crate::node_link::chain;
 use crate::processes::{self, Held, ProcessError};
@@ -174,13 +174,13 @@ impl Hardware {
 
     /// Shuts the gate for a worker and returns the count; then looks for devices that its pod holds elsewhere (N10).
     /// If the gate cannot be shut, the worker is killed at once, which has the same effect.
-    pub fn close_gate(&self, worker: &Worker, caller: &Caller) -> u64 {
+    pub fn close_gate(&self, worker: &Worker, caller: &Caller) -> Opens {
         let opens = match self.gate.close(worker.cgroup_id) {
             Ok(opens) => opens,
             Err(error) => {
                 tracing::error!(error = %chain(&error), "The gate could not be shut; its worker is killed");
                 kill(worker);
-                0
+                Opens::default()
             }
         };
         self.look_for_holders(caller.clone());

@@ -148,7 +148,6 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         stop.clone(),
     );
     tasks.spawn("pods", pods);
-    tasks.spawn("cards", cards::follow(nvml.inventory(), policy.clone(), node.clone(), stop.clone()));
     tasks.spawn("memory", cards::watch_memory(nvml.clone(), node.clone(), stop.clone()));
     let link = link_settings(&place, link_args, &identity);
     tasks.spawn("node link", node_link::run(Some(client.clone()), link, epoch.clone(), inputs, stop.clone()));
@@ -164,6 +163,8 @@ async fn agent(args: Args) -> anyhow::Result<()> {
     };
     tasks.spawn("gate", keeper.run(stop.clone()));
     let (offered, kubelet_view) = watch::channel(KubeletView::default());
+    let follow = cards::follow(nvml.inventory(), policy.clone(), kubelet_view.clone(), node.clone(), stop.clone());
+    tasks.spawn("cards", follow);
     let inputs = kubelet::Inputs { inventory: nvml.inventory(), policy: policy.clone(), leases: node.view() };
     let settings = kubelet_settings(kubelet_args, &card_args, nodes);
     tasks.spawn("kubelet", kubelet::run(settings, inputs, offered, stop.clone()));

@@ -14,8 +14,13 @@ pub fn program(workspace: &Workspace) -> Result<PathBuf> {
     let folder = workspace.cache.join("cargo-deny").join(VERSION);
     let program = folder.join("bin/cargo-deny");
     if !program.exists() {
-        let mut install = command(&workspace.host.cargo, &["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]);
-        run_long("building cargo-deny (about 4 minutes)", install.arg(&folder), &workspace.cache.join("logs/cargo-deny.log"))?;
+        let mut install =
+            command(&workspace.host.cargo, &["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]);
+        run_long(
+            "building cargo-deny (about 4 minutes)",
+            install.arg(&folder),
+            &workspace.cache.join("logs/cargo-deny.log"),
+        )?;
     }
     Ok(program)
 }

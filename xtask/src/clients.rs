@@ -21,7 +21,11 @@ pub fn python(workspace: &Workspace) -> Result<PathBuf> {
     let complete = folder.join("complete");
     if !complete.exists() {
         let log = workspace.cache.join("logs/clients.log");
-        run_long("making a Python environment for gradio_client", command("python3", &["-m", "venv", "--clear"]).arg(&folder), &log)?;
+        run_long(
+            "making a Python environment for gradio_client",
+            command("python3", &["-m", "venv", "--clear"]).arg(&folder),
+            &log,
+        )?;
         let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"];
         run_long("installing gradio_client", command(&python, &install).arg(&requirements), &log)?;
         std::fs::write(&complete, "")?;

@@ -23,6 +23,8 @@ pub fn demo(workspace: &Workspace) -> Result<()> {
     clients::environment(workspace, &mut story)?;
     let status = story.current_dir(&workspace.root).stdin(Stdio::null()).status().context("cannot start the story")?;
     ensure!(status.success(), "what the cluster shows is not right (see above); it stays up for you to look");
-    headline("all of it is right. The cluster stays up: `cargo xtask kubectl get gpuleases -A`, then `cargo xtask down`");
+    headline(
+        "all of it is right. The cluster stays up: `cargo xtask kubectl get gpuleases -A`, then `cargo xtask down`",
+    );
     Ok(())
 }

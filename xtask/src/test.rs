@@ -68,11 +68,23 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     headline("charts");
     lint_charts(workspace)?;
     headline("clippy, warnings denied");
-    shown(&mut cargo(&["clippy", "--workspace", "--all-targets", "--all-features", "--locked", "--", "--deny", "warnings"]))?;
+    shown(&mut cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--all-features",
+        "--locked",
+        "--",
+        "--deny",
+        "warnings",
+    ]))?;
     headline("cargo-deny");
     let deny = cargo_deny::program(workspace)?;
-    run(command(deny, &["--all-features", "--locked", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
-        .current_dir(&workspace.root))?;
+    run(command(
+        deny,
+        &["--all-features", "--locked", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"],
+    )
+    .current_dir(&workspace.root))?;
     headline("unit and property tests");
     cargo_tests(workspace, &[], &[])
 }
@@ -81,7 +93,8 @@ fn lint_charts(workspace: &Workspace) -> Result<()> {
     let helm = binaries::helm(workspace)?;
     // Names only: what the values must be like is what the schema says.
     let images = ["operator", "devicePlugin", "python", "tools"];
-    let settings: Vec<String> = images.iter().map(|image| format!("images.{image}=example.com/{image}:0.1.0")).collect();
+    let settings: Vec<String> =
+        images.iter().map(|image| format!("images.{image}=example.com/{image}:0.1.0")).collect();
     for chart in ["charts/spaceport-crds", "charts/spaceport"] {
         for verb in [&["lint", "--strict", "--quiet"][..], &["template", "spaceport"][..]] {
             let mut helm = command(&helm, verb);
@@ -105,7 +118,10 @@ fn lint_charts(workspace: &Workspace) -> Result<()> {
         helm.arg(workspace.root.join("charts/spaceport")).args(["--set", wrong]);
         let output = helm.output().context("cannot start helm")?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && said.contains("schema"), "values.schema.json takes {wrong} ({why}): {said}");
+        ensure!(
+            !output.status.success() && said.contains("schema"),
+            "values.schema.json takes {wrong} ({why}): {said}"
+        );
     }
     Ok(())
 }

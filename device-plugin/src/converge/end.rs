@@ -5,6 +5,7 @@ use spaceport_proto::nodelink::{self as link, node_message::Message};
 
 use super::state::{Ending, EndingKind, FreedKind, Idle, Lease, Phase, Report};
 use super::{Machine, NEIGHBOUR_MS, Step, wire};
+use crate::gate::{Device, Opens};
 
 impl Machine {
     pub(super) fn release(&mut self, now_ms: u64, call: u64, pod_uid: &str, token: &str, fail: bool) {
@@ -63,11 +64,16 @@ impl Machine {
         }
     }
 
-    pub(super) fn gate_closed(&mut self, now_ms: u64, id: &str, opens: u64) {
+    pub(super) fn gate_closed(&mut self, now_ms: u64, id: &str, opens: &Opens) {
         let Some(lease) = self.leases.get_mut(id) else { return };
         let died = lease.marks.iter().any(|mark| mark.name == "WorkerExited");
-        lease.mark(now_ms, "GateClosed", format!("{opens} opens"));
-        self.finish(now_ms, id, opens, !died);
+        if let Some(first) = opens.first {
+            // A worker of a reused lease that kept its descriptor does not open again: then there is no such line.
+            let Device { major, minor } = first.device;
+            lease.mark_earlier(first.at_ms, "DeviceOpened", format!("device {major}:{minor}"));
+        }
+        lease.mark(now_ms, "GateClosed", format!("{} opens", opens.count));
+        self.finish(now_ms, id, opens.count, !died);
     }
 
     /// Settles a closing lease: answers its release, reports `Ended`, and decides what becomes of the slot.

@@ -3,6 +3,7 @@
 use spaceport_core::ids::Size;
 use spaceport_core::protocol::{AllowRefusal, Secret};
 use spaceport_core::slots as packing;
+use spaceport_crds::Isolation;
 use spaceport_proto::nodelink::{self as link, node_message::Message};
 
 use super::state::{Caller, Card, Clearing, Ending, EndingKind, Idle, Lease, Phase, Worker};
@@ -10,10 +11,12 @@ use super::{Answer, BROKER_WAIT_MS, FAILOVER_WAIT_MS, Machine, Pending, Step, TI
 use crate::epoch;
 use crate::slots::{self, Slot};
 
-/// What isolates two leases of one card here (N18).
+/// What separates the lease from its neighbour on the card (N18). Cards are not cut into instances here: a lease has a card
+/// alone, or nothing but the watch over memory.
 fn isolation(slot: Slot, cards: &[Card]) -> &'static str {
     let alone = cards.iter().any(|card| card.index == slot.card && card.large_slots <= 1);
-    if slot.size() == Size::Xlarge || alone { "whole" } else { "shared" }
+    let isolation = if slot.size() == Size::Xlarge || alone { Isolation::Exclusive } else { Isolation::None };
+    isolation.as_str()
 }
 
 impl Machine {

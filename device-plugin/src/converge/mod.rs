@@ -31,6 +31,7 @@ pub use state::{
     Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Phase, Report, Snapshot, SpacePod, Worker,
 };
 
+use crate::gate::Opens;
 use crate::sizes::SizeMemory;
 use crate::slots::Slot;
 
@@ -135,8 +136,8 @@ pub enum Event {
     GateClosed {
         /// Of the step.
         lease: String,
-        /// How often the lease's processes were let through.
-        opens: u64,
+        /// How often the lease's processes were let through, and when first.
+        opens: Opens,
     },
     /// Result of [`Step::Clear`].
     Cleared {
@@ -390,7 +391,7 @@ impl Machine {
             Event::AdmitFailed { lease, reason } => self.admit_failed(now_ms, &lease, reason),
             Event::Reused { lease } => self.reused(now_ms, &lease),
             Event::ReuseFailed { lease } => self.reuse_failed(now_ms, &lease),
-            Event::GateClosed { lease, opens } => self.gate_closed(now_ms, &lease, opens),
+            Event::GateClosed { lease, opens } => self.gate_closed(now_ms, &lease, &opens),
             Event::Cleared { cgroup_id } => self.cleared(now_ms, cgroup_id),
             Event::ClearOverdue { cgroup_id, reason } => self.clear_overdue(now_ms, cgroup_id, &reason),
             Event::WorkerExited { cgroup_id } => self.worker_exited(now_ms, cgroup_id),

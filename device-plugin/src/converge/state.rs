@@ -75,7 +75,7 @@ pub struct Worker {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Mark {
-    /// `Assigned`, `Allowed`, `Reused`, `ContextSeen`, `Released`, `GateClosed`, `Freed`, ...
+    /// `Assigned`, `Allowed`, `Reused`, `DeviceOpened`, `ContextSeen`, `Released`, `GateClosed`, `Freed`, ...
     pub name: String,
     /// BOOTTIME.
     pub at_ms: u64,
@@ -243,6 +243,12 @@ pub struct Lease {
 impl Lease {
     pub(super) fn mark(&mut self, now_ms: u64, name: &str, detail: impl Into<String>) {
         self.marks.push(Mark { name: name.to_owned(), at_ms: now_ms, detail: detail.into() });
+    }
+
+    /// Adds a boundary that is heard of after later ones.
+    pub(super) fn mark_earlier(&mut self, at_ms: u64, name: &str, detail: String) {
+        let place = self.marks.iter().position(|mark| mark.at_ms > at_ms).unwrap_or(self.marks.len());
+        self.marks.insert(place, Mark { name: name.to_owned(), at_ms, detail });
     }
 
     pub(super) fn deadline_ms(&self, started_ms: u64) -> u64 {

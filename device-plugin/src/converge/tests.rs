@@ -21,6 +21,12 @@ fn pod(name: &str) -> Caller {
     Caller { pod, container: format!("container-{name}") }
 }
 
+/// This many, the first at 1234 ms.
+fn opens(count: u64) -> Opens {
+    let first = FirstOpen { at_ms: 1_234, device: Device { major: 195, minor: 255 } };
+    Opens { count, first: (count > 0).then_some(first) }
+}
+
 fn card(index: u32) -> Card {
     Card {
         index,
@@ -52,7 +58,7 @@ impl Node {
                     Some(Event::Admitted { lease, worker: worker(self.cgroups) })
                 }
                 Step::Reuse { lease, .. } => Some(Event::Reused { lease }),
-                Step::CloseGate { lease, .. } => Some(Event::GateClosed { lease, opens: 3 }),
+                Step::CloseGate { lease, .. } => Some(Event::GateClosed { lease, opens: opens(3) }),
                 _ => None,
             };
             open.extend(result.into_iter().flat_map(|event| self.machine.handle(self.now, event)));
@@ -248,7 +254,8 @@ fn a_failure_that_never_opened_the_device_is_reported_as_such() {
         node.now,
         Event::Release { call: 9, pod_uid: app.pod.pod_uid.clone(), token: "l1".to_owned(), fail: true },
     );
-    let steps: Vec<Step> = node.machine.handle(node.now, Event::GateClosed { lease: "l1".to_owned(), opens: 0 }).into();
+    let steps: Vec<Step> =
+        node.machine.handle(node.now, Event::GateClosed { lease: "l1".to_owned(), opens: opens(0) }).into();
     assert_eq!(Node::ended(&steps)[0].1, link::EndKind::NoDevice);
 }
 

@@ -26,6 +26,9 @@ const ALLOW_ENTRIES_MAX: u32 = 4096;
 /// 110 pods, large nodes set up to 500.
 const EXEMPT_ENTRIES_MAX: u32 = 1024;
 
+/// The allow map of the former layout, which had a plain counter as value.
+const FORMER_ALLOW: &str = "allow-1";
+
 const BPFFS_MAGIC: rustix::fs::FsWord = 0xcafe_4a11;
 
 /// A character device.
@@ -47,6 +50,47 @@ struct Door {
 
 // SAFETY: three integers that fill 16 bytes without padding; every bit pattern is a value.
 unsafe impl bpf::Plain for Door {}
+
+/// What the program writes behind a door.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Passages {
+    opens: u64,
+    /// BOOTTIME; 0 if not known.
+    first_ns: u64,
+}
+
+// SAFETY: two integers that fill 16 bytes without padding; every bit pattern is a value.
+unsafe impl bpf::Plain for Passages {}
+
+/// How often a cgroup's processes were let through since the gate was opened for it (opens, and access(2) checks).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Opens {
+    /// Over all its devices.
+    pub count: u64,
+    /// The first of them; `None` if there was none, or its time was not kept.
+    pub first: Option<FirstOpen>,
+}
+
+/// The first open of a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstOpen {
+    /// BOOTTIME.
+    pub at_ms: u64,
+    /// What was opened.
+    pub device: Device,
+}
+
+impl Opens {
+    fn add(&mut self, door: &Door, passages: Passages) {
+        self.count = self.count.saturating_add(passages.opens);
+        if passages.opens > 0 && passages.first_ns > 0 {
+            let device = Device { major: door.major, minor: door.minor };
+            let here = FirstOpen { at_ms: passages.first_ns / 1_000_000, device };
+            self.first = Some(self.first.filter(|first| first.at_ms <= here.at_ms).unwrap_or(here));
+        }
+    }
+}
 
 /// The gate could not be set up or moved.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +125,7 @@ pub struct GateSettings {
 pub struct Gate {
     pin_directory: PathBuf,
     pods_cgroup: PathBuf,
-    allow: bpf::HashMap<Door, u64>,
+    allow: bpf::HashMap<Door, Passages>,
     exempt: bpf::HashMap<u64, u64>,
     /// A std mutex: attaching takes microseconds.
     attached: Mutex<Attached>,
@@ -103,10 +147,13 @@ impl Gate {
         let directory = &settings.pin_directory;
         ensure_bpffs(directory)?;
         // The layout number is part of the name: a later layout gets maps of its own instead of misreading these.
-        let allow = pinned_map(&directory.join("allow-1"), "sp_allow", ALLOW_ENTRIES_MAX)?;
+        let allow = pinned_map(&directory.join("allow-2"), "sp_allow", ALLOW_ENTRIES_MAX)?;
+        carry_over(directory, &allow)?;
         let exempt = pinned_map(&directory.join("exempt-1"), "sp_exempt", EXEMPT_ENTRIES_MAX)?;
         let GateSettings { pin_directory, pods_cgroup, majors } = settings;
         let link = attach(&pin_directory, &pods_cgroup, &majors, &allow, &exempt)?;
+        // Last, so that an establishment that fails half-way is repeated from the same start.
+        remove_pin(&pin_directory.join(FORMER_ALLOW)).map_err(failed("unpin the former map", &pin_directory))?;
         let attached = Mutex::new(Attached { link, majors });
         Ok(Self { pin_directory, pods_cgroup, allow, exempt, attached })
     }
@@ -152,7 +199,7 @@ impl Gate {
     pub fn open(&self, cgroup: u64, devices: &[Device]) -> Result<(), GateError> {
         for device in devices {
             let door = Door { cgroup, major: device.major, minor: device.minor };
-            if let Err(error) = self.allow.insert(&door, &0) {
+            if let Err(error) = self.allow.insert(&door, &Passages::default()) {
                 self.close(cgroup)?;
                 return Err(failed("open for a lease", &self.pin_directory)(error));
             }
@@ -168,31 +215,32 @@ impl Gate {
         Ok(self.doors()?.iter().any(|door| door.cgroup == cgroup))
     }
 
-    /// How often the cgroup's processes were let through since it was opened (opens, and access(2) checks).
+    /// How often the cgroup's processes were let through, and when first.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn opens(&self, cgroup: u64) -> Result<u64, GateError> {
-        let mut sum = 0_u64;
+    pub fn opens(&self, cgroup: u64) -> Result<Opens, GateError> {
+        let mut opens = Opens::default();
         for door in self.doors()?.into_iter().filter(|door| door.cgroup == cgroup) {
-            let count = self.allow.get(&door).map_err(failed("read a counter", &self.pin_directory))?;
-            sum = sum.saturating_add(count.unwrap_or(0));
+            let there = self.allow.get(&door).map_err(failed("read a counter", &self.pin_directory))?;
+            opens.add(&door, there.unwrap_or_default());
         }
-        Ok(sum)
+        Ok(opens)
     }
 
-    /// Shuts everything that was open for a cgroup; returns how often it was let through. Repeating it is harmless.
+    /// Shuts everything that was open for a cgroup; returns how often it was let through and when first. Repeating it is
+    /// harmless.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn close(&self, cgroup: u64) -> Result<u64, GateError> {
-        let mut sum = 0_u64;
+    pub fn close(&self, cgroup: u64) -> Result<Opens, GateError> {
+        let mut opens = Opens::default();
         for door in self.doors()?.into_iter().filter(|door| door.cgroup == cgroup) {
             let there = self.allow.get(&door).map_err(failed("read a counter", &self.pin_directory))?;
             self.allow.remove(&door).map_err(failed("close", &self.pin_directory))?;
-            sum = sum.saturating_add(there.unwrap_or(0));
+            opens.add(&door, there.unwrap_or_default());
         }
-        Ok(sum)
+        Ok(opens)
     }
 
     /// Shuts the gate for every cgroup that is not in `known`; returns how many cgroups that were.
@@ -237,13 +285,33 @@ impl Gate {
 /// # Errors
 /// If a file cannot be removed.
 pub fn unpin(directory: &Path) -> io::Result<()> {
-    for name in ["link", "allow-1", "exempt-1"] {
-        match std::fs::remove_file(directory.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+    for name in ["link", FORMER_ALLOW, "allow-2", "exempt-1"] {
+        remove_pin(&directory.join(name))?;
     }
     std::fs::remove_dir(directory)
+}
+
+fn remove_pin(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Takes the doors and counters of the former layout over, before the new program goes behind the link in one step: the
+/// gate is never open, and leases that run keep their cards. When such a lease first opened is not known, and opens in the
+/// microseconds between copy and exchange are not counted.
+fn carry_over(directory: &Path, allow: &bpf::HashMap<Door, Passages>) -> Result<(), GateError> {
+    let path = directory.join(FORMER_ALLOW);
+    let Some(fd) = bpf::open_pinned(&path).map_err(failed("open the former map", &path))? else { return Ok(()) };
+    let former: bpf::HashMap<Door, u64> =
+        bpf::HashMap::adopt(fd, ALLOW_ENTRIES_MAX).map_err(failed("take over the former map", &path))?;
+    for door in former.keys().map_err(failed("read the former map", &path))? {
+        if let Some(opens) = former.get(&door).map_err(failed("read a counter", &path))? {
+            allow.insert(&door, &Passages { opens, first_ns: 0 }).map_err(failed("carry a door over", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// The id of a cgroup, as programs see it.
@@ -263,7 +331,7 @@ fn attach(
     pin_directory: &Path,
     pods_cgroup: &Path,
     majors: &BTreeSet<u32>,
-    allow: &bpf::HashMap<Door, u64>,
+    allow: &bpf::HashMap<Door, Passages>,
     exempt: &bpf::HashMap<u64, u64>,
 ) -> Result<OwnedFd, GateError> {
     let code = program::assemble(majors, allow.fd(), exempt.fd());

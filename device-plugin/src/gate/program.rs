@@ -4,13 +4,16 @@
 //! ```text
 //! not a character device, or its major is not gated      -> allow
 //! only mknod is asked                                    -> allow
-//! (current cgroup id, major, minor) is in `allow`        -> count it, allow
+//! (current cgroup id, major, minor) is in `allow`        -> note the time of the first, count it, allow
 //! an ancestor of the current cgroup is in `exempt`       -> allow
 //! otherwise                                              -> deny (EPERM)
 //! ```
 //! mknod is let through because a node is no access: whoever opens it, here or elsewhere in the pod, comes by this program
 //! again. Denying it would only push container runtimes onto their fall-back of bind-mounting the host's node of the
 //! same path, which does not exist where the driver lives under its own root (`driverRoot`).
+//!
+//! The time of the first open is stored before it is counted. If two opens are the first at once, the later of the two may
+//! stay, which is nanoseconds off.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -31,6 +34,11 @@ const ACCESS_MKNOD: i32 = 1;
 const HELPER_MAP_LOOKUP: i32 = 1;
 const HELPER_CURRENT_CGROUP_ID: i32 = 80;
 const HELPER_CURRENT_ANCESTOR_CGROUP_ID: i32 = 123;
+const HELPER_BOOTTIME_NS: i32 = 125; // Kernel 5.8.
+
+// Offsets in the value of `allow`.
+const VALUE_OPENS: i16 = 0;
+const VALUE_FIRST_OPEN_NS: i16 = 8;
 
 // Registers: r0 result, r1-r5 arguments, r6-r9 kept over calls, r10 frame.
 const R0: u8 = 0;
@@ -45,6 +53,7 @@ const R10: u8 = 10;
 // Operation codes (class | size or source | operation), as in the kernel's instruction-set document.
 const LOAD_IMMEDIATE_64: u8 = 0x18;
 const LOAD_WORD: u8 = 0x61;
+const LOAD_DOUBLE: u8 = 0x79;
 const STORE_WORD: u8 = 0x63;
 const STORE_DOUBLE: u8 = 0x7b;
 const ATOMIC_DOUBLE: u8 = 0xdb;
@@ -64,6 +73,8 @@ const PSEUDO_MAP_FD: u8 = 1;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Label {
     Gated,
+    Count,
+    NotALease,
     Allow,
 }
 
@@ -118,8 +129,8 @@ impl Assembler {
     }
 }
 
-/// The instruction stream for these majors and maps. `allow` is keyed by `(cgroup id u64, major u32, minor u32)` with a
-/// u64 counter as value, `exempt` by cgroup id.
+/// The instruction stream for these majors and maps. `allow` is keyed by `(cgroup id u64, major u32, minor u32)` with
+/// `(opens u64, BOOTTIME of the first in nanoseconds u64)` as value, `exempt` by cgroup id.
 pub fn assemble(majors: &BTreeSet<u32>, allow: BorrowedFd<'_>, exempt: BorrowedFd<'_>) -> Vec<u64> {
     let mut a = Assembler::default();
     a.emit(MOVE_REGISTER, R6, R1, 0, 0);
@@ -142,12 +153,19 @@ pub fn assemble(majors: &BTreeSet<u32>, allow: BorrowedFd<'_>, exempt: BorrowedF
     a.emit(STORE_WORD, R10, R7, -8, 0);
     a.emit(STORE_WORD, R10, R8, -4, 0);
     a.lookup(allow, -16);
-    // Not in the map: skip the two instructions that count and allow.
-    a.emit(JUMP_IF_EQUAL, R0, 0, 3, 0);
+    a.jump(JUMP_IF_EQUAL, R0, 0, Label::NotALease);
+    // The value has to outlive the call; the access type that r9 held is done with.
+    a.emit(MOVE_REGISTER, R9, R0, 0, 0);
+    a.emit(LOAD_DOUBLE, R1, R9, VALUE_OPENS, 0);
+    a.jump(JUMP_IF_NOT_EQUAL, R1, 0, Label::Count);
+    a.emit(CALL, 0, 0, 0, HELPER_BOOTTIME_NS);
+    a.emit(STORE_DOUBLE, R9, R0, VALUE_FIRST_OPEN_NS, 0);
+    a.place(Label::Count);
     a.emit(MOVE_IMMEDIATE, R1, 0, 0, 1);
-    a.emit(ATOMIC_DOUBLE, R0, R1, 0, ATOMIC_ADD);
+    a.emit(ATOMIC_DOUBLE, R9, R1, VALUE_OPENS, ATOMIC_ADD);
     a.jump(JUMP, 0, 0, Label::Allow);
 
+    a.place(Label::NotALease);
     for level in 1..=EXEMPT_LEVELS_MAX {
         a.emit(MOVE_IMMEDIATE, R1, 0, 0, level);
         a.emit(CALL, 0, 0, 0, HELPER_CURRENT_ANCESTOR_CGROUP_ID);

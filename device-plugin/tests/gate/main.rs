@@ -11,6 +11,7 @@ mod pod;
 use std::collections::{BTreeSet, HashSet};
 
 use pod::{Denied, Node};
+use spaceport_device_plugin::clock::boottime_ms;
 use spaceport_device_plugin::gate::Device;
 use spaceport_device_plugin::gate::lease_cgroup::LeaseCgroup;
 use spaceport_device_plugin::processes;
@@ -43,19 +44,25 @@ fn a_lease_opens_its_own_devices_for_its_own_cgroup_only() {
     lease.take_in(pod.worker().host_pid).unwrap();
     assert_eq!(pod.worker().opens(&mine), Denied::ByGate, "moved is not yet allowed");
 
+    let before_ms = boottime_ms();
     gate.open(lease.id(), &[Device { major: NVIDIA, minor: 0 }]).unwrap();
     // The worker opens in a child of its own: forks stay inside.
     assert_eq!(pod.worker().opens(&mine), Denied::NoDevice);
     assert_eq!(pod.worker().opens(&other), Denied::ByGate, "the other card stays shut");
     assert_eq!(pod.parent().opens(&mine), Denied::ByGate, "the Gradio parent stays out during a lease");
-    assert_eq!(gate.opens(lease.id()).unwrap(), 1);
+    let opens = gate.opens(lease.id()).unwrap();
+    assert_eq!(opens.count, 1);
+    let first = opens.first.unwrap();
+    assert!((before_ms..=boottime_ms()).contains(&first.at_ms), "{first:?} is not after {before_ms}");
+    assert_eq!(first.device, Device { major: NVIDIA, minor: 0 });
 
     // An agent that restarts finds the gate as it was, counters too.
     drop(gate);
     assert_eq!(pod.worker().opens(&mine), Denied::NoDevice);
     let gate = node.gate();
     assert!(gate.is_attached());
-    assert_eq!(gate.close(lease.id()).unwrap(), 2);
+    let closed = gate.close(lease.id()).unwrap();
+    assert_eq!((closed.count, closed.first), (2, Some(first)), "a second open does not move the first");
     assert_eq!(pod.worker().opens(&mine), Denied::ByGate);
 }
 

@@ -123,7 +123,7 @@ fn breach(place: Place, share: u32, used: u64, card_bytes: u64) -> Option<String
 
 #[cfg(test)]
 mod tests {
-    use spaceport_crds::{CardSelection, Cordon, CordonScope, GpuSize, LargeShare, SlicingMode};
+    use spaceport_crds::{CardSelection, Cordon, CordonScope, GpuSize, LargeShare, SelectCards, SlicingMode};
 
     use super::*;
     use crate::inventory::LibraryState;
@@ -166,7 +166,14 @@ mod tests {
         assert_eq!(lease_cards(&cards, &shared, &used(Use::Dedicated(GpuSize::Xlarge))), []);
         assert_eq!(lease_cards(&cards, &shared, &BTreeMap::new()), [], "not looked at yet");
         assert_eq!(lease_cards(&cards, &shared, &used(Use::TimeShared)).len(), 1);
-        assert_eq!(lease_cards(&cards, &Policy::default(), &used(Use::TimeShared)), [], "its leases run on");
+        let mut leaving = policy(SlicingMode::Shared);
+        let selection = leaving.pool.as_mut().map(|pool| &mut pool.cards).unwrap();
+        selection.time_shared.select = SelectCards::None;
+        assert_eq!(
+            lease_cards(&cards, &leaving, &used(Use::TimeShared)),
+            [],
+            "no new ones: it is to be free some time"
+        );
     }
 
     #[test]

@@ -2,19 +2,26 @@
 #![cfg(feature = "cluster")]
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking, its helpers too.
 
+use std::process::Output;
+
 use serde_json::{Value, json};
 use spaceport_e2e::World;
 
 const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
 
-/// Applies the object with `arguments` and gives what the API server said when it refused.
-fn refusal(world: &World, arguments: &[&str], object: &Value) -> String {
-    let file =
-        std::env::temp_dir().join(format!("spaceport-api-{}-{}.json", std::process::id(), object["metadata"]["name"]));
+/// Gives this object to kubectl as a file.
+fn with_file(world: &World, arguments: &[&str], object: &Value) -> Output {
+    let name = object["metadata"]["name"].as_str().unwrap();
+    let file = std::env::temp_dir().join(format!("spaceport-api-{}-{name}.json", std::process::id()));
     std::fs::write(&file, object.to_string()).unwrap();
-    let path = file.to_str().unwrap();
-    let output = world.kubectl.output(&[arguments, &["--filename", path]].concat()).unwrap();
+    let output = world.kubectl.output(&[arguments, &["--filename", file.to_str().unwrap()]].concat()).unwrap();
     std::fs::remove_file(&file).unwrap();
+    output
+}
+
+/// What the API server said when it refused the object.
+fn refusal(world: &World, arguments: &[&str], object: &Value) -> String {
+    let output = with_file(world, arguments, object);
     assert!(!output.status.success(), "taken: kubectl {} of {object}", arguments.join(" "));
     String::from_utf8(output.stderr).unwrap()
 }
@@ -28,15 +35,15 @@ fn account(name: &str) -> Value {
     })
 }
 
-/// Writes a page as the operator would, and gives what the API server answers.
+/// Writes a page as the operator does, by PUT of the status at the revision that is there.
 fn write_page(world: &World, name: &str, user: Option<&str>, status: &Value) -> Result<(), String> {
-    let patch = json!({ "status": status }).to_string();
-    let mut arguments =
-        vec!["patch", "gpuaccount", name, "--subresource", "status", "--type", "merge", "--patch", &patch];
+    let mut object = world.kubectl.json(&["get", "gpuaccount", name]).unwrap();
+    object["status"] = status.clone();
+    let mut arguments = vec!["replace", "--subresource", "status"];
     if let Some(user) = user {
         arguments.extend(["--as", user]);
     }
-    let output = world.kubectl.output(&arguments).unwrap();
+    let output = with_file(world, &arguments, &object);
     if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::*;
+use crate::gate::{Device, FirstOpen};
 use link::node_message::Message;
 
 /// A node with one card of two halves, a broker that leads epoch 7, and a clock that the test moves.
@@ -21,9 +22,9 @@ fn pod(name: &str) -> Caller {
     Caller { pod, container: format!("container-{name}") }
 }
 
-/// This many, the first at 1234 ms.
+/// This many, the first at 1500 ms.
 fn opens(count: u64) -> Opens {
-    let first = FirstOpen { at_ms: 1_234, device: Device { major: 195, minor: 255 } };
+    let first = FirstOpen { at_ms: 1_500, device: Device { major: 195, minor: 255 } };
     Opens { count, first: (count > 0).then_some(first) }
 }
 
@@ -186,7 +187,9 @@ fn a_lease_is_charged_from_allow_to_release_and_its_worker_is_kept_frozen() {
     let (mut node, app) = (Node::with_cards(1), pod("app"));
     let ticket = node.asks(&app, 1, None);
     node.passes(5).starts("l1", ticket, LARGE);
-    assert_eq!(node.granted(), (false, 0));
+    let assigned = node.seen();
+    let is_none = |started: &link::Started| started.isolation == spaceport_crds::Isolation::None.as_str();
+    assert!(assigned.iter().any(|step| matches!(step, Step::Send(Message::Started(started)) if is_none(started))));
     node.passes(400).allows("l1", &app).passes(5_000).seen();
     node.releases("l1", &app, false);
     let steps = node.seen();
@@ -194,6 +197,16 @@ fn a_lease_is_charged_from_allow_to_release_and_its_worker_is_kept_frozen() {
     assert!(steps.iter().any(|step| matches!(step, Step::Hold { .. })));
     assert_eq!(Node::ended(&steps), [("l1".to_owned(), link::EndKind::Released, 5_000)]);
     assert_eq!(Node::freed(&steps), [("l1".to_owned(), link::FreedKind::Held)]);
+    let boundaries = steps.iter().find_map(|step| match step {
+        Step::Send(Message::Ended(ended)) => Some(ended.boundaries.iter()),
+        _ => None,
+    });
+    let lines: Vec<(&str, u64)> =
+        boundaries.unwrap().map(|boundary| (boundary.name.as_str(), boundary.ago_ms)).collect();
+    // The gate's count comes last and tells of a time before.
+    let expected =
+        [("Assigned", 5_400), ("Allowed", 5_000), ("DeviceOpened", 4_905), ("Released", 0), ("GateClosed", 0)];
+    assert_eq!(lines, expected);
 }
 
 #[test]

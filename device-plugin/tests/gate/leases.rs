@@ -263,6 +263,9 @@ fn a_worker_opens_the_card_between_allow_and_release_stands_still_after_it_and_i
     assert_eq!(agent.releases(&pod, "l1", false), Released::Ended);
     let ended = agent.ended("l1");
     assert_eq!((ended.kind(), ended.device_opens), (EndKind::Released, 1));
+    let names: Vec<&str> = ended.boundaries.iter().map(|boundary| boundary.name.as_str()).collect();
+    let place = |name: &str| names.iter().position(|found| *found == name);
+    assert!(place("DeviceOpened").is_some() && place("DeviceOpened") < place("Released"), "{names:?}");
     assert_eq!(agent.freed("l1"), FreedKind::Held);
     let cgroup = lease_cgroup(&pod, "l1").unwrap();
     assert!(!agent.gate.is_open(cgroup.id()).unwrap());

@@ -12,8 +12,8 @@ use std::collections::{BTreeSet, HashSet};
 
 use pod::{Denied, Node};
 use spaceport_device_plugin::clock::boottime_ms;
-use spaceport_device_plugin::gate::Device;
 use spaceport_device_plugin::gate::lease_cgroup::LeaseCgroup;
+use spaceport_device_plugin::gate::{Device, bpf};
 use spaceport_device_plugin::processes;
 
 /// Major of NVIDIA's devices; this machine has no driver for it, so an open that passes the gate finds no device.
@@ -64,6 +64,38 @@ fn a_lease_opens_its_own_devices_for_its_own_cgroup_only() {
     let closed = gate.close(lease.id()).unwrap();
     assert_eq!((closed.count, closed.first), (2, Some(first)), "a second open does not move the first");
     assert_eq!(pod.worker().opens(&mine), Denied::ByGate);
+}
+
+/// Key of the allow map.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Door {
+    cgroup: u64,
+    major: u32,
+    minor: u32,
+}
+
+// SAFETY: three integers that fill 16 bytes without padding; every bit pattern is a value.
+unsafe impl bpf::Plain for Door {}
+
+#[test]
+fn a_gate_with_plain_counters_is_taken_over_with_its_doors() {
+    let node = Node::new("former");
+    let mut pod = node.pod("a");
+    let gpu = node.device("nvidia0", NVIDIA, 0);
+    let lease = LeaseCgroup::create(pod.container(), "01abc").unwrap();
+    lease.take_in(pod.worker().host_pid).unwrap();
+    let pin = node.path("bpf/gate/allow-1");
+    let former: bpf::HashMap<Door, u64> = bpf::HashMap::create("sp_allow", 4096).unwrap();
+    former.insert(&Door { cgroup: lease.id(), major: NVIDIA, minor: 0 }, &5).unwrap();
+    bpf::pin(former.fd(), &pin).unwrap();
+
+    let gate = node.gate();
+    assert!(!pin.exists());
+    assert_eq!(pod.worker().opens(&gpu), Denied::NoDevice, "the lease runs on");
+    assert_eq!(pod.parent().opens(&gpu), Denied::ByGate);
+    let opens = gate.close(lease.id()).unwrap();
+    assert_eq!((opens.count, opens.first), (6, None), "when it opened first was not kept");
 }
 
 #[test]

@@ -420,7 +420,9 @@ fn a_receipt_tells_every_boundary_in_order() {
         let name = receipts[0]["metadata"]["name"].as_str().unwrap_or_default();
         let described = world.kubectl.run(&["--namespace", NAMESPACE, "describe", "gpulease", name])?;
         let mut from = described.find("Timeline").unwrap_or(described.len());
-        for boundary in ["Requested", "Reserved", "Assigned", "Allowed", "Released", "GateClosed", "Settled"] {
+        for boundary in
+            ["Requested", "Reserved", "Assigned", "Allowed", "DeviceOpened", "Released", "GateClosed", "Settled"]
+        {
             let found = described[from..].find(boundary);
             assert!(found.is_some(), "{boundary} is missing or out of order in\n{described}");
             from += found.unwrap_or(0);

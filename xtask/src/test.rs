@@ -97,7 +97,7 @@ fn lint_charts(workspace: &Workspace) -> Result<()> {
     // Names only: what the values must be like is what the schema says.
     let images = ["operator", "devicePlugin", "python", "tools"];
     let settings: Vec<String> =
-        images.iter().map(|image| format!("images.{image}=example.com/{image}:0.1.0")).collect();
+        images.iter().map(|image| format!("images.{image}=example.com/spaceport:0.1.0")).collect();
     for chart in ["charts/spaceport-crds", "charts/spaceport"] {
         for verb in [&["lint", "--quiet"][..], &TEMPLATE[..]] {
             let mut helm = command(&helm, verb);

@@ -34,6 +34,10 @@ pub struct Args {
     /// Address of the admin endpoint: /metrics, /readyz, /livez.
     #[arg(long, env = "SPACEPORT_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
     pub admin_listen: SocketAddr,
+    /// Breaks this on purpose; only builds for tests know it.
+    #[cfg(feature = "faults")]
+    #[arg(long, env = "SPACEPORT_FAULT", value_enum)]
+    pub fault: Option<crate::fault::Fault>,
 }
 
 /// Where the agent runs.
@@ -99,7 +103,7 @@ pub struct GateArgs {
 /// Cards.
 #[derive(Debug, ArgGroup)]
 pub struct CardArgs {
-    /// The NVML library: a path, or a name for the loader to find (N21).
+    /// The NVML library: a path, or a name, which is looked for in the driver's file system and then by the loader (N21).
     #[arg(long, env = "SPACEPORT_NVML_LIBRARY", default_value = crate::inventory::DEFAULT_LIBRARY)]
     pub nvml_library: PathBuf,
     /// Where the agent sees the host's /dev.

@@ -11,10 +11,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::boottime_ms;
 use crate::converge::{Caller, Event, Worker};
+use crate::fault::{self, Fault};
 use crate::gate::lease_cgroup::LeaseCgroup;
-use crate::gate::{Device, Gate, Opens};
+use crate::gate::{Device, Gate, Opens, cgroup_id};
 use crate::node_actor::Input;
 use crate::node_link::chain;
+use crate::pod_events::{DEVICE_HELD_WITHOUT_LEASE, PodEvent, PodEvents};
+use crate::process_status::ProcessStatus;
 use crate::processes::{self, Held, ProcessError};
 use crate::sandbox;
 use crate::slots::Slot;
@@ -79,6 +82,8 @@ pub struct Hardware {
     pub sensors: Arc<dyn Sensors>,
     /// Where results go.
     pub inputs: blocking::Sender<Input>,
+    /// Where the owners of pods are told.
+    pub events: PodEvents,
     /// Owner of the helper threads and tasks: at most one of each kind for each worker.
     pub tasks: TaskTracker,
     /// The runtime that they run on.
@@ -99,7 +104,16 @@ impl Hardware {
             if !held.is_alive() {
                 return Err(AdmitError::Refused(AllowRefusal::ForeignProcess));
             }
-            self.gate.open(cgroup.id(), &self.sensors.devices(card)).map_err(|error| failed(&error))
+            if fault::is(Fault::GateStaysShut) {
+                return Ok(());
+            }
+            let devices = self.sensors.devices(card);
+            if fault::is(Fault::GateOpenToContainer)
+                && let Ok(container) = cgroup_id(&container)
+            {
+                self.gate.open(container, &devices).map_err(|error| failed(&error))?;
+            }
+            self.gate.open(cgroup.id(), &devices).map_err(|error| failed(&error))
         });
         if let Err(error) = admitted {
             self.undo(&cgroup);
@@ -110,6 +124,7 @@ impl Hardware {
             start_ticks: held.start_ticks,
             cgroup: cgroup.path().to_owned(),
             cgroup_id: cgroup.id(),
+            parent: ProcessStatus::read(held.pid).map(|status| status.parent),
             opened: false,
         };
         self.watch_held(worker.cgroup_id, held);
@@ -152,8 +167,20 @@ impl Hardware {
         }
     }
 
-    /// Opens the gate for an idle worker's cgroup again and lets it run; false if it is gone or cannot be thawed.
+    /// How a worker is now; `None` if it has ended.
+    pub fn look_at(&self, worker: &Worker) -> Option<ProcessStatus> {
+        let held = Held::open(worker.pid).filter(|held| held.start_ticks == worker.start_ticks)?;
+        // Alive after the read: the status is this process's.
+        ProcessStatus::read(worker.pid).filter(|_| held.is_alive())
+    }
+
+    /// Opens the gate for an idle worker's cgroup again and lets it run; false if it is gone, has to go, or cannot be thawed.
     pub fn reuse(&self, worker: &Worker, card: u32) -> bool {
+        // A signal that came since the last look would end it as soon as it runs.
+        if let Some(why) = self.look_at(worker).and_then(|seen| worker.must_end(&seen)) {
+            tracing::info!(pid = worker.pid, cgroup = %worker.cgroup.display(), %why, "An idle worker is not used again");
+            return false;
+        }
         let alive = is_alive(worker);
         let cgroup = match LeaseCgroup::open(&worker.cgroup) {
             Ok(cgroup) if alive => cgroup,
@@ -197,12 +224,12 @@ impl Hardware {
     /// N10, off the path of the answer: a process outside every lease cgroup that has a device open or mapped ends its
     /// container.
     fn look_for_holders(&self, caller: Caller) {
-        let (pods, majors) = (self.pods_cgroup.clone(), self.gate.majors());
+        let (pods, majors, events) = (self.pods_cgroup.clone(), self.gate.majors(), self.events.clone());
         self.tasks.spawn_blocking_on(
             move || {
                 let Some(pod) = sandbox::pod_cgroup(&pods, &caller.pod.pod_uid) else { return };
                 match processes::holders(&pod, &majors) {
-                    Ok(holders) => holders.iter().for_each(|holder| end_container(&pod, holder, &caller)),
+                    Ok(holders) => holders.iter().for_each(|holder| end_container(&pod, holder, &caller, &events)),
                     Err(error) => tracing::debug!(error = %chain(&error), "A pod was gone before its descriptors were"),
                 }
             },
@@ -212,6 +239,9 @@ impl Hardware {
 
     /// Freezes a worker for reuse and makes sure that it stands still (N11).
     pub fn hold(&self, worker: &Worker, card: u32) {
+        if fault::is(Fault::IdleWorkersRun) {
+            return;
+        }
         let (worker, sensors, inputs) = (worker.clone(), Arc::clone(&self.sensors), self.inputs.clone());
         let frozen = LeaseCgroup::open(&worker.cgroup).and_then(|cgroup| cgroup.freeze().map(|()| cgroup));
         self.tasks.spawn_blocking_on(
@@ -308,6 +338,9 @@ fn kill(worker: &Worker) -> BTreeSet<u32> {
     let Ok(cgroup) = LeaseCgroup::open(&worker.cgroup) else { return BTreeSet::from([worker.pid]) };
     let mut pids: BTreeSet<u32> = cgroup.processes().unwrap_or_default().into_iter().collect();
     pids.insert(worker.pid);
+    if fault::is(Fault::NothingIsKilled) {
+        return pids;
+    }
     if let Err(error) = cgroup.kill() {
         tracing::warn!(error = %chain(&error), "A lease cgroup could not be killed");
     }
@@ -356,13 +389,13 @@ fn stands_still(cgroup: &LeaseCgroup, sensors: &dyn Sensors, card: u32) -> bool 
     }
 }
 
-fn end_container(pod: &Path, holder: &processes::Holder, caller: &Caller) {
+fn end_container(pod: &Path, holder: &processes::Holder, caller: &Caller, events: &PodEvents) {
     let containers = sandbox::container_cgroups(pod);
     let container = containers
         .into_iter()
         .find(|container| processes::members(container).is_ok_and(|members| members.contains(&holder.pid)));
     tracing::error!(
-        reason = "DeviceHeldWithoutLease",
+        reason = DEVICE_HELD_WITHOUT_LEASE,
         namespace = caller.pod.namespace,
         pod = caller.pod.name,
         pid = holder.pid,
@@ -370,6 +403,17 @@ fn end_container(pod: &Path, holder: &processes::Holder, caller: &Caller) {
         minor = holder.device.minor,
         "A process holds a GPU device outside every lease; its container is ended"
     );
+    let processes::Holder { pid, device } = holder;
+    events.tell(PodEvent {
+        pod: caller.pod.clone(),
+        reason: DEVICE_HELD_WITHOUT_LEASE,
+        action: "EndContainer",
+        note: format!(
+            "process {pid} (on the host) held device {}:{} outside every lease, so its container was ended; open the GPU \
+             only inside functions decorated with spaces.GPU, and pass none of its descriptors on",
+            device.major, device.minor
+        ),
+    });
     let members = container.and_then(|container| processes::members(&container).ok()).unwrap_or_default();
     for pid in members.into_iter().chain([holder.pid]) {
         if let Some(Err(error)) = Held::open(pid).map(|held| held.kill()) {

@@ -23,6 +23,7 @@ pub struct Metrics {
     linked: Gauge,
     checkpoint_failures: Counter,
     pods: Gauge,
+    left_unseen: Counter,
 }
 
 impl Metrics {
@@ -42,7 +43,10 @@ impl Metrics {
         registry.register("checkpoint_write_failures", text, checkpoint_failures.clone());
         let pods = Gauge::default();
         registry.register("space_pods_served", "Space pods whose device API is open", pods.clone());
-        Self { registry: Arc::new(registry), ended, slots, queued, linked, checkpoint_failures, pods }
+        let left_unseen = Counter::default();
+        let text = "Requests given up because their caller had stopped reading the open connection";
+        registry.register("callers_left_unseen", text, left_unseen.clone());
+        Self { registry: Arc::new(registry), ended, slots, queued, linked, checkpoint_failures, pods, left_unseen }
     }
 
     /// A lease ended.
@@ -71,6 +75,11 @@ impl Metrics {
     /// The checkpoint could not be written.
     pub fn checkpoint_failed(&self) {
         self.checkpoint_failures.inc();
+    }
+
+    /// A caller that waits has left without closing its connection.
+    pub fn left_unseen(&self) {
+        self.left_unseen.inc();
     }
 
     /// One more or one fewer pod is served.

@@ -21,6 +21,7 @@ use crate::clock::boottime_ms;
 use crate::converge::{Answer, Caller, Event, Machine, Step, View};
 use crate::device_api::{Denied, Granted, OnDrop, Queued, ScheduleOutcome, Verdict};
 use crate::epoch::EpochFile;
+use crate::fault::{self, Fault};
 use crate::hardware::{AdmitError, Hardware};
 use crate::metrics::Metrics;
 use crate::node_link::{LinkEvent, Session, chain};
@@ -232,6 +233,9 @@ impl NodeActor {
         match input {
             Input::Event(event) => {
                 if let Event::Disconnected { ticket } = event {
+                    if fault::is(Fault::VisitorsStay) {
+                        return Ok(());
+                    }
                     self.waiting.remove(&ticket);
                 }
                 self.event(event)
@@ -336,6 +340,13 @@ impl NodeActor {
             Step::CloseGate { lease, worker, caller } => {
                 let opens = self.hardware.close_gate(&worker, &caller);
                 return Ok(Some(Event::GateClosed { lease, opens }));
+            }
+            Step::LookAtIdle { worker } => {
+                let seen = self.hardware.look_at(&worker);
+                return Ok(seen.map(|seen| Event::IdleSeen { cgroup_id: worker.cgroup_id, seen }));
+            }
+            Step::IdleEnds { worker, why } => {
+                tracing::info!(pid = worker.pid, cgroup = %worker.cgroup.display(), %why, "An idle worker is ended");
             }
             Step::ShutGate { cgroup_id } => self.hardware.shut(cgroup_id),
             Step::Hold { worker, card } => self.hardware.hold(&worker, card),

@@ -1,6 +1,8 @@
 //! Puts the agent together: gate first, then what an earlier agent left behind, then everything that grants. A task that
 //! dies ends the process; the gate stays shut meanwhile, and leases run on under the checkpoint.
 
+mod report_only;
+
 use std::path::Path;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
@@ -35,6 +37,7 @@ use crate::metrics::Metrics;
 use crate::node_actor::{Input, NodeActor, NodeHandle, Records};
 use crate::node_link::{self, LinkSettings, chain};
 use crate::node_status::{self, Finding, NodeIdentity};
+use crate::pod_events::{self, PodEvents};
 use crate::pods::{self, PodSettings};
 use crate::policy::{self, Policy};
 use crate::recovery;
@@ -105,7 +108,11 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         node_link: link_args,
         device_api_port,
         admin_listen,
+        #[cfg(feature = "faults")]
+        fault,
     } = args;
+    #[cfg(feature = "faults")]
+    crate::fault::choose(fault);
     let stop = CancellationToken::new();
     let mut tasks = Tasks { set: JoinSet::new(), stop: stop.clone() };
     let metrics = Metrics::new();
@@ -115,7 +122,13 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         .spawn_fallible("admin endpoint", admin::serve(admin_listen, metrics.clone(), readiness.clone(), stop.clone()));
 
     let nodes = DeviceNodes::new(card_args.device_directory.clone());
-    let (gate, tree) = establish_gate(&gate_args, &nodes)?;
+    let (gate, tree) = match establish_gate(&gate_args, &nodes) {
+        Ok(established) => established,
+        Err(error) => {
+            let reporter = report_only::Reporter { place: &place, cards: &card_args, nodes: &nodes };
+            return reporter.run(error, tasks).await;
+        }
+    };
     tracing::info!(majors = ?gate.majors(), tree, "The gate is shut");
     readiness.set("gate", true);
 
@@ -127,7 +140,10 @@ async fn agent(args: Args) -> anyhow::Result<()> {
     first_look(&nvml, policy.clone()).await;
 
     let identity = NodeIdentity { node: place.node.clone(), agent_instance: new_instance(), boot_id: read_boot_id()? };
-    let started = start_actor(&place, &client, &gate, &sensors, &metrics, &identity, &mut tasks).await?;
+    let (pod_events, to_write) = PodEvents::channel();
+    tasks.spawn("pod events", pod_events::run(client.clone(), place.node.clone(), to_write, stop.clone()));
+    let parts = ActorParts { gate: &gate, sensors: &sensors, metrics: &metrics, events: pod_events };
+    let started = start_actor(&place, &client, parts, &identity, &mut tasks).await?;
     readiness.set("recovered", true);
     let Started { node, inputs, epoch } = started;
 
@@ -177,11 +193,12 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         findings,
     };
     tasks.spawn("node status", node_status::run(client, identity, sources, stop));
-    wait_and_stop(tasks, &node).await
+    wait_and_stop(tasks, Some(&node)).await
 }
 
-/// Waits for a signal or for a task to end, then stops everything.
-async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: &NodeHandle) -> anyhow::Result<()> {
+/// Waits for a signal or for a task to end, then stops everything; the actor, if there is one, last.
+async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: Option<&NodeHandle>) -> anyhow::Result<()> {
+    let stop_actor = || node.map(|node| node.send(Input::Stop));
     let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("no signal handler")?;
     let result = tokio::select! {
@@ -203,7 +220,7 @@ async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: &NodeHandle)
             // All but the actor's own task are over, or it is over itself.
             if tasks.len() <= 1 && !actor_told {
                 actor_told = true;
-                node.send(Input::Stop);
+                stop_actor();
             }
             if let Some(Ok((name, Err(error)))) = tasks.join_next().await {
                 tracing::error!(task = name, error = format!("{error:#}"), "A task failed while stopping");
@@ -212,7 +229,7 @@ async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: &NodeHandle)
     })
     .await;
     if drained.is_err() {
-        node.send(Input::Stop);
+        stop_actor();
         tracing::warn!(limit_s = STOP_LIMIT.as_secs(), "Some tasks did not stop in time");
     }
     result
@@ -231,7 +248,8 @@ fn establish_gate(args: &GateArgs, nodes: &DeviceNodes) -> anyhow::Result<(Arc<G
 }
 
 fn start_inventory(args: &CardArgs, nodes: &DeviceNodes, tasks: &mut Tasks) -> (Arc<dyn Sensors>, NvmlHandle) {
-    let settings = NvmlSettings { library: args.nvml_library.clone(), ..NvmlSettings::default() };
+    let settings =
+        NvmlSettings { library: args.nvml_library.clone(), driver: Some(driver_root(args)), ..NvmlSettings::default() };
     let (nvml, supervisor) = inventory::nvml(settings);
     tasks.spawn_fallible("inventory", supervisor.run(tasks.stop.clone()));
     (Arc::new(NodeSensors::new(nvml.clone(), nodes.clone())), nvml)
@@ -243,8 +261,12 @@ fn kubelet_settings(args: KubeletArgs, cards: &CardArgs, nodes: DeviceNodes) -> 
         pod_resources_socket: KubeletSettings::pod_resources_socket(&args.kubelet_root),
         cdi: CdiFile::new(&args.cdi_directory),
         nodes,
-        driver: DriverRoot { on_host: cards.driver_root.clone(), here: cards.driver_root_here.clone() },
+        driver: driver_root(cards),
     }
+}
+
+fn driver_root(cards: &CardArgs) -> DriverRoot {
+    DriverRoot { on_host: cards.driver_root.clone(), here: cards.driver_root_here.clone() }
 }
 
 async fn client(place: &PlaceArgs) -> anyhow::Result<kube::Client> {
@@ -278,12 +300,18 @@ struct Started {
     epoch: watch::Receiver<u64>,
 }
 
+/// What the actor needs of the rest of the agent.
+struct ActorParts<'a> {
+    gate: &'a Arc<Gate>,
+    sensors: &'a Arc<dyn Sensors>,
+    metrics: &'a Metrics,
+    events: PodEvents,
+}
+
 async fn start_actor(
     place: &PlaceArgs,
     client: &kube::Client,
-    gate: &Arc<Gate>,
-    sensors: &Arc<dyn Sensors>,
-    metrics: &Metrics,
+    ActorParts { gate, sensors, metrics, events }: ActorParts<'_>,
     identity: &NodeIdentity,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Started> {
@@ -305,6 +333,7 @@ async fn start_actor(
         gate: Arc::clone(gate),
         sensors: Arc::clone(sensors),
         inputs: inputs.clone(),
+        events,
         tasks: TaskTracker::new(),
         runtime: tokio::runtime::Handle::current(),
     };

@@ -64,7 +64,7 @@ impl Agent {
             answer: Duration::from_secs(5),
             refresh: Duration::from_millis(100),
         };
-        let (nvml, supervisor) = nvml(NvmlSettings { library: library.to_owned(), limits });
+        let (nvml, supervisor) = nvml(NvmlSettings { library: library.to_owned(), driver: None, limits });
         tokio::spawn(supervisor.run(CancellationToken::new()));
         Self { inventory: nvml.inventory(), nvml }
     }

@@ -89,6 +89,13 @@ impl DriverRoot {
         Ok(found)
     }
 
+    /// Where this process finds the library of that SONAME, if the driver has it.
+    pub fn library_here(&self, soname: &str) -> Option<PathBuf> {
+        let directories = self.directories();
+        let found = directories.iter().find_map(|directory| self.usable(&directory.join(soname)))?;
+        Some(self.here(&found))
+    }
+
     /// Directories in which the loader would look, as absolute paths inside the root.
     fn directories(&self) -> Vec<PathBuf> {
         let mut directories = Vec::new();

@@ -150,5 +150,8 @@ fn libraries_are_found_in_the_drivers_own_root_as_the_loader_would() {
             ("libnvidia-ml.so.1", "/run/nvidia/driver/data/libnvidia-ml.so.580.95.05"),
         ]
     );
+    // This process loads the same file by the path at which it sees the root.
+    assert_eq!(root.library_here("libnvidia-ml.so.1"), Some(here.join("data/libnvidia-ml.so.580.95.05")));
+    assert_eq!(root.library_here("libnvidia-cfg.so.1"), None);
     fs::remove_dir_all(here).unwrap();
 }

@@ -119,6 +119,7 @@ impl Machine {
                 worker.opened = saw_device;
                 self.steps.push_back(Step::Hold { worker: worker.clone(), card: slot.card });
                 let idle = Idle { caller, task, worker, clear_limit_ms: limit_ms, since_ms: now_ms };
+                self.expect_idle_look(now_ms);
                 self.book.idle.insert(slot, idle);
                 self.freed(now_ms, id, FreedKind::Held, "the worker is kept frozen for reuse");
             }
@@ -244,6 +245,7 @@ impl Machine {
         if self.linked {
             self.repeat_reports(now_ms, false);
         }
+        self.look_at_idle(now_ms);
     }
 
     /// Sends reports that are not acknowledged again: all of them, or those whose time has come.

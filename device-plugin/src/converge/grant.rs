@@ -351,26 +351,6 @@ impl Machine {
         self.steps.push_back(Step::Send(Message::Refused(link::Refused { lease: id.to_owned(), reason })));
     }
 
-    /// Kills the frozen workers on any part of the slot.
-    fn end_idle_on(&mut self, slot: Slot) {
-        self.end_idle_where(|held, _| held.overlaps(slot));
-    }
-
-    /// Kills the frozen workers that match; their slots clear.
-    pub(super) fn end_idle(&mut self, matches: impl Fn(&Idle) -> bool) {
-        self.end_idle_where(|_, idle| matches(idle));
-    }
-
-    fn end_idle_where(&mut self, matches: impl Fn(Slot, &Idle) -> bool) {
-        let found: Vec<Slot> =
-            self.book.idle.iter().filter(|(slot, idle)| matches(**slot, idle)).map(|(slot, _)| *slot).collect();
-        for slot in found {
-            if let Some(idle) = self.book.idle.remove(&slot) {
-                self.clear(slot, None, idle.worker, idle.clear_limit_ms);
-            }
-        }
-    }
-
     pub(super) fn clear(&mut self, slot: Slot, lease: Option<String>, worker: Worker, limit_ms: u64) {
         self.dirty = true;
         self.steps.push_back(Step::Clear { slot, worker: worker.clone(), limit_ms });

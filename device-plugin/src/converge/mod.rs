@@ -14,6 +14,7 @@
 
 mod end;
 mod grant;
+mod idle;
 mod restore;
 mod state;
 #[cfg(test)]
@@ -27,11 +28,13 @@ use spaceport_core::ids::Size;
 use spaceport_core::protocol::{AllowRefusal, Released, Secret};
 use spaceport_proto::nodelink as link;
 
+pub use idle::{IDLE_LOOK_MS, IdleEnd};
 pub use state::{
     Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Phase, Report, Snapshot, SpacePod, Worker,
 };
 
 use crate::gate::Opens;
+use crate::process_status::ProcessStatus;
 use crate::sizes::SizeMemory;
 use crate::slots::Slot;
 
@@ -161,6 +164,13 @@ pub enum Event {
         /// Of the worker.
         cgroup_id: u64,
     },
+    /// Result of [`Step::LookAtIdle`]. There is none if the worker has ended, as [`Event::WorkerExited`] tells of that.
+    IdleSeen {
+        /// Of the worker.
+        cgroup_id: u64,
+        /// How it was.
+        seen: ProcessStatus,
+    },
     /// NVML shows a process of the lease on the card.
     ContextSeen {
         /// Of the worker.
@@ -277,7 +287,7 @@ pub enum Step {
         /// Whose devices.
         card: u32,
     },
-    /// Check that the worker lives, open the gate for its cgroup, thaw it.
+    /// Check that the worker lives and need not end ([`Worker::must_end`]), open the gate for its cgroup, thaw it.
     Reuse {
         /// Of the new lease.
         lease: String,
@@ -306,6 +316,18 @@ pub enum Step {
         worker: Worker,
         /// Where its kernels would show.
         card: u32,
+    },
+    /// Look at a frozen worker's process, without waiting for anything.
+    LookAtIdle {
+        /// The worker.
+        worker: Worker,
+    },
+    /// Say that a frozen worker ends although nobody needs its slot; [`Step::Clear`] follows.
+    IdleEnds {
+        /// The worker.
+        worker: Worker,
+        /// Why.
+        why: IdleEnd,
     },
     /// Kill the cgroup, wait until its processes and their memory are gone, remove it.
     Clear {
@@ -354,6 +376,8 @@ pub struct Machine {
     arrivals: u64,
     /// The last lease of each card that was killed or took too much memory, and when (N18).
     trouble: BTreeMap<u32, (String, u64)>,
+    /// When frozen workers are looked at next, while there are any.
+    idle_look_ms: u64,
     steps: VecDeque<Step>,
     dirty: bool,
 }
@@ -372,6 +396,7 @@ impl Machine {
             sizes: SizeMemory::default(),
             arrivals: 0,
             trouble: BTreeMap::new(),
+            idle_look_ms: 0,
             steps: VecDeque::new(),
             dirty: false,
         }
@@ -396,6 +421,7 @@ impl Machine {
             Event::ClearOverdue { cgroup_id, reason } => self.clear_overdue(now_ms, cgroup_id, &reason),
             Event::WorkerExited { cgroup_id } => self.worker_exited(now_ms, cgroup_id),
             Event::IdleUnsafe { cgroup_id } => self.end_idle(|idle| idle.worker.cgroup_id == cgroup_id),
+            Event::IdleSeen { cgroup_id, seen } => self.idle_seen(cgroup_id, &seen),
             Event::ContextSeen { cgroup_id } => self.context_seen(now_ms, cgroup_id),
             Event::Breach { cgroup_id, message } => self.breach(now_ms, cgroup_id, &message),
             Event::Linked { epoch } => self.linked(now_ms, epoch),
@@ -420,7 +446,7 @@ impl Machine {
     pub fn next_wake(&self) -> Option<u64> {
         let leases = self.leases.values().filter_map(|lease| lease.next_wake(self.linked));
         let tickets = self.tickets.values().filter(|pending| !pending.sent).map(|pending| pending.give_up_ms);
-        leases.chain(tickets).min()
+        leases.chain(tickets).chain(self.next_idle_look()).min()
     }
 
     /// True once after something that the checkpoint holds has changed.

@@ -67,6 +67,9 @@ pub struct Worker {
     pub cgroup: PathBuf,
     /// Id of that cgroup: the key of the gate.
     pub cgroup_id: u64,
+    /// Host pid of the process that forked it, as at its `/allow`; `None` where an earlier agent did not record it.
+    #[serde(default)]
+    pub parent: Option<u32>,
     /// It opened a device in an earlier lease; a reused worker does not open it again.
     pub opened: bool,
 }

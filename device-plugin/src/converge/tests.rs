@@ -1,5 +1,7 @@
 //! Stories of leases on one node, told to the machine without any hardware.
 
+mod idle;
+
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -176,7 +178,7 @@ impl Node {
 
 fn worker(cgroup_id: u64) -> Worker {
     let cgroup = PathBuf::from(format!("/pods/lease-{cgroup_id}"));
-    Worker { pid: 1_000 + cgroup_id as u32, start_ticks: 5, cgroup, cgroup_id, opened: false }
+    Worker { pid: 1_000 + cgroup_id as u32, start_ticks: 5, cgroup, cgroup_id, parent: Some(900), opened: false }
 }
 
 const LARGE: link::Size = link::Size::Large;

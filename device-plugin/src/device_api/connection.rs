@@ -1,6 +1,7 @@
 //! One connection: one request, one answer or one queue stream.
 
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::RecvFlags;
@@ -14,6 +15,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::{MissedTickBehavior, interval_at, timeout};
 
 use super::head::{self, NoRequest};
+use super::unread::{PeerSockets, Reading};
 use super::{Denied, Granted, Limits, PodBackend, Queued, ScheduleOutcome, Server};
 
 /// Bytes after a head that are thrown away before the peer is taken for broken. Calls have no body.
@@ -30,6 +32,10 @@ pub(super) async fn run<B: PodBackend>(server: &Server<B>, mut stream: TcpStream
     let mut connection = Connection { peer: Peer { reader, surplus: 0 }, writer, limits: &server.limits };
     match connection.serve(server).await {
         Ok(()) => connection.close().await,
+        Err(cut @ Cut::Unread { .. }) => {
+            server.metrics.left_unseen();
+            tracing::info!(%cut, "A caller left the queue without closing its connection; its place is given up");
+        }
         Err(error) => tracing::debug!(%error, "A connection to the device API was cut"),
     }
 }
@@ -52,6 +58,9 @@ enum Cut {
     /// The peer closed or the connection broke while it waited.
     #[error("the peer has gone")]
     PeerGone,
+    /// The connection is open, and nobody reads it any more.
+    #[error("{pings} pings in a row were not read")]
+    Unread { pings: NonZeroU32 },
     /// The peer does not read.
     #[error("a write took too long")]
     SlowPeer,
@@ -129,7 +138,9 @@ impl Connection<'_> {
     /// Keeps the stream alive until the verdict; leaving in any other way gives up the place.
     async fn queue<B: PodBackend>(&mut self, server: &Server<B>, queued: Queued) -> Result<(), Cut> {
         let Queued { reason, caller, mut verdict, place } = queued;
-        self.write(&sse_head(reason, caller)).await?;
+        let (head, event) = (sse_head(reason, caller), chunk(Event::Ping));
+        let (mut written, mut reading) = (head.len() as u64, Reading::default());
+        self.write(&head).await?;
         let (ping, deadline) = (self.limits.ping, tokio::time::sleep(self.limits.queue));
         tokio::pin!(deadline);
         let mut pings = interval_at(tokio::time::Instant::now() + ping, ping);
@@ -146,7 +157,12 @@ impl Connection<'_> {
                 }
                 () = server.stop.cancelled() => return Err(Cut::Stopping),
                 () = &mut deadline => break None,
-                _ = pings.tick() => self.write(&chunk(Event::Ping)).await?,
+                _ = pings.tick() => {
+                    // Before the next one: a client that is there has read all of them by now.
+                    self.still_read(server.sockets.as_ref(), written, &mut reading)?;
+                    self.write(&event).await?;
+                    written += event.len() as u64;
+                }
             }
         };
         match verdict {
@@ -160,6 +176,22 @@ impl Connection<'_> {
         // The client closes after the verdict and may be gone already: then nobody misses the end.
         let _ended = self.write(last_chunk()).await;
         Ok(())
+    }
+
+    /// Fails when the peer has stopped reading. Where the kernel does not tell, the stream's end and its longest wait
+    /// have to do.
+    fn still_read(&self, sockets: Option<&PeerSockets>, written: u64, reading: &mut Reading) -> Result<(), Cut> {
+        let pings = self.limits.unread_pings;
+        let stream: &TcpStream = self.writer.as_ref();
+        let look = |sockets: &PeerSockets| sockets.unread(stream.peer_addr()?, stream.local_addr()?);
+        match sockets.map(look) {
+            Some(Ok(Some(unread))) if reading.has_stopped(written, unread, pings) => Err(Cut::Unread { pings }),
+            Some(Err(error)) => {
+                tracing::debug!(%error, "What a waiting caller has not read is not known");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes a grant. It counts as delivered when the peer was there and the kernel took all of it; what the client

@@ -8,6 +8,8 @@ use std::thread;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::thread::LinkNameSpaceType;
 
+use super::unread::PeerSockets;
+
 /// Connections that wait while nobody accepts, for example while the agent restarts: each holds one call of the app,
 /// and a refused one costs a finished result. The kernel lowers it to `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
@@ -32,26 +34,35 @@ pub enum ListenError {
     },
 }
 
+/// A listening socket and a view of all sockets of its namespace.
+#[derive(Debug)]
+pub struct Bound {
+    /// Non-blocking, as `tokio::net::TcpListener::from_std` needs it.
+    pub listener: TcpListener,
+    /// For questions about the peers of its connections; an error where the kernel has no such service.
+    pub sockets: io::Result<PeerSockets>,
+}
+
 /// Listens on `address` inside the network namespace `netns` (an open `/proc/<pid>/ns/net`).
 ///
 /// A socket belongs to the namespace it was made in, wherever it is used from. A thread of its own enters, makes the
 /// socket and ends: a thread that went back to a pool would do other work in the wrong network. Blocks for that short
-/// time. The socket is non-blocking, as `tokio::net::TcpListener::from_std` needs it.
+/// time.
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn bind_in_netns(netns: BorrowedFd<'_>, address: SocketAddr) -> Result<TcpListener, ListenError> {
+pub fn bind_in_netns(netns: BorrowedFd<'_>, address: SocketAddr) -> Result<Bound, ListenError> {
     thread::scope(|scope| {
         let worker = thread::Builder::new()
             .name("netns-bind".to_owned())
             .spawn_scoped(scope, move || {
                 rustix::thread::move_into_link_name_space(netns, Some(LinkNameSpaceType::Network))
                     .map_err(|error| ListenError::Enter(error.into()))?;
-                listen(address).map_err(|error| ListenError::Bind { address, source: error.into() })
+                let socket = listen(address).map_err(|error| ListenError::Bind { address, source: error.into() })?;
+                Ok(Bound { listener: TcpListener::from(socket), sockets: PeerSockets::open() })
             })
             .map_err(ListenError::Thread)?;
-        let socket = worker.join().map_err(|_| ListenError::Thread(io::Error::other("it panicked")))??;
-        Ok(TcpListener::from(socket))
+        worker.join().map_err(|_| ListenError::Thread(io::Error::other("it panicked")))?
     })
 }
 
@@ -109,7 +120,7 @@ mod tests {
             return;
         };
         // Any free port of the other side; the port is learned from the socket.
-        let listener = bind_in_netns(foreign.as_fd(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let Bound { listener, sockets } = bind_in_netns(foreign.as_fd(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = listener.local_addr().unwrap();
         listener.set_nonblocking(false).unwrap();
 
@@ -122,10 +133,18 @@ mod tests {
                 bind_in_netns(foreign.as_fd(), address),
                 Err(ListenError::Bind { source, .. }) if source.kind() == io::ErrorKind::AddrInUse
             ));
-            TcpStream::connect(address).unwrap().write_all(b"x").unwrap();
+            let mut client = TcpStream::connect(address).unwrap();
+            client.write_all(b"x").unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap(), 1);
         });
+        let (mut server, client) = listener.accept().unwrap();
+        // Asked from here, about a connection over there.
+        let sockets = sockets.unwrap();
+        assert!(sockets.unread(client, address).unwrap().is_some());
+        assert_eq!(PeerSockets::open().unwrap().unread(client, address).unwrap(), None);
+        server.write_all(b"y").unwrap();
         let mut bytes = Vec::new();
-        listener.accept().unwrap().0.read_to_end(&mut bytes).unwrap();
+        server.read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes, b"x");
         inside.join().unwrap();
     }

@@ -6,9 +6,10 @@
 mod connection;
 mod head;
 pub mod listen;
+pub mod unread;
 
 use std::io;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+use self::unread::PeerSockets;
+use crate::metrics::Metrics;
 
 /// What the device API asks of the lease machinery. One per pod: which pod it is stands in the implementation, never
 /// in an argument, because the socket on which a call came in is the identity (node.md N14).
@@ -108,6 +112,9 @@ pub struct Limits {
     pub queue: Duration,
     /// Time between pings. The client gives up after 60 s without one, and sees only then that its visitor has left.
     pub ping: Duration,
+    /// After so many pings in a row of which nothing was read, a caller that waits has left, though its connection is open
+    /// (see [`unread`]). This many times [`Self::ping`] is how long its place may stay taken.
+    pub unread_pings: NonZeroU32,
     /// How long one write may take. Nothing that is sent here is larger than a socket's buffer.
     pub write: Duration,
     /// How long an answered peer may take to close, so that it reads its answer before the socket is gone.
@@ -120,6 +127,7 @@ impl Default for Limits {
     fn default() -> Self {
         const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
         const SCHEDULES: NonZeroUsize = NonZeroUsize::new(192).unwrap();
+        const UNREAD_PINGS: NonZeroU32 = NonZeroU32::new(5).unwrap();
         Self {
             connections: CONNECTIONS,
             schedules: SCHEDULES,
@@ -127,6 +135,10 @@ impl Default for Limits {
             answer: Duration::from_secs(45),
             queue: Duration::from_secs(2 * 3600),
             ping: Duration::from_secs(5),
+            // 30 s at most, as the first may be written just after the caller left. Half of the 60 s after which the
+            // client itself gives up a silent stream, and far longer than an app that is alive stands still: one that
+            // did (stopped by a debugger, starved of CPU) asks again by itself, once.
+            unread_pings: UNREAD_PINGS,
             write: Duration::from_secs(10),
             linger: Duration::from_secs(2),
         }
@@ -165,11 +177,19 @@ impl std::fmt::Debug for OnDrop {
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Serves one pod until `stop`. Then nothing more is accepted, calls in flight are answered (each bounded by
-/// [`Limits`]), and waiting queue streams are cut: the client asks again, once, by itself.
-pub async fn serve<B: PodBackend>(listener: TcpListener, backend: Arc<B>, limits: Limits, stop: CancellationToken) {
+/// [`Limits`]), and waiting queue streams are cut: the client asks again, once, by itself. `sockets` are those of the
+/// listener's network namespace; without them, a caller that left a copy of its connection behind is not noticed.
+pub async fn serve<B: PodBackend>(
+    listener: TcpListener,
+    sockets: Option<PeerSockets>,
+    backend: Arc<B>,
+    limits: Limits,
+    metrics: Metrics,
+    stop: CancellationToken,
+) {
     let connections = Arc::new(Semaphore::new(limits.connections.get()));
-    let server =
-        Arc::new(Server { backend, schedules: Semaphore::new(limits.schedules.get()), limits, stop: stop.clone() });
+    let schedules = Semaphore::new(limits.schedules.get());
+    let server = Arc::new(Server { backend, schedules, limits, sockets, metrics, stop: stop.clone() });
     // Bounded by the semaphore; owned here, so that no connection outlives its server.
     let mut tasks = JoinSet::new();
     loop {
@@ -202,6 +222,8 @@ struct Server<B> {
     backend: Arc<B>,
     schedules: Semaphore,
     limits: Limits,
+    sockets: Option<PeerSockets>,
+    metrics: Metrics,
     stop: CancellationToken,
 }
 

@@ -57,6 +57,7 @@ impl PodBackend for Scripted {
 struct World {
     port: u16,
     asked: mpsc::UnboundedReceiver<Asked>,
+    metrics: Metrics,
     stop: CancellationToken,
     server: JoinHandle<()>,
 }
@@ -67,8 +68,10 @@ impl World {
         let port = listener.local_addr().unwrap().port();
         let (sender, asked) = mpsc::unbounded_channel();
         let stop = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, Arc::new(Scripted(sender)), limits, stop.clone()));
-        Self { port, asked, stop, server }
+        let (backend, metrics) = (Arc::new(Scripted(sender)), Metrics::new());
+        let sockets = PeerSockets::open().ok();
+        let server = tokio::spawn(serve(listener, sockets, backend, limits, metrics.clone(), stop.clone()));
+        Self { port, asked, metrics, stop, server }
     }
 
     async fn send(&self, bytes: &[u8]) -> Client {
@@ -276,6 +279,38 @@ async fn a_caller_that_leaves_the_queue_frees_its_place() {
     let (granted, lost) = grant();
     drop(wait.verdict.send(Ok(granted)));
     assert!(acted(lost).await);
+}
+
+/// The forked worker of another call holds a copy of the descriptor, so no end of the stream arrives.
+#[tokio::test]
+async fn a_caller_that_leaves_a_copy_of_its_connection_behind_frees_its_place_too() {
+    let mut world = World::start(quick()).await;
+    let (mut client, wait) = world.queued().await;
+    assert_eq!(client.event().await, "event: ping\n\n");
+    let copy = client.stream.into_std().unwrap().try_clone().unwrap();
+    assert!(acted(wait.left).await);
+    assert!(wait.verdict.is_closed(), "a verdict that comes now goes back");
+    assert!(world.metrics.encode().unwrap().contains("callers_left_unseen_total 1\n"));
+    drop(copy);
+}
+
+#[tokio::test]
+async fn a_caller_that_reads_slowly_keeps_its_place() {
+    let one_of =
+        Limits { ping: Duration::from_millis(20), unread_pings: NonZeroU32::new(10).unwrap(), ..Limits::default() };
+    let mut world = World::start(one_of).await;
+    let (mut client, wait) = world.queued().await;
+    let ping = client.event().await.len();
+    // Twice as long as nobody may read, in which one byte is read now and then.
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        client.stream.read_exact(&mut [0]).await.unwrap();
+    }
+    let mut left = wait.left;
+    assert!(left.try_recv().is_err(), "{ping} bytes an event, one byte read in two or three events");
+    assert!(world.metrics.encode().unwrap().contains("callers_left_unseen_total 0\n"));
+    drop(client);
+    assert!(acted(left).await, "and its leaving is seen as ever");
 }
 
 #[tokio::test]

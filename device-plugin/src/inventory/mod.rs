@@ -21,6 +21,8 @@ use std::time::Duration;
 use nvml_wrapper::error::NvmlError;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::cdi::DriverRoot;
+
 pub use device_nodes::{DeviceNode, DeviceNodes};
 pub use selection::{Use, card_uses, time_shared};
 pub use sensors::NodeSensors;
@@ -224,15 +226,26 @@ impl Default for NvmlLimits {
 /// Settings of the inventory.
 #[derive(Clone, Debug)]
 pub struct NvmlSettings {
-    /// `--nvml-library`: a path, or a name for the loader to find.
+    /// `--nvml-library`: a path, or a name to be found.
     pub library: PathBuf,
+    /// The driver's file system, where a name is looked for first: the loader of a container does not know the host's.
+    pub driver: Option<DriverRoot>,
     /// Time limits.
     pub limits: NvmlLimits,
 }
 
+impl NvmlSettings {
+    /// What to load now: a driver may be installed, or replaced, while the agent runs.
+    fn library(&self) -> PathBuf {
+        let name = self.library.to_str().filter(|name| !name.contains('/'));
+        let found = name.zip(self.driver.as_ref()).and_then(|(name, driver)| driver.library_here(name));
+        found.unwrap_or_else(|| self.library.clone())
+    }
+}
+
 impl Default for NvmlSettings {
     fn default() -> Self {
-        Self { library: PathBuf::from(DEFAULT_LIBRARY), limits: NvmlLimits::default() }
+        Self { library: PathBuf::from(DEFAULT_LIBRARY), driver: None, limits: NvmlLimits::default() }
     }
 }
 

@@ -175,7 +175,7 @@ fn library(post: &Post) -> Result<Result<Arc<Nvml>, LibraryState>, CallError> {
         return Ok(Ok(nvml));
     }
     let path = post.library();
-    match post.call(None, "nvmlInit", || open(path)) {
+    match post.call(None, "nvmlInit", || open(&path)) {
         Ok(nvml) => {
             let nvml = Arc::new(nvml);
             post.book(|book| book.nvml = Some(Arc::clone(&nvml)));

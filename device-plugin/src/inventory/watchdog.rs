@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -120,9 +120,9 @@ impl Post {
         with(&mut locked(&self.shared.book))
     }
 
-    /// The library's path or name.
-    pub(super) fn library(&self) -> &Path {
-        &self.shared.settings.library
+    /// The library's path, or a name for the loader.
+    pub(super) fn library(&self) -> PathBuf {
+        self.shared.settings.library()
     }
 
     /// Serves the queue until it closes or a successor is in office.

@@ -185,3 +185,23 @@ fn long_texts_are_cut_to_what_the_schema_takes() {
     }
     assert_eq!(story.status().holders.unwrap().chars().count(), HOLDERS_CHARACTERS_MAX);
 }
+
+#[test]
+fn a_host_without_cgroup_v2_says_so_and_is_not_ready() {
+    let mut story = Story::two_shared_cards();
+    story.findings = vec![Finding {
+        condition: GPUNodeCondition::CgroupV2Missing,
+        holds: ConditionStatus::True,
+        reason: GPUNodeReason::CgroupV1Only,
+        message: "boot with v2".to_owned(),
+        blocks: true,
+    }];
+    let status = story.status();
+    let expected = |holds: &str| (holds.to_owned(), "CgroupV1Only".to_owned(), "boot with v2".to_owned());
+    assert_eq!(told(&status, GPUNodeCondition::CgroupV2Missing), expected("True"));
+    assert_eq!(told(&status, GPUNodeCondition::Ready), expected("False"));
+    // With the tree there, the next agent does not report it any more.
+    story.findings.clear();
+    let later = story.status_after(Some(&status), 60);
+    assert!(later.conditions.iter().all(|condition| condition.type_ != GPUNodeCondition::CgroupV2Missing.as_str()));
+}

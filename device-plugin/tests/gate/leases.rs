@@ -11,7 +11,7 @@ use std::time::Duration;
 use spaceport_core::protocol::{AllowRefusal, Released, ScheduleQuery, Secret};
 use spaceport_device_plugin::checkpoint::Checkpoint;
 use spaceport_device_plugin::clock::boottime_ms;
-use spaceport_device_plugin::converge::{Card, Event, Machine, SpacePod};
+use spaceport_device_plugin::converge::{Card, Event, IDLE_LOOK_MS, Machine, SpacePod};
 use spaceport_device_plugin::device_api::{Granted, PodBackend as _, ScheduleOutcome};
 use spaceport_device_plugin::epoch::EpochFile;
 use spaceport_device_plugin::gate::lease_cgroup::{self, LeaseCgroup};
@@ -20,6 +20,7 @@ use spaceport_device_plugin::hardware::{Hardware, SensorError, Sensors};
 use spaceport_device_plugin::metrics::Metrics;
 use spaceport_device_plugin::node_actor::{ActorError, Input, NodeActor, NodeHandle, Records};
 use spaceport_device_plugin::node_link::{LinkEvent, Session};
+use spaceport_device_plugin::pod_events::{DEVICE_HELD_WITHOUT_LEASE, PodEvent, PodEvents};
 use spaceport_device_plugin::recovery;
 use spaceport_device_plugin::space_backend::{AppContainer, SpaceBackend};
 use spaceport_proto::nodelink::{self as link, EndKind, FreedKind, LeasePhase, broker_message, node_message::Message};
@@ -60,6 +61,7 @@ struct Agent {
     thread: JoinHandle<Result<(), ActorError>>,
     gate: Arc<Gate>,
     card: Arc<FakeCard>,
+    told: mpsc::Receiver<PodEvent>,
     from_node: mpsc::Receiver<Message>,
     seen: Vec<Message>,
     state: PathBuf,
@@ -89,11 +91,13 @@ impl Agent {
         let (inputs, from_all) = blocking::channel();
         let (epoch, _) = watch::channel(7);
         let runtime = tokio::runtime::Runtime::new().unwrap();
+        let (events, told) = PodEvents::channel();
         let hardware = Hardware {
             pods_cgroup: node.pods.clone(),
             gate: Arc::clone(&gate),
             sensors,
             inputs: inputs.clone(),
+            events,
             tasks: TaskTracker::new(),
             runtime: runtime.handle().clone(),
         };
@@ -111,7 +115,7 @@ impl Agent {
         handle.send(Input::Event(Event::Inventory(cards)));
         let (outbound, from_node) = mpsc::channel(1024);
         handle.send(Input::Link(LinkEvent::Welcome { session: Session(1), epoch: 7, outbound }));
-        Self { runtime, handle, thread, gate, card, from_node, seen: Vec::new(), state }
+        Self { runtime, handle, thread, gate, card, told, from_node, seen: Vec::new(), state }
     }
 
     /// A stop or a crash: what matters is on the disk either way.
@@ -428,5 +432,54 @@ fn a_device_held_outside_every_lease_ends_its_container() {
     agent.releases(&pod, "l1", false);
     let empty = || fs::read_to_string(pod.container().join("cgroup.procs")).unwrap().is_empty();
     until("the container's end", empty);
+    let event = agent.told.blocking_recv().unwrap();
+    assert_eq!((event.reason, event.pod.pod_uid), (DEVICE_HELD_WITHOUT_LEASE, pod.uid.clone()));
+    assert!(event.note.contains(&format!("device {}:{} ", device.major, device.minor)), "{}", event.note);
+    agent.stop();
+}
+
+#[test]
+fn a_frozen_idle_worker_that_is_sent_sigterm_is_ended_and_not_used_again() {
+    let node = Node::new("sigterm");
+    let mut pod = node.pod("a");
+    let mut agent = Agent::start(&node);
+    agent.runs(&mut pod, "l1", &RELAXED);
+    // Without a handler the kernel ends a frozen process by itself.
+    pod.worker().traps();
+    assert_eq!(agent.releases(&pod, "l1", false), Released::DeviceNotUsed);
+    assert_eq!(agent.freed("l1"), FreedKind::Held);
+    let cgroup = lease_cgroup(&pod, "l1").unwrap();
+    assert!(cgroup.wait_frozen(PATIENCE).unwrap());
+    let worker = pod.worker().host_pid;
+    // That a look leaves it alone can only be seen by letting two of them pass.
+    let looked_ms = boottime_ms() + 2 * IDLE_LOOK_MS + 50;
+    until("two looks", || boottime_ms() > looked_ms);
+    assert_eq!(cgroup.processes().unwrap(), [worker]);
+
+    let sent = rustix::process::Pid::from_raw(worker.cast_signed()).unwrap();
+    rustix::process::kill_process(sent, rustix::process::Signal::TERM).unwrap();
+    until("the worker's end", || lease_cgroup(&pod, "l1").is_none());
+    assert!(fs::metadata(format!("/proc/{worker}/cwd")).is_err(), "killed");
+    until("its slot", || agent.handle.view().borrow().idle.is_empty());
+    let again = agent.grants(&pod, "l2", &RELAXED);
+    assert!(!again.response.idle, "a new worker is forked");
+    agent.stop();
+}
+
+#[test]
+fn a_frozen_idle_worker_whose_parent_has_ended_is_ended_too() {
+    let node = Node::new("orphan");
+    let mut pod = node.pod("a");
+    let mut agent = Agent::start(&node);
+    // The app is not the container's first process; it forks a worker and ends without it.
+    let worker = pod.worker().forks();
+    agent.grants(&pod, "l1", &RELAXED).undelivered.disarm();
+    assert_eq!(agent.allows(&pod, "l1", worker.container_pid), Ok(()));
+    agent.releases(&pod, "l1", false);
+    assert_eq!(agent.freed("l1"), FreedKind::Held);
+    assert!(lease_cgroup(&pod, "l1").unwrap().wait_frozen(PATIENCE).unwrap());
+    pod.worker().exits();
+    until("the worker's end", || lease_cgroup(&pod, "l1").is_none());
+    assert!(fs::metadata(format!("/proc/{}/cwd", worker.host_pid)).is_err(), "killed");
     agent.stop();
 }

@@ -139,7 +139,7 @@ impl Pod {
 }
 
 /// Reads a path a line, tries to open it, answers with what came of it. `fork` starts another listener on a pair of named
-/// pipes; `spin` counts in a file for as long as it runs.
+/// pipes; `spin` counts in a file for as long as it runs; `trap` handles SIGTERM as a worker of the client does.
 const LISTEN: &str = r#"
 echo $$ $(sed -n "s/^NSpid:[[:space:]]*\([0-9]*\).*/\1/p" /proc/self/status)
 while read -r verb path rest; do
@@ -148,6 +148,7 @@ while read -r verb path rest; do
     mknod) mknod "$path" c $rest && echo made ;;
     fork) sh -c "$LISTEN" < "$path.in" > "$path.out" & echo forked ;;
     spin) (n=0; while :; do n=$((n+1)); echo $n > "$path"; done) & echo spinning ;;
+    trap) trap "exit 0" TERM; echo trapped ;;
     exit) exit 0 ;;
     esac
 done
@@ -192,7 +193,7 @@ impl Shell {
     }
 
     /// The shell forks a listener of its own, as an app forks a worker.
-    fn forks(&mut self) -> Self {
+    pub fn forks(&mut self) -> Self {
         let name = std::env::temp_dir().join(format!(
             "spaceport-gate-pipe-{}-{}-{:?}",
             std::process::id(),
@@ -242,6 +243,11 @@ impl Shell {
     /// Leaves something behind that counts in a file for as long as it gets to run.
     pub fn leaves_counter(&mut self, path: &Path) {
         assert_eq!(self.asks(&format!("spin {}", path.display())), "spinning");
+    }
+
+    /// Handles SIGTERM from now on.
+    pub fn traps(&mut self) {
+        assert_eq!(self.asks("trap"), "trapped");
     }
 
     /// Ends by itself.

@@ -1,0 +1,87 @@
+//! Frozen workers that must go although nobody needs their slot.
+
+use super::*;
+use crate::process_status::SignalSet;
+
+/// A frozen worker of [`worker`], with its parent and nothing waiting for it.
+fn at_rest() -> ProcessStatus {
+    ProcessStatus { parent: 900, pending: SignalSet::default(), ignored: SignalSet::default() }
+}
+
+fn pending(signal: libc::c_int) -> ProcessStatus {
+    ProcessStatus { pending: SignalSet::of(&[signal]), ..at_rest() }
+}
+
+fn clears(steps: &[Step], id: u64) -> bool {
+    steps.iter().any(|step| matches!(step, Step::Clear { worker, .. } if worker.cgroup_id == id))
+}
+
+#[test]
+fn a_frozen_worker_goes_when_it_is_asked_to_end_or_loses_its_parent_and_stays_otherwise() {
+    let worker = worker(1);
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        assert_eq!(worker.must_end(&pending(signal)), Some(IdleEnd::AskedToEnd(signal as u32)));
+        let ignored = ProcessStatus { ignored: SignalSet::of(&[signal]), ..pending(signal) };
+        assert_eq!(worker.must_end(&ignored), None, "it would not act on {signal}");
+    }
+    for signal in [libc::SIGCHLD, libc::SIGUSR1, libc::SIGALRM, libc::SIGCONT, libc::SIGWINCH] {
+        assert_eq!(worker.must_end(&pending(signal)), None, "{signal} asks nobody to end");
+    }
+    let orphan = ProcessStatus { parent: 899, ..at_rest() };
+    assert_eq!(worker.must_end(&orphan), Some(IdleEnd::Orphaned { was: 900, now: 899 }));
+    assert_eq!(Worker { parent: None, ..worker }.must_end(&orphan), None, "who forked it is not known");
+}
+
+#[test]
+fn idle_workers_are_looked_at_while_there_are_any() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    node.happens(Event::Acknowledged(link::Acknowledged { lease: "l1".to_owned(), ended: true, freed: true }));
+    assert_eq!(node.machine.next_wake(), Some(node.now + IDLE_LOOK_MS));
+    node.passes(IDLE_LOOK_MS - 1).happens(Event::Tick);
+    assert_eq!(node.seen(), [], "not before its time");
+    for _ in 0..2 {
+        node.passes(IDLE_LOOK_MS).happens(Event::Tick);
+        assert_eq!(node.seen(), [Step::LookAtIdle { worker: Worker { opened: true, ..worker(1) } }]);
+        assert_eq!(node.machine.next_wake(), Some(node.now + IDLE_LOOK_MS));
+        node.happens(Event::IdleSeen { cgroup_id: 1, seen: at_rest() });
+        assert_eq!(node.seen(), [], "it stays");
+    }
+    node.happens(Event::WorkerExited { cgroup_id: 1 }).seen();
+    assert_eq!(node.machine.next_wake(), None, "nothing is held, nothing is looked at");
+}
+
+#[test]
+fn an_idle_worker_that_was_asked_to_end_is_killed_frees_its_slot_and_is_not_used_again() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    node.happens(Event::IdleSeen { cgroup_id: 1, seen: pending(libc::SIGTERM) });
+    let (steps, why) = (node.seen(), IdleEnd::AskedToEnd(15));
+    assert!(matches!(&steps[..], [Step::IdleEnds { why: told, .. }, Step::Clear { .. }] if *told == why), "{steps:?}");
+    let ticket = node.asks(&app, 1, None);
+    node.starts("l2", ticket, LARGE);
+    assert!(!node.granted().0, "a new worker");
+    node.happens(Event::Cleared { cgroup_id: 1 });
+    assert!(node.machine.snapshot().book.clearing.is_empty() && node.machine.snapshot().book.idle.is_empty());
+    // Told of once more, late.
+    node.seen();
+    node.happens(Event::IdleSeen { cgroup_id: 1, seen: pending(libc::SIGTERM) });
+    assert_eq!(node.seen(), []);
+}
+
+#[test]
+fn a_look_that_crosses_a_reuse_does_not_take_the_worker_from_under_it() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 1, None);
+    let order = node.order("l2", ticket, LARGE);
+    let steps = node.machine.handle(node.now, Event::Start(order));
+    assert!(steps.iter().any(|step| matches!(step, Step::Reuse { .. })));
+    let seen = Event::IdleSeen { cgroup_id: 1, seen: pending(libc::SIGTERM) };
+    assert!(node.machine.handle(node.now, seen).is_empty());
+    // The executor looks before it thaws, and says so: then the worker goes, and the lease gets a fresh one.
+    node.happens(Event::ReuseFailed { lease: "l2".to_owned() });
+    assert!(clears(&node.seen(), 1));
+    node.happens(Event::Cleared { cgroup_id: 1 });
+    assert_eq!(node.granted(), (false, 0));
+}

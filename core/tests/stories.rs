@@ -221,6 +221,26 @@ fn refusals_are_written_at_most_every_five_seconds() {
 }
 
 #[test]
+fn what_is_shown_beside_a_page_costs_at_most_a_write_in_five_seconds() {
+    let mut story = Story::begin(1, 60_000, 9);
+    let show = || Command::Show { account: AccountName::new(BOB) };
+    let before = story.writes;
+    for _ in 0..50 {
+        story.tell(show());
+    }
+    assert_eq!(story.writes, before + 1, "the first at once");
+    // A lease's writes show it as well: nothing is left to be written for it.
+    story.run(Ending::Released, 10);
+    story.pass(NOTE_PERIOD_MS);
+    assert_eq!(story.writes, before + 3);
+    let windows = story.page().windows.clone();
+    story.tell(show());
+    assert_eq!((story.writes, &story.page().windows), (before + 4, &windows), "it changes nothing else");
+    story.tell(Command::Show { account: AccountName::new("nobody") });
+    assert_eq!(story.writes, before + 4);
+}
+
+#[test]
 fn a_full_outbox_pauses_its_account_only() {
     let mut story = Story::begin(1, 6_000_000, 9);
     story.account("ann", policy(60_000, 9));

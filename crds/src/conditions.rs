@@ -191,9 +191,10 @@ string_enum! {
 string_enum! {
     /// Conditions of a GPUAccount.
     GPUAccountCondition {
-        /// The account can be charged: identities are unique and a tier applies.
+        /// The account can get a GPU as far as its tier and quota allow: a tier applies, it is not being deleted, and its
+        /// outbox has room.
         Ready = "Ready",
-        /// Outbox and grants are within their bounds; a full outbox pauses the account.
+        /// Every settled lease has its receipt: `status.closed` is empty. Rows leave it with the next write of the page.
         OutboxDrained = "OutboxDrained",
     }
 }

@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking, its helpers too.
 
 use std::process::Output;
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use spaceport_e2e::World;
+use spaceport_e2e::{World, at, eventually};
 
 const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
 
@@ -31,8 +32,38 @@ fn account(name: &str) -> Value {
         "apiVersion": "spaceport.dev/v1alpha1",
         "kind": "GPUAccount",
         "metadata": { "name": name },
-        "spec": { "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }], "tier": "demo" },
+        "spec": { "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }], "tier": "api" },
     })
+}
+
+/// Without a tier the operator would say on the page that the account gets nothing, and be faster than the test.
+fn tier() -> Value {
+    json!({
+        "apiVersion": "spaceport.dev/v1alpha1",
+        "kind": "GPUTier",
+        "metadata": { "name": "api" },
+        "spec": {
+            "callers": "SignedIn", "authenticatedAs": "Regular", "priority": "Medium", "gpuSecondsPerWindow": 60,
+            "longestCallSeconds": 50, "concurrentLeases": 2, "extendableByGrants": "Never", "windowPolicy": "FirstUse24h",
+        },
+    })
+}
+
+const FINALIZER: &str = "spaceport.dev/ledger";
+/// The operator puts its finalizer on an account within milliseconds; after a change of the leader within a minute.
+const OPERATOR_LIMIT: Duration = Duration::from_secs(90);
+
+/// Makes an account and waits until the operator keeps it: only then its revision stands still.
+fn make_account(world: &World, name: &str) {
+    world.kubectl.apply(&tier().to_string()).unwrap();
+    world.kubectl.apply(&account(name).to_string()).unwrap();
+    eventually("the operator keeps the account", OPERATOR_LIMIT, || {
+        let found = world.kubectl.json(&["get", "gpuaccount", name])?;
+        let finalizers = at(&found, "/metadata/finalizers");
+        let kept = finalizers.as_array().is_some_and(|list| list.iter().any(|finalizer| finalizer == FINALIZER));
+        Ok(if kept { Ok(()) } else { Err(finalizers.to_string()) })
+    })
+    .unwrap();
 }
 
 /// Writes a page as the operator does, by PUT of the status at the revision that is there.
@@ -52,7 +83,7 @@ fn a_ledger_page_is_written_by_the_operator_alone_and_one_step_at_a_time() {
     let world = World::connect().unwrap();
     let name = "api-page";
     world.kubectl.run(&["delete", "gpuaccount", name, "--ignore-not-found"]).unwrap();
-    world.kubectl.apply(&account(name).to_string()).unwrap();
+    make_account(&world, name);
 
     let page = |seq: u64, epoch: u64| json!({ "seq": seq, "epoch": epoch, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": 1 });
     let said = write_page(&world, name, None, &page(1, 1)).unwrap_err();
@@ -77,7 +108,7 @@ fn charges_within_a_window_never_fall() {
     let name = "api-window";
     world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).ok();
     world.kubectl.run(&["delete", "gpuaccount", name, "--ignore-not-found"]).unwrap();
-    world.kubectl.apply(&account(name).to_string()).unwrap();
+    make_account(&world, name);
     let page = |seq: u64, charged: u64| {
         json!({
             "seq": seq, "epoch": 1, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": 1,
@@ -95,6 +126,66 @@ fn charges_within_a_window_never_fall() {
     assert!(!output.status.success() && said.contains("open window"), "{said}");
     world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).unwrap();
     world.kubectl.run(&["delete", "gpuaccount", name]).unwrap();
+}
+
+#[test]
+fn a_deleted_account_stays_while_something_of_it_is_open() {
+    let world = World::connect().unwrap();
+    let name = "api-open";
+    world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).ok();
+    world.kubectl.run(&["delete", "gpuaccount", name, "--ignore-not-found", "--wait=false"]).unwrap();
+    eventually("an earlier run's account is gone", OPERATOR_LIMIT, || {
+        let output = world.kubectl.output(&["get", "gpuaccount", name])?;
+        Ok(if output.status.success() { Err("it is there".to_owned()) } else { Ok(()) })
+    })
+    .unwrap();
+    make_account(&world, name);
+    let take_off = || {
+        let patch = json!({ "metadata": { "finalizers": null } }).to_string();
+        let output =
+            world.kubectl.output(&["patch", "gpuaccount", name, "--type", "merge", "--patch", &patch]).unwrap();
+        if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
+    };
+
+    // A lease of a node that does not exist: open until the term's bound for silent nodes (L9), about a minute.
+    let page = json!({
+        "seq": 1, "epoch": 1, "writeId": "write-1", "lastTimeMilliseconds": 1,
+        "windows": [{ "startMilliseconds": 1000, "baseMilliseconds": 60000, "chargedMilliseconds": 0, "runs": 0, "generation": 1 }],
+        "holds": [{
+            "lease": "01jd8x0000000000000000000b", "space": "default/api", "spaceUID": "api", "node": "api-nowhere",
+            "parts": [{ "source": "window:1000", "milliseconds": 1000 }], "size": "large", "weight": 1,
+            "declaredMilliseconds": 1000, "epoch": 1, "sinceMilliseconds": 1000,
+        }],
+    });
+    write_page(&world, name, Some(OPERATOR), &page).unwrap();
+    let said = take_off().unwrap_err();
+    assert!(said.contains("1 leases are open") && said.contains("the operator takes it off"), "{said}");
+
+    let output = world.kubectl.output(&["delete", "gpuaccount", name]).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("1 open holds"), "{said}");
+    world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).unwrap();
+    world.kubectl.run(&["delete", "gpuaccount", name, "--wait=false"]).unwrap();
+    let ready = eventually("the account says that it is being deleted", OPERATOR_LIMIT, || {
+        let found = world.kubectl.json(&["get", "gpuaccount", name])?;
+        let conditions = at(&found, "/status/conditions").as_array().cloned().unwrap_or_default();
+        let ready = conditions.into_iter().find(|condition| condition["type"] == "Ready");
+        let ready = ready.filter(|ready| ready["reason"] == "Deleting");
+        Ok(ready.ok_or_else(|| at(&found, "/status").to_string()))
+    })
+    .unwrap();
+    assert!(ready["status"] == "False" && ready["message"].as_str().unwrap().contains("1 open"), "{ready}");
+    assert!(take_off().unwrap_err().contains("1 leases are open"), "deleting it changes nothing");
+
+    // The lease expires, its receipt is written, its window is long over: now it goes by itself.
+    eventually("the account is gone", Duration::from_secs(300), || {
+        let output = world.kubectl.output(&["get", "gpuaccount", name, "--output", "yaml"])?;
+        let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(if output.status.success() { Err(shown) } else { Ok(()) })
+    })
+    .unwrap();
+    let receipt = "api-01jd8x0000000000000000000b";
+    world.kubectl.run(&["--namespace", "default", "delete", "gpulease", receipt, "--ignore-not-found"]).unwrap();
 }
 
 #[test]

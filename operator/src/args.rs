@@ -34,6 +34,10 @@ pub struct Args {
     /// Address of the admin endpoint: /metrics, /readyz, /livez.
     #[arg(long, env = "SPACEPORT_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
     pub admin_listen: SocketAddr,
+    /// Breaks this on purpose; only builds for tests know it.
+    #[cfg(feature = "faults")]
+    #[arg(long, env = "SPACEPORT_FAULT", value_enum)]
+    pub fault: Option<crate::fault::Fault>,
 }
 
 /// Where the operator runs and which cluster it works on.

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::credentials::TOKEN_KEYS_CONFIG_MAP;
+use crate::fault::{self, Fault};
 use crate::kubeapi::KubeApi;
 
 /// Longest token that is looked at, bytes. Ours are about 500; an `act` chain of a few Spaces stays far below.
@@ -129,7 +130,7 @@ impl TokenVerifier {
         if now >= expires {
             return Err(UnauthenticatedReason::Expired);
         }
-        if claims.aud != space_uid {
+        if claims.aud != space_uid && !fault::is(Fault::AnyAudience) {
             return Err(UnauthenticatedReason::WrongAudience);
         }
         Ok(Caller {

@@ -355,6 +355,21 @@ where
         limited(self.call("replace the status of", name), limit, write).await
     }
 
+    /// Writes fields of an object's metadata by a merge patch; with a resourceVersion among them, only of that version.
+    ///
+    /// # Errors
+    /// See [`ApiError`]; [`ApiError::Conflict`] if the resourceVersion is another.
+    pub async fn patch_metadata(
+        &self,
+        name: &str,
+        metadata: &impl Serialize,
+    ) -> Result<PartialObjectMeta<K>, ApiError> {
+        let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+        let patch = Patch::Merge(serde_json::json!({ "metadata": metadata }));
+        let write = self.api.patch_metadata(name, &parameters, &patch);
+        limited(self.call("patch the metadata of", name), REQUEST_TIMEOUT, write).await
+    }
+
     /// Writes by server-side apply, taking over fields that others set.
     ///
     /// # Errors

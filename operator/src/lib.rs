@@ -1,11 +1,14 @@
 //! The operator: leader election, the lease broker with its ledger, the link to node agents, and the controllers.
 //!
-//! `runtime` starts everything; `kubeapi` alone talks to the API server; `ledger` owns the pages (ledger.md).
+//! `runtime` starts everything; `kubeapi` alone talks to the API server; `ledger` owns the pages (ledger.md),
+//! `account` keeps their objects.
 
+pub mod account;
 pub mod admin;
 pub mod args;
 pub mod clock;
 pub mod credentials;
+pub mod fault;
 pub mod identity;
 pub mod kubeapi;
 pub mod leader;

@@ -45,6 +45,7 @@ struct Inner {
     leader: Gauge,
     epoch: Gauge<u64, AtomicU64>,
     nodes_connected: Gauge,
+    nodes_without_pool: Gauge,
     sessions_refused: Family<KindLabel, Counter>,
     clock_ahead_seconds: Gauge<f64, AtomicU64>,
 }
@@ -101,6 +102,12 @@ impl Metrics {
         registry.register("epoch", "Term of the ledger that this replica leads", epoch.clone());
         let nodes_connected = Gauge::default();
         registry.register("nodes_connected", "Node agents with a session here", nodes_connected.clone());
+        let nodes_without_pool = Gauge::default();
+        registry.register(
+            "nodes_without_pool",
+            "Nodes of this term whose pool is not known; the defaults apply to them",
+            nodes_without_pool.clone(),
+        );
         let sessions_refused = Family::default();
         registry.register(
             "sessions_refused",
@@ -128,6 +135,7 @@ impl Metrics {
                 leader,
                 epoch,
                 nodes_connected,
+                nodes_without_pool,
                 sessions_refused,
                 clock_ahead_seconds,
             }),
@@ -201,6 +209,11 @@ impl Metrics {
     /// Node agents with a session here.
     pub fn set_nodes_connected(&self, nodes: usize) {
         self.inner.nodes_connected.set(gauge(nodes));
+    }
+
+    /// Nodes to which the defaults apply, for want of a pool.
+    pub fn set_nodes_without_pool(&self, nodes: usize) {
+        self.inner.nodes_without_pool.set(gauge(nodes));
     }
 
     /// A session of an agent was refused.

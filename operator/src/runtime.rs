@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+use crate::account::{self, WorkQueue};
 use crate::admin::{self, Readiness};
 use crate::args::{Args, LeaderArgs, LedgerArgs, LogArgs, LogFormat, NodeLinkArgs, PlaceArgs};
 use crate::credentials::{self, CredentialsError, ServerCertificate};
@@ -50,8 +51,20 @@ struct Tasks {
 /// # Errors
 /// The reason of the task that ended first, or what kept it from starting.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let Args { place, log, leader, ledger, node_link, space, admin_listen } = args;
+    let Args {
+        place,
+        log,
+        leader,
+        ledger,
+        node_link,
+        space,
+        admin_listen,
+        #[cfg(feature = "faults")]
+        fault,
+    } = args;
     start_log(&log)?;
+    #[cfg(feature = "faults")]
+    crate::fault::choose(fault);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
@@ -159,6 +172,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
     }
     metrics.set_leader(true);
     let receipts = Receipts::new();
+    let accounts = WorkQueue::default();
     let (retention_sender, retention) = watch::channel(None);
     let mut tasks = Tasks { set: JoinSet::new(), stop: stop.child_token() };
     let stop = tasks.stop.clone();
@@ -166,6 +180,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
     let parts = WatchParts {
         api: api.clone(),
         store: store.clone(),
+        accounts: accounts.clone(),
         metrics: metrics.clone(),
         retention: retention_sender,
         events: events.clone(),
@@ -173,6 +188,11 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
     let watch_objects = watches::run(parts, stop.clone());
     tasks.spawn("watches", async move {
         watch_objects.await;
+        Ok(())
+    });
+    let keep_accounts = account::run(api.clone(), accounts, clock_skew_max, stop.clone());
+    tasks.spawn("accounts", async move {
+        keep_accounts.await;
         Ok(())
     });
     let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), stop.clone());

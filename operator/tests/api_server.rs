@@ -1,6 +1,6 @@
 //! What only a real API server can show: compare-and-swap, terms, leader election, token review, receipts.
 //!
-//! `cargo test -p spaceport-operator --features api-server --test api_server` with SPACEPORT_TEST_KUBECONFIG naming an API
+//! `cargo xtask test api` runs them, with SPACEPORT_TEST_KUBECONFIG naming an API
 //! server that no operator works on. The definitions are installed by the tests.
 #![cfg(feature = "api-server")]
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking, its helpers too.

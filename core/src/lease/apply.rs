@@ -458,6 +458,7 @@ impl Account {
     fn coalesce(&mut self, change: &PageChange) {
         match change {
             PageChange::Denied(_) => self.pending.retain(|pending| !matches!(pending, PageChange::Denied(_))),
+            PageChange::Shown { .. } => self.pending.retain(|pending| !matches!(pending, PageChange::Shown { .. })),
             PageChange::Outcome(_) => {
                 let is_outcome = |pending: &PageChange| matches!(pending, PageChange::Outcome(_));
                 if self.pending.iter().filter(|pending| is_outcome(pending)).count() >= OUTCOMES_MAX

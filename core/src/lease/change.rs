@@ -53,6 +53,11 @@ pub enum PageChange {
     Denied(Box<DenialRow>),
     /// Remembers an ending without receipt.
     Outcome(Outcome),
+    /// Nothing that is decided upon: what the shell shows beside the page has changed, and no other write carries it.
+    Shown {
+        /// Ledger time of the page.
+        at: LedgerTime,
+    },
 }
 
 /// How soon a change has to be written.
@@ -116,7 +121,7 @@ impl PageChange {
     pub const fn urgency(&self) -> Urgency {
         match self {
             Self::Hold { .. } | Self::Settle { .. } | Self::Base { .. } => Urgency::Now,
-            Self::Denied(_) | Self::Outcome(_) => Urgency::Note,
+            Self::Denied(_) | Self::Outcome(_) | Self::Shown { .. } => Urgency::Note,
             Self::ReceiptWritten { .. } => Urgency::Lazy,
         }
     }
@@ -168,6 +173,10 @@ impl PageChange {
                 let surplus = (page.recent_outcomes.len() + 1).saturating_sub(OUTCOMES_MAX);
                 page.recent_outcomes.drain(..surplus);
                 page.recent_outcomes.push(outcome.clone());
+                Ok(())
+            }
+            Self::Shown { at } => {
+                page.last_time = page.last_time.max(*at);
                 Ok(())
             }
         }

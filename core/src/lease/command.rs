@@ -119,6 +119,11 @@ pub enum Command {
         /// Which lease.
         lease: LeaseId,
     },
+    /// What people are shown of the account is out of date, and no page write is under way that would show it.
+    Show {
+        /// Whose.
+        account: AccountName,
+    },
     /// The store acknowledged the write in flight.
     PageWritten {
         /// Whose page.

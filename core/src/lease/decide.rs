@@ -15,6 +15,7 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
     match command {
         Command::AccountSeen { account, page, policy } => pages::seen(at, state, account, page, policy),
         Command::AccountGone { account } => pages::gone(at, state, account),
+        Command::Show { account } => pages::show(at, state, account),
         Command::PageWritten { account, write_id } => pages::written(at, state, account, &write_id),
         Command::PageConflict { account, write_id } => pages::conflict(state, account, &write_id),
         Command::PageUnknown { account, write_id } => pages::unknown(state, account, &write_id),

@@ -42,6 +42,13 @@ pub(super) fn seen(at: Moment, state: &State, name: AccountName, page: Box<Page>
     events
 }
 
+/// A write for what is shown beside the page, as soon as notes may be written (L5). Any other write carries it too.
+pub(super) fn show(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
+    let Some(account) = state.accounts.get(&name) else { return Vec::new() };
+    let change = PageChange::Shown { at: account.working.time(at.wall) };
+    vec![Event::Changed { account: name, change, at: at.steady }]
+}
+
 /// The base of the open window follows the tier both ways; holds are not touched (L12).
 fn base(at: Moment, name: &AccountName, page: &Page, policy: &Policy) -> Option<Event> {
     let window = page.open_window(page.time(at.wall))?;

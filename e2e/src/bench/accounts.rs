@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
 
@@ -142,12 +142,16 @@ fn remove(kubectl: &Kubectl, accounts: &[&str]) -> Result<()> {
             kubectl.run(&[&["annotate", "--overwrite", "gpuaccount"], names, &[&reason]].concat())?;
             kubectl.run(&[&["delete", "gpuaccount", "--ignore-not-found", "--wait=false"], names].concat())?;
         }
-        // A finalizer keeps an account until its window has ended, a day (L4). These were made to be thrown away.
+        // A finalizer keeps an account until its window has ended, a day (L4). These were made to be thrown away, which
+        // the API server allows as soon as nothing of them is open.
         for name in present(kubectl, accounts)? {
             let patch = r#"{"metadata":{"finalizers":null}}"#;
-            let output = kubectl.output(&["patch", "gpuaccount", &name, "--type", "merge", "--patch", patch])?;
-            let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success() || said.contains("NotFound"), "account {name} stays: {said}");
+            eventually(&format!("account {name} goes"), SETTLE_LIMIT, || {
+                let output = kubectl.output(&["patch", "gpuaccount", &name, "--type", "merge", "--patch", patch])?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                let gone = output.status.success() || said.contains("NotFound");
+                Ok(if gone { Ok(()) } else { Err(said.into_owned()) })
+            })?;
         }
     }
     kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"])?;

@@ -4,11 +4,13 @@
 //! tasks whose results come back as commands, messages to nodes go into bounded channels, receipts into a table. An
 //! [`Actor`] lives for one term. A node that has seen a later one makes us begin another above it; another leader ends us.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Steady, Ticket};
-use spaceport_core::lease::{Command, Effect, Event, Moment, Outcome, PageChange, Request, State, TermEnd, step};
+use spaceport_core::lease::{
+    Command, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
+};
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -26,8 +28,10 @@ use super::records::{Records, Unserved};
 use super::seen::AccountSeen;
 use super::store::{PageTarget, TermBegun, TermError, WriteOutcome};
 use super::watches::StoreEvent;
-use super::{convert, node_messages, policy};
+use super::{convert, node_messages};
+use crate::account::status::{conditions, is_shown, ready};
 use crate::clock;
+use crate::fault;
 use crate::identity::TokenVerifier;
 use crate::metrics::Metrics;
 
@@ -71,6 +75,8 @@ struct Actor<P> {
     /// Calls whose account is being made or looked for.
     first_calls: BTreeMap<AccountName, Vec<Request>>,
     records: Records,
+    /// Accounts whose condition `Ready` is out of date. Bounded by the number of accounts; a few leave with each tick.
+    out_of_date: BTreeSet<AccountName>,
     /// What the node said at the end of a lease, for its receipt.
     end_messages: BTreeMap<LeaseId, String>,
     /// Final records that the writer had no room for; offered again at each tick (L10).
@@ -93,7 +99,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
         metrics.set_epoch(term.epoch.0);
         let mut actor = Actor {
-            state: State::new(term.epoch, known.awaited()),
+            state: fault::in_ledger(State::new(term.epoch, known.awaited())),
             begun: clock::monotonic(),
             store: store.clone(),
             receipts: receipts.clone(),
@@ -103,6 +109,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             targets: BTreeMap::new(),
             first_calls: BTreeMap::new(),
             records: Records::default(),
+            out_of_date: BTreeSet::new(),
             end_messages: BTreeMap::new(),
             unoffered: Vec::new(),
             tasks: JoinSet::new(),
@@ -184,6 +191,10 @@ impl<P: Pages> Actor<P> {
     /// The first commands of the term: pages, pools and the sessions that wait.
     fn take_over(&mut self) {
         self.command(Command::ClockJudged { off_ms: self.known.clock_off_ms });
+        // Also of nodes whose agents are away: when their leases expire depends on their pool (L9).
+        for node in self.known.awaited() {
+            self.configure(&node);
+        }
         for account in self.known.accounts.keys().cloned().collect::<Vec<_>>() {
             self.account_seen(&account);
         }
@@ -335,7 +346,7 @@ impl<P: Pages> Actor<P> {
     }
 
     fn receipt(&mut self, record: LeaseRecord) {
-        let live = record.node.as_ref().is_none_or(|node| policy::receipts_live(node, &self.known.pools));
+        let live = record.node.as_ref().is_none_or(|node| self.known.receipts_live(node));
         let ended = record.end.is_some();
         if self.receipts.record(record.clone(), live).is_err() && ended {
             // At most the rows of all outboxes.
@@ -352,11 +363,26 @@ impl<P: Pages> Actor<P> {
             self.command(Command::PageConflict { account, write_id: page.write_id });
             return;
         };
-        let tier = self.state.accounts.get(&account).filter(|found| !found.policy.tier.is_empty());
-        let tier =
-            tier.map(|found| TierShown { name: found.policy.tier.clone(), allowance: found.policy.allowance.clone() });
-        let display = Display::of(&page, tier.as_ref());
+        let display = self.display(&account, &page);
         self.tasks.spawn(pages::write(self.store.clone(), target, page, display));
+    }
+
+    /// What is shown beside the page.
+    fn display(&self, account: &AccountName, page: &Page) -> Display {
+        let Some(found) = self.state.accounts.get(account) else { return Display::of(page, None) };
+        let policy = &found.policy;
+        let tier = TierShown { name: policy.tier.clone(), allowance: policy.allowance.clone() };
+        let shown = Display::of(page, Some(&tier).filter(|tier| !tier.name.is_empty()));
+        let seen = self.known.accounts.get(account);
+        let (tier, generation) = seen.map_or((None, None), |seen| (seen.tier.as_deref(), seen.generation));
+        Display { conditions: conditions(page, policy, tier, generation, clock::wall()), generation, ..shown }
+    }
+
+    /// Whether the page shows another `Ready` than what is found now, and no newer page is known.
+    fn shows_wrong(&self, seen: &AccountSeen, policy: &Policy) -> bool {
+        let Ok(page) = &seen.page else { return false };
+        let newest = self.state.accounts.get(&seen.name).map_or(0, |found| found.durable.seq);
+        page.seq >= newest && !is_shown(&ready(page, policy, seen.tier.as_deref()), seen.ready.as_ref())
     }
 
     fn done(&mut self, done: Done) {
@@ -412,6 +438,11 @@ impl<P: Pages> Actor<P> {
         let newest = self.state.accounts.get(name).map_or(0, |found| found.durable.seq);
         if page.seq >= newest {
             self.targets.insert(name.clone(), PageTarget::of(seen));
+        }
+        if self.shows_wrong(seen, &policy) {
+            self.out_of_date.insert(name.clone());
+        } else {
+            self.out_of_date.remove(name);
         }
         self.command(Command::AccountSeen { account: name.clone(), page: Box::new(page), policy });
     }

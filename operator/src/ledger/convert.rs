@@ -17,6 +17,7 @@ use spaceport_crds::GpuSize;
 use spaceport_crds::conditions::LeaseOutcome;
 
 use super::display::Display;
+use crate::fault::{self, Fault};
 
 /// Longest text in a row, characters; the schema allows 1024 bytes.
 const MESSAGE_MAX: usize = 255;
@@ -105,9 +106,14 @@ pub fn status_of(
     bounded("closed", page.closed.len(), CLOSED_MAX)?;
     bounded("recentOutcomes", page.recent_outcomes.len(), OUTCOMES_MAX)?;
     let last_denial = match &page.last_denial {
+        _ if fault::is(Fault::RefusalsLeaveNothing) => None,
         Some(row) => Some(denial_row(row)?),
         None => kept.and_then(|kept| kept.last_denial.clone()),
     };
+    let mut conditions = kept.map(|kept| kept.conditions.clone()).unwrap_or_default();
+    for condition in display.conditions {
+        crds::conditions::set(&mut conditions, condition);
+    }
     Ok(crds::GPUAccountStatus {
         seq: signed("seq", page.seq)?,
         write_id: page.write_id.clone(),
@@ -125,8 +131,8 @@ pub fn status_of(
         left: shown(display.left),
         resets_at: display.resets_at,
         leases: display.leases,
-        observed_generation: kept.and_then(|kept| kept.observed_generation),
-        conditions: kept.map(|kept| kept.conditions.clone()).unwrap_or_default(),
+        observed_generation: display.generation.or_else(|| kept.and_then(|kept| kept.observed_generation)),
+        conditions,
     })
 }
 

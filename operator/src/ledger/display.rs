@@ -1,8 +1,8 @@
-//! What kubectl's columns show of a page. Pure; computed with each write and decided upon by nobody. Nothing that only
+//! What kubectl's columns and the conditions show of a page. Pure; computed with each write and decided upon by nobody. Nothing that only
 //! the passing of time changes is shown (ledger.md L21): amounts are as of the write, the end of the window is a time.
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use spaceport_core::ids::LedgerTime;
 use spaceport_core::page::Page;
 use spaceport_core::quota::Allowance;
@@ -22,6 +22,10 @@ pub struct Display {
     pub resets_at: Option<Time>,
     /// Open leases.
     pub leases: i32,
+    /// Its conditions, as of the write; what stands on the page keeps its time of transition where nothing changed.
+    pub conditions: Vec<Condition>,
+    /// Generation of the spec that the conditions are about.
+    pub generation: Option<i64>,
 }
 
 /// The tier as far as the columns need it.
@@ -34,7 +38,8 @@ pub struct TierShown {
 }
 
 impl Display {
-    /// The columns of a page at its own time, `page.last_time`. Without a tier there is nothing to take.
+    /// The columns of a page at its own time, `page.last_time`, without conditions. Without a tier there is nothing to
+    /// take.
     pub fn of(page: &Page, tier: Option<&TierShown>) -> Self {
         let window = page.open_window(page.last_time);
         let parts = page.holds.iter().flat_map(|hold| &hold.parts);
@@ -47,6 +52,8 @@ impl Display {
             left: seconds(left),
             resets_at: window.and_then(|window| time(window.end())),
             leases: i32::try_from(page.holds.len()).unwrap_or(i32::MAX),
+            conditions: Vec::new(),
+            generation: None,
         }
     }
 }

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use spaceport_core::ids::{AccountName, Epoch, NodeName, Ticket};
-use spaceport_core::lease::{NodeSettings, Policy};
+use spaceport_core::lease::Policy;
 
-use super::policy;
-use super::seen::{AccountSeen, GrantSeen, PoolSeen, TierSeen};
+use super::policy::{self, NoPool};
+use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
@@ -19,6 +19,8 @@ pub struct Known {
     pub tiers: BTreeMap<String, TierSeen>,
     /// Pools by name.
     pub pools: BTreeMap<String, PoolSeen>,
+    /// Names of the pools that agents say they follow, by node; kept while an agent is away, for its leases run on.
+    pub named_pools: BTreeMap<NodeName, String>,
     /// Grants by uid.
     pub grants: BTreeMap<String, GrantSeen>,
     /// Agents that are there.
@@ -51,6 +53,7 @@ impl Known {
             accounts: BTreeMap::new(),
             tiers: BTreeMap::new(),
             pools: BTreeMap::new(),
+            named_pools: BTreeMap::new(),
             grants: BTreeMap::new(),
             sessions: BTreeMap::new(),
             clock_off_ms: None,
@@ -92,6 +95,12 @@ impl Known {
             }
             StoreEvent::PoolGone { name } => {
                 self.pools.remove(&name);
+            }
+            StoreEvent::Node(NodeSeen { name, pool: Some(pool) }) => {
+                self.named_pools.insert(name, pool);
+            }
+            StoreEvent::Node(NodeSeen { name, pool: None }) | StoreEvent::NodeGone { name } => {
+                self.named_pools.remove(&name);
             }
             StoreEvent::Grant(grant) => {
                 self.grants.insert(grant.uid.clone(), grant);
@@ -156,9 +165,28 @@ impl Known {
         policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants)
     }
 
-    /// What applies to a node.
-    pub fn settings(&self, node: &NodeName) -> NodeSettings {
-        policy::settings_of(node, &self.pools)
+    /// The pool of a node: everything that depends on a pool asks here.
+    ///
+    /// # Errors
+    /// [`NoPool`]: the defaults apply.
+    pub fn pool(&self, node: &NodeName) -> Result<&PoolSeen, NoPool> {
+        policy::pool_of(self.named_pools.get(node).map(String::as_str), &self.pools)
+    }
+
+    /// True if receipts of leases on this node are written while they run; that is the default.
+    pub fn receipts_live(&self, node: &NodeName) -> bool {
+        self.pool(node).map_or(true, |pool| pool.receipts_live)
+    }
+
+    /// The node whose pool, as its agent names it, an event changes; looked up before it is taken. An agent writes its
+    /// GPUNode up to once a second, its pool hardly ever.
+    pub fn moved(&self, event: &StoreEvent) -> Option<NodeName> {
+        let (node, pool) = match event {
+            StoreEvent::Node(NodeSeen { name, pool }) => (name, pool.as_ref()),
+            StoreEvent::NodeGone { name } => (name, None),
+            _ => return None,
+        };
+        (self.named_pools.get(node) != pool).then(|| node.clone())
     }
 
     /// Accounts that an event may change the policy of, looked up before it is taken.

@@ -1,8 +1,7 @@
-//! Which tier an account is in, and what tier and grants allow it. Pure.
+//! Which tier an account is in, and what tier and grants allow it; which pool a node is in, and what applies there. Pure.
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::NodeName;
 use spaceport_core::lease::{NodeSettings, Policy, Priority};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::QueueBounds;
@@ -11,9 +10,6 @@ use spaceport_crds::names::{GUEST_PAGE_PREFIX, SPACE_PAGE_PREFIX};
 use spaceport_crds::{Callers, Identity, IdentityRule, Priority as TierPriority};
 
 use super::seen::{AccountSeen, GrantSeen, PoolSeen, TierSeen};
-
-/// The label by which a pool can select single nodes.
-const HOSTNAME_LABEL: &str = "kubernetes.io/hostname";
 
 /// The tier that applies: `spec.tier`, else by kind of account, else the most specific rule of the oldest tier (L4).
 pub fn tier_of<'a>(account: &AccountSeen, tiers: &'a BTreeMap<String, TierSeen>) -> Option<&'a TierSeen> {
@@ -97,15 +93,32 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
     }
 }
 
-/// The settings of a node: those of the oldest pool that selects it; the defaults if none does. A pool selects all nodes,
-/// or one by its host name; by other labels only the agents select, and the broker uses the defaults there.
-pub fn settings_of(node: &NodeName, pools: &BTreeMap<String, PoolSeen>) -> NodeSettings {
-    let selects = |pool: &&PoolSeen| {
-        pool.node_selector.iter().all(|(label, value)| label == HOSTNAME_LABEL && value == node.as_str())
-    };
-    let Some(pool) = pools.values().filter(selects).min_by_key(|pool| pool.created) else {
-        return NodeSettings::default();
-    };
+/// Why the pool of a node is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoPool {
+    /// Its GPUNode is not there yet, or says that no pool selects the node; then its agent shares no card.
+    #[error("its GPUNode names no pool")]
+    NotNamed,
+    /// There is no usable pool of that name.
+    #[error("its GPUNode names the pool {name}, which is not there or cannot be used")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+}
+
+/// The pool of a node: the one that its agent says it follows (`status.pool` of the GPUNode). The agent alone selects, by
+/// all labels of its Node; nobody selects a second time, so the two can not differ.
+///
+/// # Errors
+/// [`NoPool`]: the defaults apply.
+pub fn pool_of<'a>(named: Option<&str>, pools: &'a BTreeMap<String, PoolSeen>) -> Result<&'a PoolSeen, NoPool> {
+    let name = named.ok_or(NoPool::NotNamed)?;
+    pools.get(name).ok_or_else(|| NoPool::Unknown { name: name.to_owned() })
+}
+
+/// The settings of the nodes of a pool.
+pub fn settings_of(pool: &PoolSeen) -> NodeSettings {
     let bound = |requests: u64| usize::try_from(requests).unwrap_or(usize::MAX);
     NodeSettings {
         allow_limit_ms: pool.allow_limit_ms,
@@ -121,12 +134,4 @@ pub fn settings_of(node: &NodeName, pools: &BTreeMap<String, PoolSeen>) -> NodeS
             account: bound(pool.queue_per_account),
         },
     }
-}
-
-/// True if receipts of leases on this node are written while they run.
-pub fn receipts_live(node: &NodeName, pools: &BTreeMap<String, PoolSeen>) -> bool {
-    let selects = |pool: &&PoolSeen| {
-        pool.node_selector.iter().all(|(label, value)| label == HOSTNAME_LABEL && value == node.as_str())
-    };
-    pools.values().filter(selects).min_by_key(|pool| pool.created).is_none_or(|pool| pool.receipts_live)
 }

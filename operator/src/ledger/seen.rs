@@ -3,13 +3,15 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use spaceport_core::ids::{AccountName, Epoch, LedgerTime};
+use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName};
 use spaceport_core::page::Page;
 use spaceport_core::protocol::CallerClass;
 use spaceport_crds as crds;
+use spaceport_crds::conditions::{ConditionStatus, GPUAccountCondition};
 use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
 
 use super::convert::{PageError, page_of};
+use crate::fault::{self, Fault};
 
 /// A GPUAccount. Of an event whose `page` is not newer than what is known only the rest is taken (L2).
 #[derive(Clone, Debug, PartialEq)]
@@ -28,10 +30,25 @@ pub struct AccountSeen {
     pub identities: Vec<crds::Identity>,
     /// Being deleted (L4): it waits for its finalizer and is granted nothing.
     pub deleting: bool,
+    /// Its finalizers, ours and others'.
+    pub finalizers: Vec<String>,
+    /// Generation of its spec.
+    pub generation: Option<i64>,
+    /// Its condition `Ready` as stored; none if no write has shown one yet.
+    pub ready: Option<ReadyShown>,
     /// The admin's reason for deleting it although something is open, if given.
     pub break_glass: Option<String>,
     /// Its page; the empty page for a new account. An error closes the account: nothing is granted, nothing written.
     pub page: Result<Page, MalformedAccount>,
+}
+
+/// A condition `Ready` as it stands on a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadyShown {
+    /// Status is `True`.
+    pub holds: bool,
+    /// Its reason.
+    pub reason: String,
 }
 
 /// Why an account has no usable page.
@@ -90,10 +107,6 @@ pub struct PoolSeen {
     pub name: String,
     /// Generation of its spec.
     pub generation: i64,
-    /// When it was made; of two that select one node the oldest wins.
-    pub created: Timestamp,
-    /// Labels a node must have; empty: every node.
-    pub node_selector: std::collections::BTreeMap<String, String>,
     /// `large` is a whole card.
     pub large_is_whole: bool,
     /// Charged milliseconds for each of use, `large`.
@@ -122,6 +135,15 @@ pub struct PoolSeen {
     pub receipt_age_max_seconds: u64,
     /// Final receipts kept for one Space.
     pub receipts_kept: usize,
+}
+
+/// A GPUNode, as far as the broker needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSeen {
+    /// Its name, which is that of the node.
+    pub name: NodeName,
+    /// The pool that its agent follows, by name; none if no pool selects the node.
+    pub pool: Option<String>,
 }
 
 /// A GPUQuotaGrant.
@@ -172,7 +194,16 @@ impl AccountSeen {
             None => Ok(Page::default()),
         };
         let tier = account.spec.tier.clone();
-        Self { tier, identities: account.spec.identities.clone(), ..Self::of_metadata(&account.metadata, page) }
+        let conditions = account.status.iter().flat_map(|status| &status.conditions);
+        let ready = conditions
+            .filter(|condition| condition.type_ == GPUAccountCondition::Ready.as_str())
+            .map(|condition| ReadyShown {
+                holds: condition.status == ConditionStatus::True.as_str(),
+                reason: condition.reason.clone(),
+            })
+            .next();
+        let identities = account.spec.identities.clone();
+        Self { tier, identities, ready, ..Self::of_metadata(&account.metadata, page) }
     }
 
     /// An account of which only the metadata can be read.
@@ -190,6 +221,9 @@ impl AccountSeen {
             tier: None,
             identities: Vec::new(),
             deleting: metadata.deletion_timestamp.is_some(),
+            finalizers: metadata.finalizers.clone().unwrap_or_default(),
+            generation: metadata.generation,
+            ready: None,
             break_glass: annotations.and_then(|annotations| annotations.get(BREAK_GLASS_ANNOTATION).cloned()),
             page,
         }
@@ -232,11 +266,12 @@ impl TryFrom<&crds::GPUPool> for PoolSeen {
         Ok(Self {
             name: pool.metadata.name.clone().unwrap_or_default(),
             generation: pool.metadata.generation.unwrap_or(0),
-            created: created(&pool.metadata),
-            node_selector: spec.node_selector.clone(),
             large_is_whole: spec.sizes.large == crds::LargeShare::Whole,
             large_weight: natural("weights.large", spec.weights.large)?,
-            xlarge_weight: natural("weights.xlarge", spec.weights.xlarge)?,
+            xlarge_weight: match natural("weights.xlarge", spec.weights.xlarge)? {
+                _ if fault::is(Fault::WholeCardsCountOnce) => 1,
+                weight => weight,
+            },
             queue_per_pool: natural("queue.perPool", spec.queue.per_pool)?,
             queue_per_space: natural("queue.perSpace", spec.queue.per_space)?,
             queue_per_account: natural("queue.perAccount", spec.queue.per_account)?,
@@ -248,6 +283,17 @@ impl TryFrom<&crds::GPUPool> for PoolSeen {
             receipts_live: spec.receipts.timing == crds::ReceiptTiming::Live,
             receipt_age_max_seconds: natural("receipts.retentionSeconds", spec.receipts.retention_seconds)?,
             receipts_kept: natural("receipts.perSpace", spec.receipts.per_space)?,
+        })
+    }
+}
+
+impl TryFrom<&crds::GPUNode> for NodeSeen {
+    type Error = OutOfRange;
+
+    fn try_from(node: &crds::GPUNode) -> Result<Self, OutOfRange> {
+        Ok(Self {
+            name: NodeName::new(node.metadata.name.clone().unwrap_or_default()),
+            pool: node.status.as_ref().and_then(|status| status.pool.clone()),
         })
     }
 }

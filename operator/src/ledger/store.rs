@@ -12,12 +12,13 @@ use kube::core::DeserializeGuard;
 use serde::Serialize;
 use spaceport_core::ids::{AccountName, Epoch};
 use spaceport_core::page::Page;
-use spaceport_crds::names::{API_VERSION, TERM_PAGE};
+use spaceport_crds::names::{API_VERSION, LEDGER_FINALIZER, TERM_PAGE};
 use spaceport_crds::{GPUAccount, GPUAccountSpec, GPUAccountStatus, Identity};
 
 use super::convert::{KeptFields, PageError, status_of};
 use super::display::Display;
 use super::seen::{AccountSeen, MalformedAccount};
+use crate::account::plan::is_kept;
 use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi, Objects};
 use crate::metrics::{Metrics, PageWrite};
@@ -32,9 +33,22 @@ pub struct PageStore {
     guarded: Objects<DeserializeGuard<GPUAccount>>,
     write_timeout: Duration,
     metrics: Metrics,
-    /// What pages do not carry of the status last seen or written, by account; only of accounts that have any. A std
+    /// What pages do not carry of the newest status seen or written, by account; only of accounts that have any. A std
     /// mutex: it is never held across an await.
-    kept: Arc<Mutex<HashMap<AccountName, KeptFields>>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+/// What pages do not carry, of the newest status of each account.
+#[derive(Default)]
+struct Kept {
+    by_name: HashMap<AccountName, KeptOf>,
+}
+
+/// Of one status of one object.
+struct KeptOf {
+    uid: String,
+    seq: i64,
+    fields: KeptFields,
 }
 
 /// The object and revision that a write is for: the compare of the compare-and-swap.
@@ -154,19 +168,13 @@ impl PageTarget {
 impl PageStore {
     /// A store whose writes are unknown after `write_timeout` without an answer.
     pub fn new(api: &KubeApi, write_timeout: Duration, metrics: Metrics) -> Self {
-        Self {
-            accounts: api.cluster(),
-            guarded: api.cluster(),
-            write_timeout,
-            metrics,
-            kept: Arc::new(Mutex::new(HashMap::new())),
-        }
+        Self { accounts: api.cluster(), guarded: api.cluster(), write_timeout, metrics, kept: Arc::default() }
     }
 
     /// Writes a page if the account still is as in `target`. The page carries its new `seq`, `write_id` and `epoch`
     /// already: who decides on pages must know them before the write (L2).
     pub async fn write(&self, target: &PageTarget, page: &Page, display: Display) -> WriteOutcome {
-        let kept = self.lock_kept().get(&target.name).cloned();
+        let kept = self.lock_kept().by_name.get(&target.name).map(|kept| kept.fields.clone());
         let status = match status_of(page, display, kept.as_ref()) {
             Ok(status) => status,
             Err(error) => return self.not_stored(target, &error),
@@ -205,7 +213,7 @@ impl PageStore {
         };
         self.metrics.page_write(counted, time);
         if matches!(outcome, WriteOutcome::Written { .. }) {
-            self.keep(&target.name, Some(&status));
+            self.keep(&target.name, &target.uid, Some(&status));
         }
         outcome
     }
@@ -236,7 +244,12 @@ impl PageStore {
         identities: Vec<Identity>,
     ) -> Result<AccountSeen, CreateError> {
         let account = GPUAccount {
-            metadata: ObjectMeta { name: Some(name.to_string()), ..ObjectMeta::default() },
+            metadata: ObjectMeta {
+                name: Some(name.to_string()),
+                // From its first moment on, so that it costs no write of its own (L4).
+                finalizers: is_kept(name.as_str()).then(|| vec![LEDGER_FINALIZER.to_owned()]),
+                ..ObjectMeta::default()
+            },
             spec: GPUAccountSpec { identities, tier },
             status: None,
         };
@@ -290,7 +303,7 @@ impl PageStore {
         match account.0 {
             Ok(account) => {
                 let seen = AccountSeen::of(&account);
-                self.keep(&seen.name, account.status.as_ref());
+                self.keep(&seen.name, &seen.uid, account.status.as_ref());
                 seen
             }
             Err(invalid) => AccountSeen::malformed(&invalid.metadata, invalid.error),
@@ -299,20 +312,31 @@ impl PageStore {
 
     /// Forgets an account that is gone.
     pub(super) fn forget(&self, name: &AccountName) {
-        self.lock_kept().remove(name);
+        self.lock_kept().by_name.remove(name);
     }
 
-    fn keep(&self, name: &AccountName, status: Option<&GPUAccountStatus>) {
-        let fields = status.map(KeptFields::of).unwrap_or_default();
-        if fields == KeptFields::default() {
-            self.forget(name);
-        } else {
-            self.lock_kept().insert(name.clone(), fields);
-        }
+    fn keep(&self, name: &AccountName, uid: &str, status: Option<&GPUAccountStatus>) {
+        self.lock_kept().keep(name, uid, status);
     }
 
-    fn lock_kept(&self) -> std::sync::MutexGuard<'_, HashMap<AccountName, KeptFields>> {
+    fn lock_kept(&self) -> std::sync::MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// Takes a status that was seen or written, unless a newer one is known: the watch lags behind our own writes (L2).
+    fn keep(&mut self, name: &AccountName, uid: &str, status: Option<&GPUAccountStatus>) {
+        let fields = status.map(KeptFields::of).unwrap_or_default();
+        let seq = status.map_or(0, |status| status.seq);
+        if self.by_name.get(name).is_some_and(|kept| kept.uid == uid && kept.seq > seq) {
+            return;
+        }
+        if fields == KeptFields::default() {
+            self.by_name.remove(name);
+        } else {
+            self.by_name.insert(name.clone(), KeptOf { uid: uid.to_owned(), seq, fields });
+        }
     }
 }
 
@@ -332,6 +356,20 @@ mod tests {
         let after = next_term(page.clone(), Epoch(2), "w".to_owned());
         assert_eq!((after.epoch, after.seq, after.write_id.as_str()), (Epoch(5), 10, "w"));
         assert_eq!(next_term(page, Epoch(7), "w".to_owned()).epoch, Epoch(8), "a node had seen a higher one");
+    }
+
+    #[test]
+    fn what_pages_do_not_carry_is_of_the_newest_status() {
+        let (bob, mut kept) = (AccountName::new("bob"), Kept::default());
+        let status = |seq| GPUAccountStatus { seq, observed_generation: Some(seq), ..GPUAccountStatus::default() };
+        let mut keep = |uid, seq| {
+            kept.keep(&bob, uid, Some(&status(seq)));
+            kept.by_name[&bob].fields.clone()
+        };
+        let newest = keep("first", 6);
+        assert_eq!(keep("first", 5), newest, "the watch shows a page that is older than our own write");
+        assert_ne!(keep("first", 7), newest);
+        assert_eq!(keep("second", 1), KeptFields::of(&status(1)), "another object of the same name");
     }
 
     #[test]

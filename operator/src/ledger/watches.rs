@@ -1,4 +1,4 @@
-//! The broker's watches: accounts, tiers, pools and grants as parsed values on its bounded input, and how far our clock
+//! The broker's watches: accounts, tiers, pools, nodes and grants as parsed values on its bounded input, and how far our clock
 //! is from the API server's.
 //!
 //! A list (at the start, and again after a watch was too far behind) is delivered as a whole when it is complete: first
@@ -15,15 +15,16 @@ use kube::core::DeserializeGuard;
 use kube::runtime::watcher::{self, Event};
 use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
-use spaceport_core::ids::AccountName;
+use spaceport_core::ids::{AccountName, NodeName};
 use spaceport_crds::names::TERM_PAGE;
-use spaceport_crds::{GPUAccount, GPUPool, GPUQuotaGrant, GPUTier};
+use spaceport_crds::{GPUAccount, GPUNode, GPUPool, GPUQuotaGrant, GPUTier};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::retention::Retention;
-use super::seen::{AccountSeen, GrantSeen, PoolSeen, TermSeen, TierSeen};
+use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, TermSeen, TierSeen};
 use super::store::PageStore;
+use crate::account::WorkQueue;
 use crate::clock::ClockDifference;
 use crate::kubeapi::{KubeApi, Objects, pause};
 use crate::metrics::Metrics;
@@ -42,13 +43,15 @@ pub enum Watched {
     Tiers,
     /// GPUPool.
     Pools,
+    /// GPUNode.
+    Nodes,
     /// GPUQuotaGrant.
     Grants,
 }
 
 impl Watched {
     /// All of them: the broker decides nothing before each was listed once.
-    pub const ALL: [Self; 4] = [Self::Accounts, Self::Tiers, Self::Pools, Self::Grants];
+    pub const ALL: [Self; 5] = [Self::Accounts, Self::Tiers, Self::Pools, Self::Nodes, Self::Grants];
 }
 
 /// What the watches tell the broker. Objects that cannot be used count as gone, but for accounts, which are there and
@@ -79,6 +82,13 @@ pub enum StoreEvent {
     PoolGone {
         /// Its name.
         name: String,
+    },
+    /// A GPUNode as it is.
+    Node(NodeSeen),
+    /// A GPUNode does not exist any more.
+    NodeGone {
+        /// Its name.
+        name: NodeName,
     },
     /// A grant as it is.
     Grant(GrantSeen),
@@ -130,6 +140,8 @@ pub struct WatchParts<I> {
     pub api: KubeApi,
     /// Remembers what pages do not carry.
     pub store: PageStore,
+    /// Keeps the accounts themselves (L4).
+    pub accounts: WorkQueue,
     /// Counts what cannot be used.
     pub metrics: Metrics,
     /// How long receipts are kept, from the pools: the longest, or none while there is no pool.
@@ -143,16 +155,17 @@ pub async fn run<I>(parts: WatchParts<I>, stop: CancellationToken)
 where
     I: From<StoreEvent> + Send + 'static,
 {
-    let WatchParts { api, store, metrics, retention, events } = parts;
+    let WatchParts { api, store, accounts, metrics, retention, events } = parts;
     let sink = Sink { events };
     let malformed = Malformed { metrics: metrics.clone() };
-    let accounts = Accounts { store, malformed: malformed.clone() };
+    let accounts = Accounts { store, kept: accounts, malformed: malformed.clone() };
     let pools = Pools { malformed: malformed.clone(), by_pool: Mutex::new(BTreeMap::new()), retention };
     // All in one task: they end together, and each waits for the broker's input only.
     tokio::select! {
         () = follow(&api, accounts, &sink, &stop) => {}
         () = follow(&api, Tiers { malformed: malformed.clone() }, &sink, &stop) => {}
         () = follow(&api, pools, &sink, &stop) => {}
+        () = follow(&api, Nodes { malformed: malformed.clone() }, &sink, &stop) => {}
         () = follow(&api, Grants { malformed }, &sink, &stop) => {}
         () = measure_clock(&api, &metrics, &sink, &stop) => {}
     }
@@ -298,6 +311,7 @@ impl Malformed {
 
 struct Accounts {
     store: PageStore,
+    kept: WorkQueue,
     malformed: Malformed,
 }
 
@@ -308,6 +322,7 @@ impl Translate for Accounts {
     fn present(&self, account: DeserializeGuard<GPUAccount>) -> StoreEvent {
         let metadata = account.meta().clone();
         let seen = self.store.see(account);
+        self.kept.seen(&seen);
         if let Err(error) = &seen.page {
             self.malformed.report("GPUAccount", &metadata, &crate::error_chain(error));
         }
@@ -323,6 +338,7 @@ impl Translate for Accounts {
     fn gone(&self, name: &str, uid: &str) -> StoreEvent {
         let name = AccountName::new(name);
         self.store.forget(&name);
+        self.kept.gone(&name);
         StoreEvent::AccountGone { name, uid: uid.to_owned() }
     }
 
@@ -388,6 +404,26 @@ impl Translate for Pools {
     fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
         self.keep_receipts(name, None);
         StoreEvent::PoolGone { name: name.to_owned() }
+    }
+}
+
+struct Nodes {
+    malformed: Malformed,
+}
+
+impl Translate for Nodes {
+    type Object = GPUNode;
+    const WATCHED: Watched = Watched::Nodes;
+
+    fn present(&self, node: DeserializeGuard<GPUNode>) -> StoreEvent {
+        match self.malformed.parse::<_, NodeSeen>("GPUNode", node) {
+            Ok(node) => StoreEvent::Node(node),
+            Err(metadata) => self.gone(&metadata.name.unwrap_or_default(), ""),
+        }
+    }
+
+    fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        StoreEvent::NodeGone { name: NodeName::new(name) }
     }
 }
 

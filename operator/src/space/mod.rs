@@ -56,6 +56,18 @@ pub struct SpaceArgs {
     /// Package index for environments; empty: the public one.
     #[arg(long, env = "SPACEPORT_SPACE_INDEX_URL", default_value = "")]
     pub space_index_url: String,
+    /// Further package indexes for environments, separated by spaces.
+    #[arg(long, env = "SPACEPORT_SPACE_EXTRA_INDEX_URLS", default_value = "")]
+    pub space_extra_index_urls: String,
+    /// Proxy for http:// while sources and environments are fetched; empty: none.
+    #[arg(long, env = "SPACEPORT_SPACE_HTTP_PROXY", default_value = "")]
+    pub space_http_proxy: String,
+    /// The same for https://.
+    #[arg(long, env = "SPACEPORT_SPACE_HTTPS_PROXY", default_value = "")]
+    pub space_https_proxy: String,
+    /// Hosts that are fetched from without a proxy, separated by commas.
+    #[arg(long, env = "SPACEPORT_SPACE_NO_PROXY", default_value = "")]
+    pub space_no_proxy: String,
     /// File with the CA bundle that environments are fetched with.
     #[arg(long, env = "SPACEPORT_SPACE_CA_BUNDLE")]
     pub space_ca_bundle: Option<PathBuf>,
@@ -75,6 +87,14 @@ pub struct Settings {
     pub image_pull_policy: String,
     /// Package index.
     pub index_url: Option<String>,
+    /// Further package indexes, separated by spaces.
+    pub extra_index_urls: Option<String>,
+    /// Proxy for http:// while sources and environments are fetched.
+    pub http_proxy: Option<String>,
+    /// The same for https://.
+    pub https_proxy: Option<String>,
+    /// Hosts without a proxy, separated by commas.
+    pub no_proxy: Option<String>,
     /// PEM text.
     pub ca_bundle: Option<String>,
     /// Domain of the hosts.
@@ -101,6 +121,10 @@ impl Settings {
             space_tools_image,
             space_image_pull_policy,
             space_index_url,
+            space_extra_index_urls,
+            space_http_proxy,
+            space_https_proxy,
+            space_no_proxy,
             space_ca_bundle,
             space_domain,
         } = arguments;
@@ -110,11 +134,17 @@ impl Settings {
                     .map_err(|source| CaBundleError { path: path.display().to_string(), source })
             })
             .transpose()?;
+        // A chart sets every variable; an empty one is none.
+        let given = |text: String| Some(text).filter(|text| !text.is_empty());
         Ok(Self {
             python_image: space_python_image,
             tools_image: space_tools_image,
             image_pull_policy: space_image_pull_policy,
-            index_url: (!space_index_url.is_empty()).then_some(space_index_url),
+            index_url: given(space_index_url),
+            extra_index_urls: given(space_extra_index_urls),
+            http_proxy: given(space_http_proxy),
+            https_proxy: given(space_https_proxy),
+            no_proxy: given(space_no_proxy),
             ca_bundle,
             domain: space_domain,
         })

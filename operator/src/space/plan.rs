@@ -326,6 +326,7 @@ fn prepare_environment(space: &ValidSpace, settings: &Settings, ca: bool) -> Vec
     optional("SPACEPORT_APP_FILE", &space.app_file);
     optional("SPACEPORT_SDK_VERSION", &space.sdk_version);
     optional("UV_DEFAULT_INDEX", &settings.index_url);
+    optional("UV_INDEX", &settings.extra_index_urls);
     if let AppSource::Git { url, reference, path, .. } = &space.source {
         environment.push(variable("SPACEPORT_GIT_URL", url.as_str()));
         environment.push(variable("SPACEPORT_GIT_REF", reference.as_str()));
@@ -344,6 +345,21 @@ fn prepare_environment(space: &ValidSpace, settings: &Settings, ca: bool) -> Vec
     environment
 }
 
+/// The way out while a Space is prepared. Not for the app: a proxy that catches its calls to the device API would end them,
+/// and what the app needs is its own `variables`.
+fn proxies(settings: &Settings) -> Vec<EnvVar> {
+    let proxies = [
+        (["HTTP_PROXY", "http_proxy"], &settings.http_proxy),
+        (["HTTPS_PROXY", "https_proxy"], &settings.https_proxy),
+        (["NO_PROXY", "no_proxy"], &settings.no_proxy),
+    ];
+    // git reads the small names only, others the large ones.
+    let named = |(names, value): ([&'static str; 2], &Option<String>)| {
+        value.iter().flat_map(|value| names.map(|name| variable(name, value.as_str()))).collect::<Vec<_>>()
+    };
+    proxies.into_iter().flat_map(named).collect()
+}
+
 fn prepare(name: &str, step: &str, space: &ValidSpace, settings: &Settings, ca: bool) -> Container {
     let mut mounts =
         vec![mount("home", HOME, false), mount("environment", ENVIRONMENT_FOLDER, false), mount("tmp", "/tmp", false)];
@@ -354,6 +370,7 @@ fn prepare(name: &str, step: &str, space: &ValidSpace, settings: &Settings, ca: 
         mounts.push(mount("ca", CA_FOLDER, true));
     }
     let mut environment = prepare_environment(space, settings, ca);
+    environment.extend(proxies(settings));
     if matches!(&space.source, AppSource::Git { secret: Some(_), .. }) && name == CONTAINER_SOURCE {
         mounts.push(mount("git", "/etc/spaceport/git", true));
         // git asks this helper; the secret stays in its volume and in no argument or variable.

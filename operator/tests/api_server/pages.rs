@@ -5,7 +5,8 @@ use std::time::Duration;
 use spaceport_core::ids::{AccountName, Epoch, LedgerTime};
 use spaceport_core::page::{Page, Window};
 use spaceport_crds::{GPUAccount, GPUTier, GPUTierSpec};
-use spaceport_operator::kubeapi::KubeApi;
+use spaceport_operator::account::{self, WorkQueue};
+use spaceport_operator::kubeapi::{ApiError, KubeApi};
 use spaceport_operator::ledger::display::Display;
 use spaceport_operator::ledger::store::{PageStore, PageTarget, WriteOutcome};
 use spaceport_operator::ledger::watches::{self, StoreEvent, WatchParts, Watched};
@@ -63,8 +64,17 @@ async fn a_page_is_swapped_only_against_the_revision_that_was_seen() {
     assert_eq!(store.read(&name).await.unwrap().unwrap().page, Ok(one), "none of them did anything");
     let third = written(store.write(&second, &page(2, 5), Display::default()).await, &second);
 
-    api.cluster::<GPUAccount>().delete(name.as_str(), &third.uid).await.unwrap();
-    assert_eq!(store.write(&third, &page(3, 5), Display::default()).await, WriteOutcome::Gone);
+    let accounts = api.cluster::<GPUAccount>();
+    accounts.delete(name.as_str(), &third.uid).await.unwrap();
+    let deleting = store.read(&name).await.unwrap().unwrap();
+    assert!(deleting.deleting, "its finalizer keeps it (L4)");
+    let stale = serde_json::json!({ "resourceVersion": third.resource_version, "finalizers": [] });
+    let refused = accounts.patch_metadata(name.as_str(), &stale).await;
+    assert!(matches!(refused, Err(ApiError::Conflict { .. })), "a finalizer goes from the revision that was seen only");
+    let fourth = written(store.write(&PageTarget::of(&deleting), &page(3, 5), Display::default()).await, &third);
+    let current = serde_json::json!({ "resourceVersion": fourth.resource_version, "finalizers": [] });
+    accounts.patch_metadata(name.as_str(), &current).await.unwrap();
+    assert_eq!(store.write(&fourth, &page(4, 5), Display::default()).await, WriteOutcome::Gone);
     assert_eq!(store.read(&name).await.unwrap(), None);
 }
 
@@ -104,7 +114,10 @@ async fn terms_go_up_whoever_begins_them_and_show_after_every_earlier_page() {
     let stop = CancellationToken::new();
     let (events, mut seen) = mpsc::channel::<StoreEvent>(16);
     let (retention, _) = watch::channel(None);
-    let parts = WatchParts { api: api.clone(), store: store.clone(), metrics: Metrics::new(), retention, events };
+    let accounts = WorkQueue::default();
+    let keeping = tokio::spawn(account::run(api.clone(), accounts.clone(), Duration::from_secs(5), stop.clone()));
+    let parts =
+        WatchParts { api: api.clone(), store: store.clone(), accounts, metrics: Metrics::new(), retention, events };
     let watching = tokio::spawn(watches::run(parts, stop.clone()));
     let (mut listed, mut zoe, mut term, mut demo, mut clock) = (Vec::new(), false, None, false, false);
     next("everything that is there", &mut seen, |event| {
@@ -133,6 +146,7 @@ async fn terms_go_up_whoever_begins_them_and_show_after_every_earlier_page() {
     .await;
     let account = store.read(&name).await.unwrap().unwrap();
     api.cluster::<GPUAccount>().delete(name.as_str(), &account.uid).await.unwrap();
+    // Nothing of it is open: the account controller lets it go.
     let gone = next("that zoe is gone", &mut seen, |event| match event {
         StoreEvent::AccountGone { name: gone, uid } if gone == name => Some(uid),
         _ => None,
@@ -141,4 +155,5 @@ async fn terms_go_up_whoever_begins_them_and_show_after_every_earlier_page() {
     assert_eq!(gone, account.uid);
     stop.cancel();
     watching.await.unwrap();
+    keeping.await.unwrap();
 }

@@ -1,7 +1,7 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
 use spaceport_core::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
-use spaceport_core::lease::{Budget, Command, Request};
+use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -12,6 +12,7 @@ use super::Actor;
 use crate::clock;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages};
+use crate::ledger::policy;
 use crate::ledger::ports::Input;
 use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::records::Report;
@@ -23,6 +24,10 @@ use crate::node_link::NodeEvent;
 const FIRST_CALLS_MAX: usize = 16;
 /// Accounts that are being made or looked for at once; each is a call of the API server.
 const FIRST_ACCOUNTS_MAX: usize = 256;
+
+/// Pages written a tick because of a condition alone: 32 a second are far below what an etcd writes, and far above what
+/// admins change by hand.
+const SHOWN_PER_TICK: usize = 16;
 
 impl<P: Pages> Actor<P> {
     pub(super) fn input(&mut self, input: Input) {
@@ -40,11 +45,34 @@ impl<P: Pages> Actor<P> {
         for record in std::mem::take(&mut self.unoffered) {
             self.receipt(record);
         }
+        self.show_conditions();
         let leases = &self.state.leases;
         self.records.keep(|lease| leases.contains_key(lease));
         self.end_messages.retain(|lease, _| leases.contains_key(lease));
+        let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
+        self.metrics.set_nodes_without_pool(without_pool);
         for node in self.state.nodes.keys() {
             self.metrics.set_queued(node.as_str(), self.state.queue.line(node).count());
+        }
+    }
+
+    /// Asks for page writes where only a condition has changed. A few a tick: when a tier goes, the pages of all its
+    /// accounts are out of date, and their writes must not stand before those of grants.
+    fn show_conditions(&mut self) {
+        for account in self.out_of_date.iter().take(SHOWN_PER_TICK).cloned().collect::<Vec<_>>() {
+            if self.state.accounts.get(&account).is_some_and(|found| !found.is_quiet()) {
+                // What is under way or waits shows it too; if it fails, the next tick looks again.
+                continue;
+            }
+            // Once: the watch shows what the write made of it.
+            self.out_of_date.remove(&account);
+            let wrong = self.known.accounts.get(&account).is_some_and(|seen| {
+                let policy = self.known.policy(seen);
+                self.shows_wrong(seen, &policy)
+            });
+            if wrong {
+                self.command(Command::Show { account });
+            }
         }
     }
 
@@ -57,14 +85,15 @@ impl<P: Pages> Actor<P> {
         }
         let concerned = self.known.concerned(&event);
         let pools = matches!(event, StoreEvent::Pool(_) | StoreEvent::PoolGone { .. });
+        let moved = self.known.moved(&event);
         self.known.store(event);
         for account in concerned {
             self.account_seen(&account);
         }
-        if pools {
-            for node in self.known.sessions.keys().cloned().collect::<Vec<_>>() {
-                self.configure(&node);
-            }
+        // Every node of this term, with or without a session: the leases of one that is silent run on (L9).
+        let is_concerned = |node: &&NodeName| pools || moved.as_ref() == Some(*node);
+        for node in self.state.nodes.keys().filter(is_concerned).cloned().collect::<Vec<_>>() {
+            self.configure(&node);
         }
         if self.state.clock_off_ms != self.known.clock_off_ms {
             if let Some(off_ms) = self.known.clock_off_ms {
@@ -74,8 +103,15 @@ impl<P: Pages> Actor<P> {
         }
     }
 
-    fn configure(&mut self, node: &NodeName) {
-        let settings = self.known.settings(node);
+    /// Times, weights and bounds of the node's pool, or the defaults.
+    pub(super) fn configure(&mut self, node: &NodeName) {
+        let settings = match self.known.pool(node) {
+            Ok(pool) => policy::settings_of(pool),
+            Err(problem) => {
+                warn!(%node, %problem, "The pool of a node is not known; the defaults apply to it");
+                NodeSettings::default()
+            }
+        };
         self.command(Command::NodeSettings { node: node.clone(), settings });
     }
 

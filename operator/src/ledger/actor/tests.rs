@@ -20,6 +20,9 @@ use crate::ledger::store::CreateError;
 use crate::ledger::watches::Watched;
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
+mod accounts;
+mod pools;
+
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
 const LIMIT: Duration = Duration::from_secs(20);
 const NODE: &str = "gpu-1";
@@ -42,6 +45,8 @@ enum Fate {
 struct Objects {
     accounts: BTreeMap<AccountName, (u64, Page)>,
     fates: VecDeque<Fate>,
+    /// What the last write of each account showed beside its page.
+    shown: BTreeMap<AccountName, Display>,
     epoch: u64,
     writes: u64,
 }
@@ -73,6 +78,9 @@ impl Memory {
             tier: None,
             identities: Vec::new(),
             deleting: false,
+            finalizers: Vec::new(),
+            generation: Some(1),
+            ready: None,
             break_glass: None,
             page: Ok(page.clone()),
         }
@@ -80,7 +88,7 @@ impl Memory {
 }
 
 impl Pages for Memory {
-    async fn write(&self, target: &PageTarget, page: &Page, _: Display) -> WriteOutcome {
+    async fn write(&self, target: &PageTarget, page: &Page, display: Display) -> WriteOutcome {
         let mut objects = self.0.lock().unwrap();
         let fate = objects.fates.pop_front();
         let lost = WriteOutcome::Unknown { reason: "test".to_owned() };
@@ -98,11 +106,9 @@ impl Pages for Memory {
         assert_eq!(page.seq, stored.seq + 1);
         *revision += 1;
         *stored = page.clone();
-        if fate == Some(Fate::LostAnswer) {
-            lost
-        } else {
-            WriteOutcome::Written { resource_version: revision.to_string() }
-        }
+        let resource_version = revision.to_string();
+        objects.shown.insert(target.name.clone(), display);
+        if fate == Some(Fate::LostAnswer) { lost } else { WriteOutcome::Written { resource_version } }
     }
 
     async fn read(&self, name: &AccountName) -> Result<Option<AccountSeen>, ApiError> {
@@ -145,6 +151,7 @@ struct Story {
     memory: Memory,
     inputs: mpsc::Sender<Input>,
     receipts: Receipts,
+    metrics: Metrics,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
     from_broker: mpsc::Receiver<Result<proto::BrokerMessage, tonic::Status>>,
@@ -157,18 +164,18 @@ impl Story {
         let above = memory.0.lock().unwrap().epoch;
         let (inputs, receiver) = mpsc::channel(64);
         let (_, keys) = watch::channel(Arc::new(KeySet::default()));
-        let (receipts, stop) = (Receipts::new(), CancellationToken::new());
+        let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
         let parts = ActorParts {
             inputs: receiver,
             store: memory.clone(),
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),
-            metrics: Metrics::new(),
+            metrics: metrics.clone(),
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story = Self { memory, inputs, receipts, broker, stop, from_broker, session: 0 };
+        let story = Self { memory, inputs, receipts, metrics, broker, stop, from_broker, session: 0 };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
         let accounts = story.memory.0.lock().unwrap().accounts.clone();
         for (name, (revision, page)) in accounts {

@@ -1,0 +1,118 @@
+//! The account controller: no GPUAccount vanishes while something of it is open (L4).
+//!
+//! Every account gets our finalizer, with its creation if the operator makes it. An account that is being deleted keeps it
+//! until nothing is open, the outbox is empty and the window has ended; meanwhile its calls are answered AccountDeleting.
+//!
+//! The steps are [`observe`] (what the ledger's watch shows), [`plan`] (pure) and [`execute`] (writes metadata only);
+//! there is nothing to validate. [`status`] (pure) derives the conditions, which the ledger writes with its pages. The
+//! [`WorkQueue`] between watch and controller decides only *when*: at once after a change, at the end of a window, and
+//! again after a failure.
+
+pub mod execute;
+pub mod observe;
+pub mod plan;
+mod queue;
+pub mod status;
+
+use std::time::Duration;
+
+use spaceport_core::ids::LedgerTime;
+use tokio_util::sync::CancellationToken;
+
+use self::execute::{ExecuteError, execute};
+use self::observe::Observed;
+use self::plan::{Plan, plan};
+pub use self::queue::WorkQueue;
+use self::queue::{Item, Next};
+use crate::kubeapi::{ApiError, KubeApi, pause};
+use crate::{clock, error_chain};
+
+/// First wait after a failed write; doubles with each further one up to the last.
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+/// A cluster that is back after an outage is noticed within this time.
+const BACKOFF_LAST: Duration = Duration::from_secs(60);
+/// Longest wait for the end of a window without a look at the wall clock, which may be stepped meanwhile.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
+/// Pause after each write: at most 50 a second, so that they never crowd out page writes.
+const WRITE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Works on what the queue has until `stop`. Only the leader runs it; a second one would do no harm, for every write is
+/// of one revision.
+pub async fn run(api: KubeApi, queue: WorkQueue, clock_skew_max: Duration, stop: CancellationToken) {
+    loop {
+        let due = match queue.next(clock::monotonic()) {
+            Next::Due(item) => {
+                work_on(&api, &queue, item, clock_skew_max).await;
+                if !pause(WRITE_PAUSE, &stop).await {
+                    return;
+                }
+                continue;
+            }
+            Next::At(due) => due,
+        };
+        let wait = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = queue.changed() => {}
+            () = wait => {}
+        }
+    }
+}
+
+async fn work_on(api: &KubeApi, queue: &WorkQueue, item: Item, clock_skew_max: Duration) {
+    let Item { observed, failures } = item;
+    let now = LedgerTime(clock::wall().as_millisecond());
+    let plan = plan(&observed, now);
+    if let Plan::Wait { until } = plan {
+        let wait = Duration::from_millis(until.since(now)).clamp(BACKOFF_FIRST, WAIT_MAX);
+        queue.put_back(Item { observed, failures: 0 }, clock::monotonic() + wait);
+        return;
+    }
+    let account = observed.name.clone();
+    match execute(api, &observed, plan, clock_skew_max).await {
+        Ok(()) => note(&observed, plan),
+        // It is gone, and whatever kept it.
+        Err(ExecuteError::Api(ApiError::NotFound { .. })) => {}
+        // The watch brings the newer revision at any moment.
+        Err(ExecuteError::Api(ApiError::Conflict { .. })) => {
+            queue.put_back(Item { observed, failures }, clock::monotonic() + BACKOFF_FIRST);
+        }
+        Err(error) => {
+            let wait = backoff(failures);
+            let retry_s = wait.as_secs();
+            tracing::warn!(%account, retry_s, error = %error_chain(&error), "The finalizer of an account is not as it should be");
+            queue.put_back(Item { observed, failures: failures.saturating_add(1) }, clock::monotonic() + wait);
+        }
+    }
+}
+
+fn note(observed: &Observed, plan: Plan) {
+    match plan {
+        Plan::Release { .. } => {
+            tracing::info!(account = %observed.name, "Nothing of a deleted account is open: it goes")
+        }
+        Plan::Keep => tracing::debug!(account = %observed.name, "The account is kept while something of it is open"),
+        Plan::Nothing | Plan::Wait { .. } => {}
+    }
+}
+
+/// The wait after so many failures in a row.
+fn backoff(failures: u32) -> Duration {
+    BACKOFF_FIRST.saturating_mul(1 << failures.min(6)).min(BACKOFF_LAST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_tried_again_ever_more_seldom_but_at_least_once_a_minute() {
+        let waits = [0, 1, 2, 5, 6, 40].map(|failures| backoff(failures).as_secs());
+        assert_eq!(waits, [1, 2, 4, 32, 60, 60]);
+    }
+}

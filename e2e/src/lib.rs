@@ -4,9 +4,11 @@
 //! `SPACEPORT_KUBECTL` (the kubectl program) and `KUBECONFIG`.
 
 pub mod bench;
+pub mod breakable;
 mod call;
 pub mod demo;
 mod kubectl;
+pub mod stories;
 pub mod story;
 mod token;
 mod wait;

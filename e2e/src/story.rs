@@ -46,6 +46,14 @@ impl World {
         Ok(name)
     }
 
+    /// Sets the allow limit of the example pool, in seconds; `None` is the default of the kind. The broker watches pools, so
+    /// it knows before the next program in a pod is started.
+    pub fn allow_limit(&self, seconds: Option<i32>) -> Result<()> {
+        let patch = json!({ "spec": { "allowLimitSeconds": seconds } }).to_string();
+        self.kubectl.run(&["patch", "gpupool", "default", "--type", "merge", "--patch", &patch])?;
+        Ok(())
+    }
+
     /// uid of the Space of the stories, once it runs.
     pub fn story_space(&self) -> Result<String> {
         self.running(NAMESPACE, SPACE, |_| {})
@@ -143,7 +151,7 @@ impl World {
 }
 
 /// Pids of the processes whose program has this name.
-fn pids_of(program: &str) -> Result<Vec<u32>> {
+pub(crate) fn pids_of(program: &str) -> Result<Vec<u32>> {
     let mut pids = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;

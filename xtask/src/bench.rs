@@ -40,14 +40,15 @@ pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
     headline("images and charts");
     charts::run(workspace, &ChartsArguments::default())?;
     headline("building the benchmark");
-    let package = ["--locked", "--package", "spaceport-e2e", "--bin", "spaceport-bench"];
+    // Without --package: the features that cargo resolves are those of the images, and so are the compiled libraries.
+    let program = ["--locked", "--bin", "spaceport-bench"];
     // With optimisation, as the images: a slow client would make the API server look slow, and the ratio good.
     let mut build = command(&workspace.host.cargo, &["build", "--release"]);
-    let built = build.args(package).current_dir(&workspace.root).stdin(Stdio::null()).status();
+    let built = build.args(program).current_dir(&workspace.root).stdin(Stdio::null()).status();
     ensure!(built.context("cannot start cargo")?.success(), "the benchmark does not build (see above)");
     headline("the benchmark");
     let mut run = command(&workspace.host.cargo, &["run", "--release", "--quiet"]);
-    run.args(package).args(["--", "grant"]);
+    run.args(program).args(["--", "grant"]);
     if *json {
         run.arg("--json");
     }

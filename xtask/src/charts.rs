@@ -104,8 +104,17 @@ fn write_values(workspace: &Workspace) -> Result<PathBuf> {
             "tools": reference(Name::Tools)?,
         },
         "devicePlugin": agent,
-        "build": { "caBundle": bundle, "indexURL": settings.index_url.unwrap_or_default() },
+        "build": {
+            "caBundle": bundle,
+            "indexURL": settings.index_url.unwrap_or_default(),
+            "extraIndexURLs": settings.extra_index_url.iter().flat_map(|urls| urls.split_whitespace()).collect::<Vec<_>>(),
+            "httpProxy": settings.http_proxy.unwrap_or_default(),
+            "httpsProxy": settings.https_proxy.unwrap_or_default(),
+            "noProxy": settings.no_proxy.unwrap_or_default(),
+        },
     });
+    // The stand-in needs no device node, and runc fails on a container that is to have more than this machine has.
+    values["devicePlugin"]["privileged"] = json!(!has_standin);
     values["devicePlugin"]["capabilities"] = json!(grantable(workspace, &own_capabilities()?)?);
     values["devicePlugin"]["stateDir"] = Value::String(workspace.short_text("agent"));
     values["devicePlugin"]["kubeletRootDir"] = Value::String(node::kubelet_root(workspace));
@@ -202,11 +211,16 @@ impl BuildSettings {
             ca_bundle: bundle.filter(|path| path.is_file()),
             index_url: host.pip_index_url.clone().or(pip_index),
             extra_index_url: host.pip_extra_index_url.clone(),
-            https_proxy: host.https_proxy.clone(),
-            http_proxy: host.http_proxy.clone(),
+            https_proxy: host.https_proxy.clone().filter(|proxy| reaches_pods(proxy)),
+            http_proxy: host.http_proxy.clone().filter(|proxy| reaches_pods(proxy)),
             no_proxy: host.no_proxy.clone(),
         }
     }
+}
+
+/// False for a proxy on this machine's own loopback, which a pod cannot use.
+fn reaches_pods(proxy: &str) -> bool {
+    !["//127.", "//localhost", "//[::1]", "@127.", "@localhost", "@[::1]"].iter().any(|own| proxy.contains(own))
 }
 
 /// The index of this machine's pip configuration, if it names one.

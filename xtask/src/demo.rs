@@ -16,10 +16,8 @@ pub fn demo(workspace: &Workspace) -> Result<()> {
     headline("images and charts");
     charts::run(workspace, &ChartsArguments::default())?;
     headline("the story");
-    let mut story = command(
-        &workspace.host.cargo,
-        &["run", "--quiet", "--locked", "--package", "spaceport-e2e", "--bin", "spaceport-demo"],
-    );
+    // Without --package, so that cargo resolves the same features as for the tests and compiles nothing twice.
+    let mut story = command(&workspace.host.cargo, &["run", "--quiet", "--locked", "--bin", "spaceport-demo"]);
     clients::environment(workspace, &mut story)?;
     let status = story.current_dir(&workspace.root).stdin(Stdio::null()).status().context("cannot start the story")?;
     ensure!(status.success(), "what the cluster shows is not right (see above); it stays up for you to look");

@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::charts::{self, ChartsArguments};
-use crate::cluster::{self, UpArguments, binaries};
+use crate::cluster::{self, UpArguments, binaries, control_plane};
 use crate::command::{command, headline, progress, run};
 use crate::generate::{self, GenerateArguments};
+use crate::images::{self, Name};
 use crate::workspace::Workspace;
 use crate::{cargo_deny, clients, prerequisites};
 
@@ -45,14 +46,19 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
         charts::run(workspace, &ChartsArguments::default())?;
     }
     if wanted(Class::Api) {
+        headline("the operator on an API server of its own");
+        passed += operator_tests(workspace)?;
         headline("tests on the real API server");
-        passed += cluster_tests(workspace, &["api"])?;
+        passed += cluster_tests(workspace, &["api"], &[])?;
     }
     if wanted(Class::E2e) {
         headline("root tests of the node agent");
-        passed += cargo_tests(workspace, &["--features", "spaceport-device-plugin/root-tests", "--test", "gate"], &[])?;
+        passed +=
+            cargo_tests(workspace, &["--features", "spaceport-device-plugin/root-tests", "--test", "gate"], &[], &[])?;
         headline("stories on the real node");
-        passed += cluster_tests(workspace, &["node_stories"])?;
+        passed += cluster_tests(workspace, &["node_stories"], &[])?;
+        headline("the same stories on what is broken on purpose");
+        passed += broken_on_purpose(workspace)?;
     }
     println!("{passed} tests passed");
     Ok(())
@@ -89,7 +95,7 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     )
     .current_dir(&workspace.root))?;
     headline("unit and property tests");
-    cargo_tests(workspace, &[], &[])
+    cargo_tests(workspace, &[], &[], &[])
 }
 
 fn lint_charts(workspace: &Workspace) -> Result<()> {
@@ -129,20 +135,48 @@ fn lint_charts(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-fn cluster_tests(workspace: &Workspace, names: &[&str]) -> Result<usize> {
+/// Terms, leader election, pages and receipts, where no installed operator is in the way.
+fn operator_tests(workspace: &Workspace) -> Result<usize> {
+    let kubeconfig = control_plane::ensure_for_tests(workspace)?;
+    let kubeconfig = kubeconfig.to_str().context("the path of the checkout is not UTF-8")?;
+    let test = ["--features", "spaceport-operator/api-server", "--test", "api_server"];
+    // The tests elect leaders of one and the same Lease.
+    let passed = cargo_tests(workspace, &test, &["--test-threads", "1"], &[("SPACEPORT_TEST_KUBECONFIG", kubeconfig)]);
+    control_plane::end_for_tests(workspace)?;
+    passed
+}
+
+/// Stories that must fail: operator and agent are replaced by builds that know how to be wrong, and put back.
+fn broken_on_purpose(workspace: &Workspace) -> Result<usize> {
+    let images = images::build(workspace, &[Name::BreakableOperator, Name::BreakableDevicePlugin])?;
+    images::import_missing(workspace, &images)?;
+    let variables: Vec<(&str, &str)> = ["SPACEPORT_BREAKABLE_OPERATOR", "SPACEPORT_BREAKABLE_DEVICE_PLUGIN"]
+        .into_iter()
+        .zip(images.iter().map(|image| image.reference.as_str()))
+        .collect();
+    cluster_tests(workspace, &["broken_on_purpose"], &variables)
+}
+
+fn cluster_tests(workspace: &Workspace, names: &[&str], variables: &[(&str, &str)]) -> Result<usize> {
     let mut arguments = vec!["--features", "spaceport-e2e/cluster"];
     for name in names {
         arguments.extend(["--test", name]);
     }
     // The stories share one small node; each owns it while it runs.
-    cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture"])
+    cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture"], variables)
 }
 
 /// Runs `cargo test`, shows what it prints, and counts the tests that passed. Always on the whole workspace, so that every
 /// class sees the same features of the dependencies and nothing is compiled twice.
-fn cargo_tests(workspace: &Workspace, arguments: &[&str], harness: &[&str]) -> Result<usize> {
+fn cargo_tests(
+    workspace: &Workspace,
+    arguments: &[&str],
+    harness: &[&str],
+    variables: &[(&str, &str)],
+) -> Result<usize> {
     let mut cargo = command(&workspace.host.cargo, &["test", "--workspace", "--locked"]);
     cargo.args(arguments).arg("--").args(harness).current_dir(&workspace.root);
+    cargo.envs(variables.iter().copied());
     clients::environment(workspace, &mut cargo)?;
     let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
     let output = child.stdout.take().context("cargo test has no output")?;

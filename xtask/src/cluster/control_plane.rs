@@ -13,14 +13,20 @@ use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use super::network::{BRIDGE_ADDRESS, PODS, SERVICES};
-use super::processes::{Component, check_alive, ensure_running};
+use super::processes::{Component, check_alive, end, ensure_running};
 use super::{binaries, certificates};
-use crate::command::{output, progress};
+use crate::command::{command, output, progress};
 use crate::workspace::Workspace;
 use crate::{kubectl, wait};
 
 /// The API server's port on the bridge's address.
 pub const API_PORT: u16 = 6443;
+/// The port of the API server for tests.
+const TEST_API_PORT: u16 = 6444;
+/// Its component, and the name of its kubeconfig.
+const TEST_API_SERVER: &str = "kube-apiserver-tests";
+/// Where it keeps everything in etcd; the cluster's own is `/registry`.
+const TEST_ETCD_PREFIX: &str = "/tests";
 const ETCD_PORT: u16 = 2379;
 const ETCD_PEER_PORT: u16 = 2380;
 
@@ -43,7 +49,7 @@ pub fn ensure(workspace: &Workspace) -> Result<()> {
         require_free(ETCD_PEER_PORT)?;
     }
     ensure_running(workspace, &etcd)?;
-    let api_server = component("kube-apiserver", api_server_arguments(workspace));
+    let api_server = component("kube-apiserver", api_server_arguments(workspace, API_PORT, "/registry"));
     if check_alive(workspace, api_server.name).is_err() {
         require_free(API_PORT)?;
     }
@@ -60,6 +66,39 @@ pub fn ensure(workspace: &Workspace) -> Result<()> {
     ensure_running(workspace, &component("kube-controller-manager", controller_arguments(workspace)))?;
     ensure_running(workspace, &component("kube-scheduler", scheduler_arguments(workspace)))?;
     Ok(())
+}
+
+/// Starts a second API server on the cluster's etcd and gives the administrator's kubeconfig for it. It has a prefix of its
+/// own there, and no controller, no operator and no policy works on it: tests may begin terms and elect leaders.
+pub fn ensure_for_tests(workspace: &Workspace) -> Result<PathBuf> {
+    let arguments = api_server_arguments(workspace, TEST_API_PORT, TEST_ETCD_PREFIX);
+    let component = Component {
+        name: TEST_API_SERVER,
+        program: binaries::kubernetes(workspace)?,
+        arguments: [vec!["kube-apiserver".to_owned()], arguments].concat(),
+        environment: Vec::new(),
+        reads: Vec::new(),
+    };
+    if check_alive(workspace, component.name).is_err() {
+        require_free(TEST_API_PORT)?;
+    }
+    if ensure_running(workspace, &component)? {
+        progress("waiting for the API server of the tests (about 10 s)");
+    }
+    let kubeconfig = kubeconfig_path(workspace, TEST_API_SERVER);
+    write_private(&kubeconfig, &kubeconfig_of(workspace, "admin", TEST_API_PORT)?)?;
+    wait::until("the API server of the tests is not ready", Duration::from_secs(180), || {
+        check_alive(workspace, TEST_API_SERVER)?;
+        let mut ask = command(&binaries::kubernetes(workspace)?, &["kubectl", "get", "--raw", "/readyz"]);
+        let ready = output(ask.env("KUBECONFIG", &kubeconfig));
+        Ok(ready.is_ok_and(|text| text == "ok").then_some(()))
+    })?;
+    Ok(kubeconfig)
+}
+
+/// Ends it; what it kept stays in etcd until the cluster goes down.
+pub fn end_for_tests(workspace: &Workspace) -> Result<()> {
+    end(workspace, TEST_API_SERVER)
 }
 
 /// Where the kubeconfig of a client lies; the administrator's is the one for people.
@@ -91,16 +130,17 @@ fn etcd_arguments(workspace: &Workspace) -> Vec<String> {
     ])
 }
 
-fn api_server_arguments(workspace: &Workspace) -> Vec<String> {
+fn api_server_arguments(workspace: &Workspace, port: u16, etcd_prefix: &str) -> Vec<String> {
     let pki = |name: &str| workspace.short_text(&format!("pki/{name}"));
     let address = BRIDGE_ADDRESS.to_string();
     flags(&[
         // The address must be one that it listens on, or `kubernetes.default` does not answer in pods.
         ("advertise-address", &address),
         ("bind-address", &address),
-        ("secure-port", &API_PORT.to_string()),
+        ("secure-port", &port.to_string()),
         ("service-cluster-ip-range", SERVICES),
         ("etcd-servers", &format!("https://{BRIDGE_ADDRESS}:{ETCD_PORT}")),
+        ("etcd-prefix", etcd_prefix),
         ("etcd-cafile", &pki("etcd-ca.crt")),
         ("etcd-certfile", &pki("etcd-client.crt")),
         ("etcd-keyfile", &pki("etcd-client.key")),
@@ -162,6 +202,10 @@ fn require_free(port: u16) -> Result<()> {
 }
 
 fn write_kubeconfig(workspace: &Workspace, client: &str) -> Result<()> {
+    write_private(&kubeconfig_path(workspace, client), &kubeconfig_of(workspace, client, API_PORT)?)
+}
+
+fn kubeconfig_of(workspace: &Workspace, client: &str, port: u16) -> Result<Vec<u8>> {
     let folder = certificates::folder(workspace);
     let encoded = |name: String| -> Result<Value> {
         let path = folder.join(name);
@@ -172,7 +216,7 @@ fn write_kubeconfig(workspace: &Workspace, client: &str) -> Result<()> {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{ "name": "spaceport-local", "cluster": {
-            "server": format!("https://{BRIDGE_ADDRESS}:{API_PORT}"),
+            "server": format!("https://{BRIDGE_ADDRESS}:{port}"),
             "certificate-authority-data": encoded("ca.crt".to_owned())?,
         }}],
         "users": [{ "name": client, "user": {
@@ -182,7 +226,7 @@ fn write_kubeconfig(workspace: &Workspace, client: &str) -> Result<()> {
         "contexts": [{ "name": "spaceport-local", "context": { "cluster": "spaceport-local", "user": client }}],
         "current-context": "spaceport-local",
     });
-    write_private(&kubeconfig_path(workspace, client), serde_norway::to_string(&config)?.as_bytes())
+    Ok(serde_norway::to_string(&config)?.into_bytes())
 }
 
 /// Writes a file that holds a key: only its owner may read it, from its first byte on.

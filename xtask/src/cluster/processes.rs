@@ -49,7 +49,7 @@ pub fn ensure_running(workspace: &Workspace, component: &Component) -> Result<bo
         if record.fingerprint == fingerprint && is_alive(&record) {
             return Ok(false);
         }
-        stop(component.name, &record)?;
+        stop(component.name, &record, "its settings changed")?;
     }
     let pid = start(workspace, component)?;
     let start_ticks = start_ticks(pid)
@@ -58,6 +58,14 @@ pub fn ensure_running(workspace: &Workspace, component: &Component) -> Result<bo
     write_atomically(&path, &serde_json::to_vec_pretty(&record)?)?;
     progress(&format!("started {} (pid {pid})", component.name));
     Ok(true)
+}
+
+/// Ends a component, if it runs.
+pub fn end(workspace: &Workspace, name: &str) -> Result<()> {
+    match read_record(&record_path(workspace, name))? {
+        Some(record) => stop(name, &record, "nobody needs it any more"),
+        None => Ok(()),
+    }
 }
 
 /// Fails with the end of its log if a component is not running: for waiting loops.
@@ -93,14 +101,14 @@ fn start(workspace: &Workspace, component: &Component) -> Result<i32> {
 }
 
 /// Ends a component that we recorded: SIGTERM, and after 10 s (kubelet and etcd need 1 to 2) SIGKILL.
-fn stop(name: &str, record: &Record) -> Result<()> {
+fn stop(name: &str, record: &Record, why: &str) -> Result<()> {
     let Some(pid) = Pid::from_raw(record.pid) else { return Ok(()) };
     // The descriptor keeps naming this process; what it names is checked after it is open.
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
     if !is_alive(record) {
         return Ok(());
     }
-    progress(&format!("stopping {name} (pid {}), its settings changed", record.pid));
+    progress(&format!("stopping {name} (pid {}), {why}", record.pid));
     pidfd_send_signal(&process, Signal::TERM).with_context(|| format!("cannot stop {name}"))?;
     let gone = |limit| wait::until(name, limit, || Ok((!is_alive(record)).then_some(())));
     if gone(Duration::from_secs(10)).is_err() {

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::command::{output, progress};
+use crate::command::progress;
 use crate::workspace::Workspace;
 
 /// How a binary is linked.
@@ -19,43 +19,56 @@ pub enum Linking {
     Static,
 }
 
+/// The programs that are linked into one file, by the names of their crates.
+const STATIC_PROGRAMS: &str = "spaceport_operator spaceport_wait";
+
 /// Builds a binary of the workspace and returns where it lies.
 pub fn build_binary(workspace: &Workspace, binary: &str, linking: Linking) -> Result<PathBuf> {
-    let package = package_of(workspace, binary)?;
     progress(&format!("building {binary}"));
-    let mut cargo = cargo(workspace);
-    cargo.args(["rustc", "--release", "--package", &package, "--bin", binary]);
-    cargo.arg("--message-format=json-render-diagnostics");
-    if linking == Linking::Static {
-        // For this crate only and without --target, so that the dependencies are the same builds as for everything
-        // else. What is linked is decided here, at the last step.
-        cargo.args(["--", "-C", "target-feature=+crt-static"]);
-    }
-    let path = built(&mut cargo, |artifact| {
+    let path = built(cargo(workspace).args(["--bin", binary]), |artifact| {
         let found = artifact["target"]["name"] == binary;
         found.then(|| artifact["executable"].as_str()).flatten()
     })?;
-    if linking == Linking::Static && has_interpreter(&path)? {
-        bail!("{} is not static: it asks for a dynamic loader", path.display());
+    let is_static = !has_interpreter(&path)?;
+    if is_static != (linking == Linking::Static) {
+        bail!("{} {} a dynamic loader", path.display(), if is_static { "does not ask for" } else { "asks for" });
     }
     Ok(path)
+}
+
+/// Builds a program with the switches by which stories break it on purpose (feature `faults`). A debug build like the
+/// tests themselves, so that no library is compiled for it alone.
+pub fn build_breakable(workspace: &Workspace, binary: &str) -> Result<PathBuf> {
+    progress(&format!("building {binary} with its faults"));
+    let mut cargo = Command::new(&workspace.host.cargo);
+    cargo.current_dir(&workspace.root);
+    cargo.args(["build", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
+    // Both at once: one set of features, whichever of them is built.
+    cargo.args(["--features", "spaceport-operator/faults,spaceport-device-plugin/faults", "--bin", binary]);
+    built(&mut cargo, |artifact| {
+        let found = artifact["target"]["name"] == binary;
+        found.then(|| artifact["executable"].as_str()).flatten()
+    })
 }
 
 /// Builds the C library of a package.
 pub fn build_library(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     progress(&format!("building the library {package}"));
-    let mut cargo = cargo(workspace);
-    cargo.args(["build", "--release", "--package", package, "--lib", "--message-format=json-render-diagnostics"]);
-    built(&mut cargo, |artifact| {
+    built(cargo(workspace).arg("--lib"), |artifact| {
         let names = artifact["filenames"].as_array()?;
         let is_package = artifact["package_id"].as_str().is_some_and(|id| id.contains(package));
         is_package.then(|| names.iter().filter_map(Value::as_str).find(|name| name.ends_with(".so"))).flatten()
     })
 }
 
+/// A release build of the whole workspace, so that cargo resolves the same features of the dependencies for every
+/// image and compiles them once. What is compiled is what the caller adds.
 fn cargo(workspace: &Workspace) -> Command {
     let mut cargo = Command::new(&workspace.host.cargo);
     cargo.current_dir(&workspace.root);
+    cargo.env("RUSTC_WORKSPACE_WRAPPER", workspace.root.join("xtask/programs/rustc-static"));
+    cargo.env("STATIC_PROGRAMS", STATIC_PROGRAMS);
+    cargo.args(["build", "--release", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
     cargo
 }
 
@@ -75,20 +88,6 @@ fn built(cargo: &mut Command, pick: impl Fn(&Value) -> Option<&str>) -> Result<P
         }
     }
     bail!("cargo built nothing of that name")
-}
-
-/// The package that a binary belongs to.
-fn package_of(workspace: &Workspace, binary: &str) -> Result<String> {
-    let text = output(cargo(workspace).args(["metadata", "--no-deps", "--format-version", "1"]))?;
-    let metadata: Value = serde_json::from_str(&text).context("cargo metadata is not JSON")?;
-    let has_it = |package: &&Value| {
-        package["targets"].as_array().into_iter().flatten().any(|target| {
-            target["name"] == binary && target["kind"].as_array().is_some_and(|kinds| kinds.contains(&"bin".into()))
-        })
-    };
-    let packages = metadata["packages"].as_array().context("cargo metadata lists no packages")?;
-    let package = packages.iter().find(has_it).with_context(|| format!("no package has a binary {binary}"))?;
-    Ok(package["name"].as_str().context("a package without a name")?.to_owned())
 }
 
 /// Whether an ELF file of 64 bits names a dynamic loader (a program header of type PT_INTERP).

@@ -7,7 +7,7 @@ mod oci;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -19,7 +19,7 @@ use crate::workspace::{Workspace, write_atomically};
 
 #[derive(Args)]
 pub struct ImagesArguments {
-    /// Only these; without a name, all
+    /// Only these; without a name, all that a cluster runs
     names: Vec<Name>,
 }
 
@@ -38,9 +38,16 @@ pub enum Name {
     DevicePlugin,
     /// The init container that waits for the device API, static
     Tools,
+    /// The operator with the faults that stories choose from; in no chart
+    BreakableOperator,
+    /// The node agent with the faults that stories choose from; in no chart
+    BreakableDevicePlugin,
 }
 
 impl Name {
+    /// What a cluster runs.
+    const SHIPPED: [Self; 6] = [Self::Pause, Self::Base, Self::Python, Self::Operator, Self::DevicePlugin, Self::Tools];
+
     /// As it stands in `images.json` and in the reference.
     pub fn text(self) -> &'static str {
         match self {
@@ -50,6 +57,8 @@ impl Name {
             Self::Operator => "operator",
             Self::DevicePlugin => "device-plugin",
             Self::Tools => "tools",
+            Self::BreakableOperator => "breakable-operator",
+            Self::BreakableDevicePlugin => "breakable-device-plugin",
         }
     }
 }
@@ -60,7 +69,7 @@ const NOBODY: &str = "65532:65532";
 /// `cargo xtask images`.
 pub fn run_command(workspace: &Workspace, arguments: &ImagesArguments) -> Result<()> {
     prerequisites::building(workspace)?;
-    let names = if arguments.names.is_empty() { Name::value_variants() } else { &arguments.names };
+    let names = if arguments.names.is_empty() { &Name::SHIPPED[..] } else { &arguments.names };
     headline("images");
     let images = build(workspace, names)?;
     if workspace.short(containerd::SOCKET).exists() {
@@ -138,13 +147,26 @@ fn build_one(workspace: &Workspace, name: Name) -> Result<Image> {
         Name::Tools => static_image(workspace, name, "spaceport-wait")?,
         Name::DevicePlugin => {
             let binary = cargo::build_binary(workspace, "spaceport-device-plugin", cargo::Linking::Dynamic)?;
-            let target = "usr/local/bin/spaceport-device-plugin";
-            let layer = Layer::write(&path, &[Entry::program(target, binary)])?;
-            let config = Config { entrypoint: vec![format!("/{target}")], command: Vec::new(), ..base_config() };
-            (vec![base::layer(workspace)?, layer], config)
+            on_base(workspace, &path, "spaceport-device-plugin", binary)?
+        }
+        Name::BreakableOperator => {
+            let binary = cargo::build_breakable(workspace, "spaceport-operator")?;
+            on_base(workspace, &path, "spaceport-operator", binary)?
+        }
+        Name::BreakableDevicePlugin => {
+            let binary = cargo::build_breakable(workspace, "spaceport-device-plugin")?;
+            on_base(workspace, &path, "spaceport-device-plugin", binary)?
         }
     };
     Image::new(name.text(), layers, &config)
+}
+
+/// A program that needs the C library, on the base image.
+fn on_base(workspace: &Workspace, layer: &Path, name: &str, binary: PathBuf) -> Result<(Vec<Layer>, Config)> {
+    let target = format!("usr/local/bin/{name}");
+    let layer = Layer::write(layer, &[Entry::program(&target, binary)])?;
+    let config = Config { entrypoint: vec![format!("/{target}")], command: Vec::new(), ..base_config() };
+    Ok((vec![base::layer(workspace)?, layer], config))
 }
 
 fn static_image(workspace: &Workspace, name: Name, binary: &str) -> Result<(Vec<Layer>, Config)> {

@@ -1,0 +1,45 @@
+//! The stories that only a real node can show. Each begins with an account of its own and says what was not as it must be.
+//!
+//! They live here and not in the tests, because they are told twice: once on the product (`tests/node_stories.rs`), once on
+//! one that is broken on purpose (`tests/broken_on_purpose.rs`), where each must say so.
+
+mod crash;
+mod gate;
+mod ledger;
+mod requests;
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+pub use crash::{kill_9_of_the_node_agent_in_mid_lease, kill_9_of_the_operator_in_mid_lease};
+pub use gate::{
+    an_idle_worker_does_not_compute, only_the_allowed_worker_opens_the_card,
+    the_deadline_ends_the_worker_and_closes_the_gate,
+};
+pub use ledger::{a_grant_that_nobody_uses_is_refunded, a_receipt_tells_every_boundary_in_order, first_light};
+pub use requests::{
+    a_visitor_who_leaves_the_queue_is_forgotten, a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once,
+    malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
+};
+
+/// From the end of a lease to the page that says so; the rest is for a loaded machine.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Path and query of `POST /schedule` as the client sends it; empty: without that parameter.
+pub(crate) fn schedule(token: &str, duration: &str, size: &str) -> String {
+    let size = if size.is_empty() { String::new() } else { format!("&gpuSize={size}") };
+    let token = if token.is_empty() { String::new() } else { format!("&token={token}") };
+    format!(
+        "/schedule?cgroupPath=%2F&taskId=140654172626816&enableQueue=true&tokenVersion=2&durationSeconds={duration}{size}{token}"
+    )
+}
+
+/// The allow token of an answer to `/schedule` that was a grant.
+fn granted(answer: &Value) -> Result<String> {
+    ensure!(answer["status"] == 200, "not granted: {answer}");
+    let body: Value = serde_json::from_str(answer["body"].as_str().unwrap_or_default())
+        .with_context(|| format!("not granted at once: {answer}"))?;
+    Ok(body["allowToken"].as_str().with_context(|| format!("a grant without allowToken: {answer}"))?.to_owned())
+}

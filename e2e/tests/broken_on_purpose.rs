@@ -1,0 +1,62 @@
+//! Each check is seen to fail once: the stories are told on builds of operator and agent that break one thing on purpose,
+//! and each must say exactly that.
+#![cfg(feature = "cluster")]
+#![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking, its helpers too.
+
+use spaceport_e2e::breakable::Part;
+use spaceport_e2e::{World, stories};
+
+/// A fault of the part, the story that is there to see it, and what the story says then.
+type Broken = (&'static str, fn(&World) -> anyhow::Result<()>, &'static str);
+
+const AGENT: &[Broken] = &[
+    ("gate-open-to-all", stories::only_the_allowed_worker_opens_the_card, "without a lease"),
+    ("gate-open-to-container", stories::only_the_allowed_worker_opens_the_card, "the parent during the lease"),
+    ("gate-stays-shut", stories::only_the_allowed_worker_opens_the_card, "in the allowed worker"),
+    ("idle-workers-run", stories::an_idle_worker_does_not_compute, "the thread of the idle worker computes on"),
+    ("nothing-is-killed", stories::the_deadline_ends_the_worker_and_closes_the_gate, "it was not ended"),
+    ("gate-open-to-container", stories::the_deadline_ends_the_worker_and_closes_the_gate, "the gate is open"),
+    ("visitors-stay", stories::a_visitor_who_leaves_the_queue_is_forgotten, "still waits"),
+];
+
+const OPERATOR: &[Broken] = &[
+    ("whole-cards-count-once", stories::first_light, "not 2 x"),
+    ("refusals-leave-nothing", stories::first_light, "the page shows the refusal"),
+    ("charge-unbounded", stories::the_deadline_ends_the_worker_and_closes_the_gate, "charged is bounded"),
+    ("charge-unallowed", stories::a_grant_that_nobody_uses_is_refunded, "no GPU, no charge"),
+    (
+        "any-audience",
+        stories::malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
+        "durationSeconds=5",
+    ),
+    ("receipts-forget-allowed", stories::a_receipt_tells_every_boundary_in_order, "Allowed is missing"),
+];
+
+#[test]
+fn each_fault_of_the_agent_is_seen() {
+    each_is_seen(Part::DevicePlugin, AGENT);
+}
+
+#[test]
+fn each_fault_of_the_operator_is_seen() {
+    each_is_seen(Part::Operator, OPERATOR);
+}
+
+fn each_is_seen(part: Part, faults: &[Broken]) {
+    let world = World::connect().unwrap();
+    world.apply_examples().unwrap();
+    world.story_space().unwrap();
+    let mut missed = Vec::new();
+    // Put back also when something here fails: the next test needs what is installed.
+    let broken = part.replace(&world).unwrap();
+    for (fault, story, complaint) in faults {
+        broken.with(fault).unwrap();
+        match story(&world) {
+            Ok(()) => missed.push(format!("{fault}: its story saw nothing wrong")),
+            Err(error) if format!("{error:#}").contains(complaint) => println!("{fault} is seen: {complaint}"),
+            Err(error) => missed.push(format!("{fault}: expected {complaint:?}, but its story said: {error:#}")),
+        }
+    }
+    broken.put_back().unwrap();
+    assert!(missed.is_empty(), "{}\n{}", missed.join("\n"), world.evidence());
+}

@@ -89,6 +89,11 @@ fn a_charge_without_a_bound_is_seen() {
 }
 
 #[test]
+fn a_charge_of_what_was_declared_is_seen() {
+    is_seen(Mutant::ChargeDeclared, true, &["invariant 5"]);
+}
+
+#[test]
 fn a_slot_given_before_it_is_back_is_seen() {
     is_seen(Mutant::FreeAtEnd, false, &["invariant 6"]);
 }
@@ -101,6 +106,11 @@ fn a_read_taken_for_a_proof_of_failure_is_seen() {
 #[test]
 fn a_silent_node_given_up_too_early_is_seen() {
     is_seen(Mutant::ExpireAtOnce, true, &["L9"]);
+}
+
+#[test]
+fn a_lease_held_to_other_limits_than_those_of_its_order_is_seen() {
+    is_seen(Mutant::PresentLimits, true, &["L9"]);
 }
 
 #[test]

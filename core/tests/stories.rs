@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Budget, Command, Effect, EndReport, FreedAs, Moment, NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, Order, Policy,
-    Priority, Request, State, TermEnd, step,
+    Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment, NO_DEVICE_FREE_PER_HOUR,
+    NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, State, TermEnd, step,
 };
 use spaceport_core::page::{CLOSED_MAX, Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
@@ -109,6 +109,12 @@ impl Story {
     fn free(&mut self, lease: &LeaseId) -> Vec<Effect> {
         let (node, lease) = (NodeName::new(NODE), lease.clone());
         self.tell(Command::Freed { node, lease, how: FreedAs::Free })
+    }
+
+    /// The pool of the node changes.
+    fn limits(&mut self, limits: Limits) {
+        let settings = NodeSettings { limits, ..NodeSettings::default() };
+        self.tell(Command::NodeSettings { node: NodeName::new(NODE), settings });
     }
 
     fn pass(&mut self, ms: u64) -> Vec<Effect> {
@@ -240,6 +246,18 @@ fn what_is_shown_beside_a_page_costs_at_most_a_write_in_five_seconds() {
     assert_eq!(story.writes, before + 4);
 }
 
+/// A clock that is wrong for a while must not end a window by what is shown meanwhile (L20): a deleted account would be
+/// let go before its window has ended (L4).
+#[test]
+fn what_is_shown_beside_a_page_does_not_move_its_time() {
+    let mut story = Story::begin(1, 60_000, 9);
+    story.run(Ending::Released, 10);
+    let (before, last_time) = (story.writes, story.page().last_time);
+    story.pass(48 * 3_600_000);
+    story.tell(Command::Show { account: AccountName::new(BOB) });
+    assert_eq!((story.writes, story.page().last_time), (before + 1, last_time));
+}
+
 #[test]
 fn a_full_outbox_pauses_its_account_only() {
     let mut story = Story::begin(1, 6_000_000, 9);
@@ -261,7 +279,7 @@ fn receipts_ride_along_with_the_next_write() {
     let (before, lease) = (story.writes, story.page().closed[0].hold.lease.clone());
     story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease: lease.clone() });
     story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease });
-    story.pass(60_000);
+    story.pass(LAZY_PATIENCE_MS - 1);
     assert_eq!(story.writes, before);
     story.run(Ending::Released, 10);
     assert_eq!((story.writes, story.page().closed.len()), (before + 2, 1));
@@ -337,6 +355,85 @@ fn a_node_that_is_there_is_told_instead() {
     assert_eq!(story.pass(1_000), [], "not at every tick");
     story.end(&lease, Ending::Cancelled, 57_000);
     assert_eq!(story.page().closed[0].charged_ms, 10_000);
+}
+
+const QUICK: Limits = Limits { allow_limit_ms: 1_000, grace_ms: 0, clear_limit_ms: 1_000, order_ttl_ms: 1_000 };
+const PATIENT: Limits =
+    Limits { allow_limit_ms: 200_000, grace_ms: 60_000, clear_limit_ms: 100_000, order_ttl_ms: 20_000 };
+/// Of a lease of 10 s: when it is over at the latest.
+const PATIENT_BOUND_MS: u64 = 20_000 + 200_000 + 10_000 + 60_000 + 100_000;
+const DEFAULT_BOUND_MS: u64 = 5_000 + 30_000 + 10_000 + 2_000 + 10_000;
+
+/// A term with one lease of 10 s, ordered under the patient limits; then the quick ones apply to its node.
+fn under_other_limits() -> (Story, LeaseId) {
+    let mut story = Story::begin(1, 600_000, 9);
+    story.limits(PATIENT);
+    let order = order(&story.ask(BOB, Size::Large, 10_000));
+    assert_eq!(order.limits, PATIENT);
+    story.started(&order.lease, 0);
+    story.limits(QUICK);
+    (story, order.lease)
+}
+
+/// The pool is edited, or the node is put into another, while a lease runs: its node obeys the limits of its order.
+#[test]
+fn a_running_lease_is_not_cancelled_before_the_limits_of_its_order() {
+    let (mut story, lease) = under_other_limits();
+    assert_eq!(story.pass(PATIENT_BOUND_MS), []);
+    let effects = story.pass(1);
+    assert!(matches!(&effects[..], [Effect::Cancel { lease: cancelled, .. }] if *cancelled == lease), "{effects:?}");
+    let next = order(&story.ask(BOB, Size::Large, 10_000));
+    assert_eq!(next.limits, QUICK, "the next one has the new limits");
+}
+
+#[test]
+fn a_lease_of_a_silent_node_is_not_given_up_before_the_limits_of_its_order() {
+    let (mut story, _) = under_other_limits();
+    story.tell(Command::NodeDisconnected { node: NodeName::new(NODE) });
+    story.pass(PATIENT_BOUND_MS);
+    assert_eq!(story.page().holds.len(), 1);
+    story.pass(1);
+    assert_eq!(story.page().closed[0].ending, Ending::Expired);
+}
+
+#[test]
+fn a_lease_that_waits_for_a_slot_has_the_time_in_which_that_slot_must_clear() {
+    let (mut story, first) = under_other_limits();
+    story.ask(BOB, Size::Xlarge, 10_000);
+    let next = order(&story.end(&first, Ending::Released, 5_000));
+    assert_eq!((next.after, next.limits), (Some(first), QUICK));
+    story.tell(Command::NodeDisconnected { node: NodeName::new(NODE) });
+    // The first clears by its own limit; all limits of the next begin then.
+    story.pass(PATIENT.clear_limit_ms + 1_000 + 1_000 + 10_000 + 1_000);
+    assert_eq!(story.page().holds.len(), 1);
+    story.pass(1);
+    assert!(story.page().holds.is_empty());
+}
+
+/// What the order of an earlier term carried nobody can tell: of all that is likely the longest.
+#[test]
+fn a_lease_of_an_earlier_term_has_the_longest_limits_that_are_likely() {
+    for (own, others, bound_ms) in [
+        (QUICK, QUICK, DEFAULT_BOUND_MS),
+        (PATIENT, QUICK, PATIENT_BOUND_MS),
+        // It may have been in the pool of the other until a moment ago.
+        (QUICK, PATIENT, PATIENT_BOUND_MS),
+    ] {
+        let (story, lease) = under_other_limits();
+        let (page, policy) = (Box::new(story.page().clone()), policy(600_000, 9));
+        let mut next = Story { state: State::new(Epoch(2), BTreeSet::new()), ..story };
+        next.now = 0;
+        let settings = NodeSettings { limits: others, ..NodeSettings::default() };
+        next.tell(Command::NodeSettings { node: NodeName::new("gpu-2"), settings });
+        next.limits(own);
+        next.tell(Command::AccountSeen { account: AccountName::new(BOB), page, policy });
+        // What applies to its node later does not count either way.
+        next.limits(QUICK);
+        next.pass(bound_ms);
+        assert_eq!(next.page().holds[0].lease, lease);
+        next.pass(1);
+        assert_eq!(next.page().closed[0].ending, Ending::Expired);
+    }
 }
 
 #[test]

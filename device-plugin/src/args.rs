@@ -4,7 +4,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args as ArgGroup, Parser, ValueEnum};
+use clap::{Args as ArgGroup, Parser};
+use spaceport_shell::admin::AdminArgs;
+use spaceport_shell::log::LogArgs;
 
 /// The node agent of Spaceport.
 #[derive(Debug, Parser)]
@@ -31,9 +33,9 @@ pub struct Args {
     /// Port of the device API on each Space pod's own loopback (N14); the operator has the same default.
     #[arg(long, env = "SPACEPORT_DEVICE_API_PORT", default_value_t = 7999)]
     pub device_api_port: u16,
-    /// Address of the admin endpoint: /metrics, /readyz, /livez.
-    #[arg(long, env = "SPACEPORT_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
-    pub admin_listen: SocketAddr,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: AdminArgs,
     /// Breaks this on purpose; only builds for tests know it.
     #[cfg(feature = "faults")]
     #[arg(long, env = "SPACEPORT_FAULT", value_enum)]
@@ -58,26 +60,6 @@ pub struct PlaceArgs {
     /// Directory of the checkpoint and the fence, on a disk of the host.
     #[arg(long, env = "SPACEPORT_STATE_DIRECTORY", default_value = "/var/lib/spaceport")]
     pub state_directory: PathBuf,
-}
-
-/// How logs look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// One JSON object a line.
-    Json,
-    /// Lines for people.
-    Text,
-}
-
-/// Logs go to standard error.
-#[derive(Debug, ArgGroup)]
-pub struct LogArgs {
-    /// How logs look.
-    #[arg(long, env = "SPACEPORT_LOG_FORMAT", value_enum, default_value = "json")]
-    pub log_format: LogFormat,
-    /// What is logged, in `tracing` filter syntax.
-    #[arg(long, env = "SPACEPORT_LOG", default_value = "info,tower=warn,hyper=warn,kube_client=warn")]
-    pub log_filter: String,
 }
 
 /// The gate and the cgroups.

@@ -2,6 +2,8 @@
 //!
 //! Without the feature `faults`, which no image of the charts has, none can be chosen and the compiler removes the switches.
 
+use spaceport_shell::fault::Chosen;
+
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "faults", derive(clap::ValueEnum))]
@@ -16,37 +18,22 @@ pub enum Fault {
     IdleWorkersRun,
     /// Against invariant 8: nothing is killed.
     NothingIsKilled,
+    /// A token opens the gate as often as it is presented.
+    TokensAreSpentAgain,
     /// Requests wait on although their visitors have left.
     VisitorsStay,
 }
 
+/// None unless the process was started with one.
+static CHOSEN: Chosen<Fault> = Chosen::none();
+
+/// Chooses for the life of the process.
 #[cfg(feature = "faults")]
-mod chosen {
-    use std::sync::OnceLock;
-
-    use super::Fault;
-
-    static CHOSEN: OnceLock<Fault> = OnceLock::new();
-
-    /// Chooses for the life of the process, which then says so in its log.
-    pub fn choose(fault: Option<Fault>) {
-        let Some(fault) = fault else { return };
-        tracing::error!(?fault, "Broken on purpose: this is a build for tests");
-        // Called once, at the start.
-        let _ = CHOSEN.set(fault);
-    }
-
-    /// True if this fault was chosen.
-    pub fn is(fault: Fault) -> bool {
-        CHOSEN.get() == Some(&fault)
-    }
+pub fn choose(fault: Option<Fault>) {
+    CHOSEN.choose(fault);
 }
 
-#[cfg(feature = "faults")]
-pub use chosen::{choose, is};
-
-/// No fault can be chosen in this build.
-#[cfg(not(feature = "faults"))]
-pub const fn is(_fault: Fault) -> bool {
-    false
+/// True if this fault was chosen.
+pub fn is(fault: Fault) -> bool {
+    cfg!(feature = "faults") && CHOSEN.is(fault)
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
 
 use spaceport_core::protocol::AllowRefusal;
+use spaceport_shell::error_chain;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::boottime_ms;
@@ -15,7 +16,6 @@ use crate::fault::{self, Fault};
 use crate::gate::lease_cgroup::LeaseCgroup;
 use crate::gate::{Device, Gate, Opens, cgroup_id};
 use crate::node_actor::Input;
-use crate::node_link::chain;
 use crate::pod_events::{DEVICE_HELD_WITHOUT_LEASE, PodEvent, PodEvents};
 use crate::process_status::ProcessStatus;
 use crate::processes::{self, Held, ProcessError};
@@ -97,7 +97,7 @@ impl Hardware {
     /// Nothing is left behind on an error.
     pub fn admit(&self, lease: &str, caller: &Caller, pid: u32, card: u32) -> Result<Worker, AdmitError> {
         let (container, held) = self.find(caller, pid)?;
-        let failed = |error: &dyn std::error::Error| AdmitError::Failed(chain(error));
+        let failed = |error: &dyn std::error::Error| AdmitError::Failed(error_chain(error));
         let cgroup = LeaseCgroup::create(&container, lease).map_err(|error| failed(&error))?;
         let admitted = cgroup.take_in(held.pid).map_err(|error| failed(&error)).and_then(|()| {
             // Alive after the move: it was this process that moved.
@@ -135,7 +135,7 @@ impl Hardware {
     fn undo(&self, cgroup: &LeaseCgroup) {
         let undone = cgroup.kill().and_then(|()| cgroup.wait_empty(FREEZE_LIMIT)).and_then(|_| cgroup.remove());
         if let Err(error) = undone {
-            tracing::error!(error = %chain(&error), "A half-made lease cgroup stays behind");
+            tracing::error!(error = %error_chain(&error), "A half-made lease cgroup stays behind");
         }
     }
 
@@ -157,7 +157,7 @@ impl Hardware {
                 }
                 Err(ProcessError::Refused(_)) => {}
                 Err(error @ ProcessError::Unreadable { .. }) => {
-                    tracing::debug!(error = %chain(&error), "A container was gone while a worker was looked for");
+                    tracing::debug!(error = %error_chain(&error), "A container was gone while a worker was looked for");
                 }
             }
         }
@@ -190,9 +190,9 @@ impl Hardware {
         let error = match opened {
             Ok(()) => match cgroup.thaw() {
                 Ok(()) => return true,
-                Err(error) => chain(&error),
+                Err(error) => error_chain(&error),
             },
-            Err(error) => chain(&error),
+            Err(error) => error_chain(&error),
         };
         tracing::error!(error, cgroup = %worker.cgroup.display(), "An idle worker could not be used again");
         self.shut(worker.cgroup_id);
@@ -205,7 +205,7 @@ impl Hardware {
         let opens = match self.gate.close(worker.cgroup_id) {
             Ok(opens) => opens,
             Err(error) => {
-                tracing::error!(error = %chain(&error), "The gate could not be shut; its worker is killed");
+                tracing::error!(error = %error_chain(&error), "The gate could not be shut; its worker is killed");
                 kill(worker);
                 Opens::default()
             }
@@ -217,7 +217,7 @@ impl Hardware {
     /// Shuts the gate for a cgroup that is about to be killed.
     pub fn shut(&self, cgroup_id: u64) {
         if let Err(error) = self.gate.close(cgroup_id) {
-            tracing::error!(error = %chain(&error), "The gate could not be shut for a cgroup that is being killed");
+            tracing::error!(error = %error_chain(&error), "The gate could not be shut for a cgroup that is being killed");
         }
     }
 
@@ -230,7 +230,9 @@ impl Hardware {
                 let Some(pod) = sandbox::pod_cgroup(&pods, &caller.pod.pod_uid) else { return };
                 match processes::holders(&pod, &majors) {
                     Ok(holders) => holders.iter().for_each(|holder| end_container(&pod, holder, &caller, &events)),
-                    Err(error) => tracing::debug!(error = %chain(&error), "A pod was gone before its descriptors were"),
+                    Err(error) => {
+                        tracing::debug!(error = %error_chain(&error), "A pod was gone before its descriptors were")
+                    }
                 }
             },
             &self.runtime,
@@ -250,7 +252,7 @@ impl Hardware {
                     Ok((true, cgroup)) => stands_still(&cgroup, sensors.as_ref(), card),
                     Ok((false, _)) => false,
                     Err(error) => {
-                        tracing::warn!(error = %chain(&error), "A worker could not be frozen");
+                        tracing::warn!(error = %error_chain(&error), "A worker could not be frozen");
                         false
                     }
                 };
@@ -342,7 +344,7 @@ fn kill(worker: &Worker) -> BTreeSet<u32> {
         return pids;
     }
     if let Err(error) = cgroup.kill() {
-        tracing::warn!(error = %chain(&error), "A lease cgroup could not be killed");
+        tracing::warn!(error = %error_chain(&error), "A lease cgroup could not be killed");
     }
     pids
 }
@@ -352,7 +354,7 @@ fn cleared(worker: &Worker, card: u32, pids: &BTreeSet<u32>, sensors: &dyn Senso
     let left = || Duration::from_millis(end_ms.saturating_sub(boottime_ms()));
     let cgroup = LeaseCgroup::open(&worker.cgroup).ok();
     if let Some(cgroup) = &cgroup
-        && !cgroup.wait_empty(left()).map_err(|error| chain(&error))?
+        && !cgroup.wait_empty(left()).map_err(|error| error_chain(&error))?
     {
         return Err(format!("processes {:?} do not end", cgroup.processes().unwrap_or_default()));
     }
@@ -365,7 +367,7 @@ fn cleared(worker: &Worker, card: u32, pids: &BTreeSet<u32>, sensors: &dyn Senso
                 Some((pid, Some(bytes))) => format!("process {pid} is gone but {bytes} bytes of card {card} are not"),
                 Some((pid, None)) => format!("process {pid} is gone but its context on card {card} is not"),
             },
-            Err(error) => chain(&error),
+            Err(error) => error_chain(&error),
         };
         if left().is_zero() {
             return Err(problem);
@@ -373,7 +375,7 @@ fn cleared(worker: &Worker, card: u32, pids: &BTreeSet<u32>, sensors: &dyn Senso
         std::thread::sleep(pause);
         pause = (pause * 2).min(MEMORY_LOOK_MAX);
     }
-    cgroup.map_or(Ok(()), |cgroup| cgroup.remove()).map_err(|error| chain(&error))
+    cgroup.map_or(Ok(()), |cgroup| cgroup.remove()).map_err(|error| error_chain(&error))
 }
 
 /// True unless one of the frozen processes still has a kernel on the card.
@@ -383,7 +385,7 @@ fn stands_still(cgroup: &LeaseCgroup, sensors: &dyn Sensors, card: u32) -> bool 
     match sensors.is_busy(card, &pids, RESIDENT_KERNEL_AFTER / 2) {
         Ok(busy) => !busy,
         Err(error) => {
-            tracing::warn!(error = %chain(&error), "Whether a frozen worker's kernels stand still is not known");
+            tracing::warn!(error = %error_chain(&error), "Whether a frozen worker's kernels stand still is not known");
             false
         }
     }

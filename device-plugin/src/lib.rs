@@ -1,6 +1,5 @@
 //! The node agent: NVML inventory, kubelet plugin, gate, device API, leases and their deadlines (node.md).
 
-pub mod admin;
 pub mod args;
 pub mod cards;
 pub mod cdi;

@@ -107,3 +107,25 @@ impl Default for Metrics {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_has_what_was_counted_and_ends_as_the_format_wants() {
+        let metrics = Metrics::new();
+        metrics.ended(EndKind::Released);
+        metrics.linked(true);
+        metrics.pod_served(true);
+        let text = metrics.encode().unwrap();
+        for line in [
+            "spaceport_node_leases_ended_total{how=\"END_KIND_RELEASED\"} 1",
+            "spaceport_node_broker_linked 1",
+            "spaceport_node_space_pods_served 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"), "{text}");
+    }
+}

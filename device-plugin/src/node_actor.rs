@@ -14,6 +14,7 @@ use std::time::Duration;
 use spaceport_core::ids::Size;
 use spaceport_core::protocol::{AllowRefusal, CallerClass, Denial, QueuingReason, Released, ScheduleResponse, Secret};
 use spaceport_proto::nodelink::{self as link, broker_message, node_message::Message};
+use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Syncer};
@@ -24,7 +25,7 @@ use crate::epoch::EpochFile;
 use crate::fault::{self, Fault};
 use crate::hardware::{AdmitError, Hardware};
 use crate::metrics::Metrics;
-use crate::node_link::{LinkEvent, Session, chain};
+use crate::node_link::{LinkEvent, Session};
 
 /// Longest sleep: BOOTTIME runs on while the machine is suspended and a sleep does not, so deadlines are looked at again.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -315,7 +316,10 @@ impl NodeActor {
     fn step(&mut self, step: Step) -> Result<Option<Event>, ActorError> {
         match step {
             Step::Answer { ticket, answer } => self.answer(ticket, answer),
-            Step::ReplyAllow { call, reply } => {
+            Step::ReplyAllow { call, mut reply } => {
+                if fault::is(Fault::TokensAreSpentAgain) && reply == Err(AllowRefusal::AlreadyUsed) {
+                    reply = Ok(());
+                }
                 if let Some(sender) = self.allows.remove(&call) {
                     // A worker that is gone meanwhile is noticed by its pidfd.
                     let _ = sender.send(reply);
@@ -466,7 +470,7 @@ impl NodeActor {
 
 fn checkpoint_failed(metrics: &Metrics, error: &CheckpointError) {
     metrics.checkpoint_failed();
-    tracing::error!(error = %chain(error), "The checkpoint cannot be written");
+    tracing::error!(error = %error_chain(error), "The checkpoint cannot be written");
 }
 
 /// On drop, takes a request back.

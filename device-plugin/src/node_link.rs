@@ -15,6 +15,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use spaceport_proto::nodelink::node_link_client::NodeLinkClient;
 use spaceport_proto::nodelink::{BrokerMessage, Heartbeat, Hello, NodeMessage, broker_message, node_message::Message};
+use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -193,7 +194,7 @@ async fn watch_endpoints(client: kube::Client, settings: &LinkSettings, sender: 
             }
             Ok(watcher::Event::InitDone) => listing = false,
             Err(error) => {
-                tracing::warn!(error = %chain(&error), "The operator's endpoints cannot be watched");
+                tracing::warn!(error = %error_chain(&error), "The operator's endpoints cannot be watched");
                 continue;
             }
         }
@@ -239,7 +240,7 @@ impl Link {
             }
             match result {
                 None => return,
-                Some(error) => tracing::info!(%address, error = %chain(&error), "A nodelink session ended"),
+                Some(error) => tracing::info!(%address, error = %error_chain(&error), "A nodelink session ended"),
             }
             if boottime_ms().saturating_sub(began_ms) > SETTLED.as_millis() as u64 {
                 pause = pauses();
@@ -350,19 +351,6 @@ fn put(sender: &mpsc::Sender<NodeMessage>, message: Message) -> Result<(), Sessi
         mpsc::error::TrySendError::Full(_) => SessionError::Stuck,
         mpsc::error::TrySendError::Closed(_) => SessionError::Closed,
     })
-}
-
-/// An error with its causes, which its own text leaves out.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    // Bounded by the depth of the error.
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use spaceport_core::ids::Size;
 use spaceport_crds::conditions::{ConditionStatus, GPUNodeCondition, GPUNodeReason, condition, set};
 use spaceport_crds::names::API_VERSION;
 use spaceport_crds::{Card, CardHealth, CardUse, GPUNode, GPUNodeSpec, GPUNodeStatus, GpuSize, Seats, Slot, SlotState};
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +23,6 @@ use crate::inventory::{
     large_slots,
 };
 use crate::kubelet::KubeletView;
-use crate::node_link::chain;
 use crate::policy::{Policy, PoolPolicy};
 use crate::slots::{Slot as Place, of_card};
 
@@ -470,7 +470,7 @@ pub async fn run(client: kube::Client, identity: NodeIdentity, mut sources: Sour
     let mut written: Option<GPUNodeStatus> = match nodes.get_opt(&identity.node).await {
         Ok(node) => node.and_then(|node| node.status),
         Err(error) => {
-            tracing::warn!(error = %chain(&error), "The earlier status is not known; its times of transition are lost");
+            tracing::warn!(error = %error_chain(&error), "The earlier status is not known; its times of transition are lost");
             None
         }
     };
@@ -490,7 +490,7 @@ pub async fn run(client: kube::Client, identity: NodeIdentity, mut sources: Sour
                     retry = RETRY_MIN;
                 }
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "The GPUNode's status cannot be written");
+                    tracing::warn!(error = %error_chain(&error), "The GPUNode's status cannot be written");
                     resync = Instant::now();
                     pause = retry;
                     retry = (retry * 2).min(RETRY_MAX);

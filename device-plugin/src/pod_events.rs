@@ -10,12 +10,12 @@ use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::Api;
 use kube::api::{ObjectMeta, PostParams};
+use spaceport_shell::error_chain;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::boottime_ms;
 use crate::converge::SpacePod;
-use crate::node_link::chain;
 
 /// Reason of an Event: a process held a GPU device outside every lease, and its container was ended (N10).
 pub const DEVICE_HELD_WITHOUT_LEASE: &str = "DeviceHeldWithoutLease";
@@ -139,7 +139,9 @@ pub async fn run(client: kube::Client, node: String, mut events: mpsc::Receiver<
             let (how, body) = (PostParams::default(), object(event, &node, now()));
             match tokio::time::timeout(WRITE_LIMIT, events.create(&how, &body)).await {
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::warn!(error = %chain(&error), pod, namespace, "An Event was not written"),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = %error_chain(&error), pod, namespace, "An Event was not written")
+                }
                 Err(_) => tracing::warn!(limit_s = WRITE_LIMIT.as_secs(), pod, namespace, "An Event took too long"),
             }
         }

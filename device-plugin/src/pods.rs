@@ -13,10 +13,11 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use spaceport_crds::names::{LARGE_RESOURCE, SPACE_LABEL, XLARGE_RESOURCE};
+use spaceport_shell::error_chain;
+use spaceport_shell::readiness::Condition;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Readiness;
 use crate::converge::{Event, SpacePod};
 use crate::device_api::listen::{self, Bound};
 use crate::device_api::{self, Limits};
@@ -24,7 +25,6 @@ use crate::fault::{self, Fault};
 use crate::gate::{self, Gate};
 use crate::metrics::Metrics;
 use crate::node_actor::{Input, NodeHandle};
-use crate::node_link::chain;
 use crate::sandbox::{self, Sandbox};
 use crate::space_backend::{AppContainer, SpaceBackend};
 
@@ -89,7 +89,7 @@ pub async fn run(
     gate: Arc<Gate>,
     node: NodeHandle,
     metrics: Metrics,
-    readiness: Readiness,
+    read: Condition,
     stop: CancellationToken,
 ) {
     let mut pods = Pods {
@@ -128,11 +128,11 @@ pub async fn run(
                 }
                 Some(Ok(watcher::Event::InitDone)) => {
                     pods.keep_only(&listed);
-                    readiness.set("pods", true);
+                    read.set(true);
                 }
                 Some(Ok(watcher::Event::Apply(pod))) => pods.apply(look(&pod, &pods.settings)),
                 Some(Ok(watcher::Event::Delete(pod))) => pods.remove(&pod.metadata.uid.unwrap_or_default()),
-                Some(Err(error)) => tracing::warn!(error = %chain(&error), "The node's pods cannot be watched"),
+                Some(Err(error)) => tracing::warn!(error = %error_chain(&error), "The node's pods cannot be watched"),
             },
         }
     }
@@ -246,7 +246,7 @@ impl Pods {
         if cgroups != self.exempt {
             match self.gate.set_exempt(&cgroups) {
                 Ok(()) => self.exempt = cgroups,
-                Err(error) => tracing::error!(error = %chain(&error), "The gate's exemptions cannot be set"),
+                Err(error) => tracing::error!(error = %error_chain(&error), "The gate's exemptions cannot be set"),
             }
         }
     }
@@ -267,7 +267,7 @@ impl PodServer {
         while let Some(found) = self.sandbox().await {
             let served = self.serve(found).await;
             if let Err(error) = served {
-                tracing::error!(error = %chain(&error), pod = self.pod.name, "The device API cannot be served");
+                tracing::error!(error = %error_chain(&error), pod = self.pod.name, "The device API cannot be served");
                 tokio::select! {
                     () = self.stop.cancelled() => return,
                     () = tokio::time::sleep(SLOW_LOOK) => {}

@@ -11,10 +11,9 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt as _;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use spaceport_crds::{CardSelection, Cordon, CordonScope, GPUNode, GPUPool, LargeShare, SlicingMode};
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-
-use crate::node_link::chain;
 
 /// What the node's cards are for.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -142,7 +141,7 @@ where
             }
             Ok(watcher::Event::InitDone) => listing = false,
             Err(error) => {
-                tracing::warn!(error = %chain(&error), kind = std::any::type_name::<K>(), "Objects cannot be watched");
+                tracing::warn!(error = %error_chain(&error), kind = std::any::type_name::<K>(), "Objects cannot be watched");
                 continue;
             }
         }

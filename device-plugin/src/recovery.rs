@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
+use spaceport_shell::error_chain;
+
 use crate::checkpoint::{Checkpoint, Found};
 use crate::converge::{Machine, Phase, Snapshot, Worker};
 use crate::gate::lease_cgroup::{self, CgroupError, LeaseCgroup};
 use crate::gate::{Device, Gate, GateError};
 use crate::hardware;
-use crate::node_link::chain;
 
 /// How long the start waits for a killed stranger; one that sits in the driver longer is killed anyway, and its directory
 /// is removed by the next start.
@@ -51,7 +52,7 @@ pub fn recover(
         }
         Ok(Found::Nothing) => Known::default(),
         Err(error) => {
-            tracing::error!(error = %chain(&error), "Everything that runs is stopped");
+            tracing::error!(error = %error_chain(&error), "Everything that runs is stopped");
             Known::default()
         }
     };
@@ -116,7 +117,7 @@ fn end_stranger(machine: &mut Machine, cgroup: &LeaseCgroup, now_ms: u64) {
     tracing::warn!(cgroup = %cgroup.path().display(), "A lease cgroup that no checkpoint names is killed");
     let ended = cgroup.kill().and_then(|()| cgroup.wait_empty(STRANGER_LIMIT)).and_then(|_| cgroup.remove());
     if let Err(error) = ended {
-        tracing::error!(error = %chain(&error), "It is not gone yet");
+        tracing::error!(error = %error_chain(&error), "It is not gone yet");
     }
     let name = cgroup.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     if let Some(lease) = name.strip_prefix(lease_cgroup::PREFIX) {

@@ -3,24 +3,26 @@
 
 mod report_only;
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use backon::{ExponentialBuilder, Retryable as _};
 use spaceport_crds::GPUAccount;
 use spaceport_crds::conditions::{ConditionStatus, GPUNodeCondition, GPUNodeReason};
 use spaceport_crds::names::TERM_PAGE;
-use tokio::signal::unix::{SignalKind, signal};
+use spaceport_shell::admin::{self, AdminArgs};
+use spaceport_shell::readiness::{Condition, Readiness};
+use spaceport_shell::signal::StopSignals;
+use spaceport_shell::tasks::Tasks;
+use spaceport_shell::{error_chain, log};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing_subscriber::EnvFilter;
 
-use crate::admin::{self, Readiness};
-use crate::args::{Args, CardArgs, GateArgs, KubeletArgs, LogArgs, LogFormat, NodeLinkArgs, PlaceArgs};
+use crate::args::{Args, CardArgs, GateArgs, KubeletArgs, NodeLinkArgs, PlaceArgs};
 use crate::cards;
 use crate::cdi::{CdiFile, DriverRoot};
 use crate::checkpoint::Checkpoint;
@@ -28,19 +30,20 @@ use crate::clock::boottime_ms;
 use crate::converge::{Machine, View};
 use crate::epoch::EpochFile;
 use crate::gate::hierarchy::Tree;
-use crate::gate::{Gate, GateSettings};
+use crate::gate::{self, Gate, GateSettings};
 use crate::hardware::{Hardware, Sensors};
 use crate::inventory::{self, DeviceNodes, LibraryState, NodeSensors, NvmlHandle, NvmlSettings};
 use crate::kubelet::{self, KubeletSettings, KubeletView};
 use crate::majors;
 use crate::metrics::Metrics;
 use crate::node_actor::{Input, NodeActor, NodeHandle, Records};
-use crate::node_link::{self, LinkSettings, chain};
+use crate::node_link::{self, LinkSettings};
 use crate::node_status::{self, Finding, NodeIdentity};
 use crate::pod_events::{self, PodEvents};
 use crate::pods::{self, PodSettings};
 use crate::policy::{self, Policy};
 use crate::recovery;
+use crate::sandbox;
 
 /// How often the gate is looked after: kubelet may make its cgroup anew, the driver may be loaded later.
 const GATE_LOOK: Duration = Duration::from_secs(2);
@@ -57,45 +60,12 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// Whatever keeps the agent from its work.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    start_logs(&args.log)?;
+    log::start(&args.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
     let result = runtime.block_on(agent(args));
     // Threads that wait for a slot to clear are left; the next agent goes on by the checkpoint.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
-}
-
-fn start_logs(args: &LogArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log_filter).context("the log filter is malformed")?;
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match args.log_format {
-        LogFormat::Json => logs.json().flatten_event(true).try_init(),
-        LogFormat::Text => logs.try_init(),
-    }
-    .map_err(|error| anyhow!(error))
-}
-
-/// The agent's tasks, each with the name that the log says when it ends the process.
-struct Tasks {
-    set: JoinSet<(&'static str, anyhow::Result<()>)>,
-    stop: CancellationToken,
-}
-
-impl Tasks {
-    fn spawn(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        self.set.spawn(async move {
-            work.await;
-            (name, Ok(()))
-        });
-    }
-
-    fn spawn_fallible<E: Into<anyhow::Error>>(
-        &mut self,
-        name: &'static str,
-        work: impl Future<Output = Result<(), E>> + Send + 'static,
-    ) {
-        self.set.spawn(async move { (name, work.await.map_err(Into::into)) });
-    }
 }
 
 async fn agent(args: Args) -> anyhow::Result<()> {
@@ -107,19 +77,18 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         kubelet: kubelet_args,
         node_link: link_args,
         device_api_port,
-        admin_listen,
+        admin: AdminArgs { admin_listen },
         #[cfg(feature = "faults")]
         fault,
     } = args;
     #[cfg(feature = "faults")]
     crate::fault::choose(fault);
     let stop = CancellationToken::new();
-    let mut tasks = Tasks { set: JoinSet::new(), stop: stop.clone() };
+    let mut tasks = Tasks::new(stop.clone());
     let metrics = Metrics::new();
-    let readiness = Readiness::default();
-    readiness.expect(&["gate", "pods", "recovered"]);
-    tasks
-        .spawn_fallible("admin endpoint", admin::serve(admin_listen, metrics.clone(), readiness.clone(), stop.clone()));
+    let readiness = Readiness::new(|condition, met| tracing::info!(condition, met, "Readiness changed"));
+    let [gate_attached, pods_read, recovered] = ["gate", "pods", "recovered"].map(|name| readiness.condition(name));
+    start_admin(admin_listen, metrics.clone(), readiness, &mut tasks);
 
     let nodes = DeviceNodes::new(card_args.device_directory.clone());
     let (gate, tree) = match establish_gate(&gate_args, &nodes) {
@@ -130,7 +99,8 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         }
     };
     tracing::info!(majors = ?gate.majors(), tree, "The gate is shut");
-    readiness.set("gate", true);
+    exempt_ourselves(&gate, place.pod_uid.as_deref());
+    gate_attached.set(true);
 
     let (sensors, nvml) = start_inventory(&card_args, &nodes, &mut tasks);
     let client = client(&place).await?;
@@ -144,7 +114,7 @@ async fn agent(args: Args) -> anyhow::Result<()> {
     tasks.spawn("pod events", pod_events::run(client.clone(), place.node.clone(), to_write, stop.clone()));
     let parts = ActorParts { gate: &gate, sensors: &sensors, metrics: &metrics, events: pod_events };
     let started = start_actor(&place, &client, parts, &identity, &mut tasks).await?;
-    readiness.set("recovered", true);
+    recovered.set(true);
     let Started { node, inputs, epoch } = started;
 
     let pod_settings = PodSettings {
@@ -154,15 +124,8 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         exempt_namespaces: gate_args.exempt_namespaces.clone(),
         own_pod_uid: place.pod_uid.clone(),
     };
-    let pods = pods::run(
-        client.clone(),
-        pod_settings,
-        Arc::clone(&gate),
-        node.clone(),
-        metrics,
-        readiness.clone(),
-        stop.clone(),
-    );
+    let pods =
+        pods::run(client.clone(), pod_settings, Arc::clone(&gate), node.clone(), metrics, pods_read, stop.clone());
     tasks.spawn("pods", pods);
     tasks.spawn("memory", cards::watch_memory(nvml.clone(), node.clone(), stop.clone()));
     let link = link_settings(&place, link_args, &identity);
@@ -173,7 +136,7 @@ async fn agent(args: Args) -> anyhow::Result<()> {
         gate,
         nodes: nodes.clone(),
         settings: gate_args.gated_majors,
-        readiness,
+        ready: gate_attached,
         found,
         view: node.view(),
     };
@@ -197,22 +160,15 @@ async fn agent(args: Args) -> anyhow::Result<()> {
 }
 
 /// Waits for a signal or for a task to end, then stops everything; the actor, if there is one, last.
-async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: Option<&NodeHandle>) -> anyhow::Result<()> {
+async fn wait_and_stop(mut tasks: Tasks, node: Option<&NodeHandle>) -> anyhow::Result<()> {
     let stop_actor = || node.map(|node| node.send(Input::Stop));
-    let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("no signal handler")?;
+    let mut signals = StopSignals::listen()?;
     let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        ended = tasks.join_next() => Err(match ended {
-            Some(Ok((name, Err(error)))) => error.context(format!("the task {name} failed")),
-            Some(Ok((name, Ok(())))) => anyhow!("the task {name} ended"),
-            Some(Err(error)) => anyhow!(error).context("a task panicked"),
-            None => anyhow!("no task runs"),
-        }),
+        _ = signals.next() => Ok(()),
+        ended = tasks.next() => ended.unwrap_or(Ok(())),
     };
     tracing::info!("Stopping; the gate stays shut and leases run on under the checkpoint");
-    stop.cancel();
+    tasks.stop_token().cancel();
     // The device API answers its calls in flight first; they need the actor.
     let drained = tokio::time::timeout(STOP_LIMIT, async {
         let mut actor_told = false;
@@ -222,9 +178,8 @@ async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: Option<&Node
                 actor_told = true;
                 stop_actor();
             }
-            if let Some(Ok((name, Err(error)))) = tasks.join_next().await {
-                tracing::error!(task = name, error = format!("{error:#}"), "A task failed while stopping");
-            }
+            // A failure has been logged, and what began the stop is the result.
+            let _ = tasks.next().await;
         }
     })
     .await;
@@ -232,7 +187,16 @@ async fn wait_and_stop(Tasks { set: mut tasks, stop }: Tasks, node: Option<&Node
         stop_actor();
         tracing::warn!(limit_s = STOP_LIMIT.as_secs(), "Some tasks did not stop in time");
     }
-    result
+    Ok(result?)
+}
+
+fn start_admin(address: SocketAddr, metrics: Metrics, readiness: Readiness, tasks: &mut Tasks) {
+    let stop = tasks.stop_token().clone();
+    tasks.spawn_fallible("admin endpoint", async move {
+        // Bound in here: an address that is taken ends the agent, but only once the gate is shut.
+        let listener = admin::bind(address).await?;
+        admin::serve(listener, move || metrics.encode(), readiness, stop).await
+    });
 }
 
 fn establish_gate(args: &GateArgs, nodes: &DeviceNodes) -> anyhow::Result<(Arc<Gate>, &'static str)> {
@@ -247,11 +211,22 @@ fn establish_gate(args: &GateArgs, nodes: &DeviceNodes) -> anyhow::Result<(Arc<G
     Ok((Arc::new(gate), if tree.is_hybrid() { "hybrid" } else { "v2" }))
 }
 
+/// Before NVML is opened, which opens the devices that the gate has just been shut for. Where the pod's cgroup is not found
+/// the exemptions that follow from the pods (`pods.rs`) come a few seconds later, and so do the cards.
+fn exempt_ourselves(gate: &Gate, pod_uid: Option<&str>) {
+    let Some(cgroup) = pod_uid.and_then(|uid| sandbox::pod_cgroup(gate.pods_cgroup(), uid)) else { return };
+    let exempted = gate::cgroup_id(&cgroup).map_err(|error| error.to_string());
+    let exempted = exempted.and_then(|id| gate.exempt_also(id).map_err(|error| error_chain(&error)));
+    if let Err(error) = exempted {
+        tracing::warn!(error, cgroup = %cgroup.display(), "The agent itself is not exempt from the gate yet");
+    }
+}
+
 fn start_inventory(args: &CardArgs, nodes: &DeviceNodes, tasks: &mut Tasks) -> (Arc<dyn Sensors>, NvmlHandle) {
     let settings =
         NvmlSettings { library: args.nvml_library.clone(), driver: Some(driver_root(args)), ..NvmlSettings::default() };
     let (nvml, supervisor) = inventory::nvml(settings);
-    tasks.spawn_fallible("inventory", supervisor.run(tasks.stop.clone()));
+    tasks.spawn_fallible("inventory", supervisor.run(tasks.stop_token().clone()));
     (Arc::new(NodeSensors::new(nvml.clone(), nodes.clone())), nvml)
 }
 
@@ -340,7 +315,7 @@ async fn start_actor(
     let records = Records { checkpoint, epoch_file, epoch: epoch_sender };
     let (actor, node) = NodeActor::new(machine, hardware, records, metrics.clone(), from_all)
         .context("no thread for the checkpoint")?;
-    tasks.set.spawn_blocking(move || ("node actor", actor.run().map_err(Into::into)));
+    tasks.spawn_blocking("node actor", move || actor.run());
     Ok(Started { node, inputs, epoch })
 }
 
@@ -353,7 +328,7 @@ async fn highest_epoch(file: &EpochFile, client: &kube::Client) -> anyhow::Resul
     let read = || async { pages.get_opt(TERM_PAGE).await };
     let page = read
         .retry(ExponentialBuilder::new().with_max_delay(Duration::from_secs(5)).with_max_times(TERM_PAGE_TRIES))
-        .notify(|error, _| tracing::warn!(error = %chain(error), "The term page cannot be read yet"))
+        .notify(|error, _| tracing::warn!(error = %error_chain(error), "The term page cannot be read yet"))
         .await
         .context("this node has no record of the term and cannot read the term page")?;
     let epoch = page.and_then(|page| page.status).map_or(0, |status| u64::try_from(status.epoch).unwrap_or(0));
@@ -380,7 +355,7 @@ struct GateKeeper {
     gate: Arc<Gate>,
     nodes: DeviceNodes,
     settings: Vec<u32>,
-    readiness: Readiness,
+    ready: Condition,
     found: watch::Sender<Vec<Finding>>,
     view: watch::Receiver<View>,
 }
@@ -404,12 +379,12 @@ impl GateKeeper {
                     None
                 }
                 Err(error) => {
-                    tracing::error!(error = %chain(&error), "The gate is not in order");
-                    Some(chain(&error))
+                    tracing::error!(error = %error_chain(&error), "The gate is not in order");
+                    Some(error_chain(&error))
                 }
             };
             let attached = self.gate.is_attached();
-            self.readiness.set("gate", attached);
+            self.ready.set(attached);
             let findings = vec![gate_finding(attached, problem), reconciled(self.view.borrow_and_update().linked)];
             self.found.send_if_modified(|old| std::mem::replace(old, findings.clone()) != findings);
         }

@@ -12,8 +12,9 @@ use crate::wait::eventually;
 use crate::world::World;
 
 /// A container on this machine is replaced in seconds; a new operator waits for what is left of the old one's lease.
-const ROLLOUT_LIMIT: Duration = Duration::from_secs(120);
-const SYSTEM: &str = "spaceport-system";
+pub(crate) const ROLLOUT_LIMIT: Duration = Duration::from_secs(120);
+/// Namespace of operator and agent.
+pub(crate) const SYSTEM: &str = "spaceport-system";
 const FAULT: &str = "SPACEPORT_FAULT";
 
 /// A program that can be broken.
@@ -112,11 +113,21 @@ impl Replaced<'_> {
             let pids = pids_of(self.part.program())?;
             Ok(if pids.len() == 1 { Ok(()) } else { Err(format!("{pids:?}")) })
         })?;
-        eventually("leases are granted", ROLLOUT_LIMIT, || {
-            let seen = self.world.app(&probe())?;
-            Ok(if seen["granted"] == true { Ok(()) } else { Err(seen.to_string()) })
-        })
+        leases_are_granted(self.world)
     }
+}
+
+/// Waits until a lease is granted, after operator or agent came up anew.
+///
+/// # Errors
+/// If none is within the limit of a rollout.
+pub(crate) fn leases_are_granted(world: &World) -> Result<()> {
+    let account = world.new_account("probe")?;
+    let probe = probe(&schedule(&world.token(&account)?, "1", ""));
+    eventually("leases are granted", ROLLOUT_LIMIT, || {
+        let seen = world.app(&probe)?;
+        Ok(if seen["granted"] == true { Ok(()) } else { Err(seen.to_string()) })
+    })
 }
 
 impl Drop for Replaced<'_> {
@@ -129,8 +140,8 @@ impl Drop for Replaced<'_> {
     }
 }
 
-/// Asks for a lease as the Space itself and gives it back at once, whether it came at once or after a wait in the queue.
-fn probe() -> String {
+/// Asks for a lease and gives it back, whether it came at once or after a wait in the queue.
+fn probe(path: &str) -> String {
     format!(
         r#"
 import http.client, json, re
@@ -140,7 +151,7 @@ def post(path):
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 try:
-    status, body = post({:?})
+    status, body = post({path:?})
     token = re.search(r'"allowToken"\s*:\s*"([^"]+)"', body)
     granted = status == 200 and token is not None
     if granted:
@@ -148,7 +159,6 @@ try:
     print(json.dumps({{"granted": granted, "status": status, "body": body}}))
 except OSError as error:
     print(json.dumps({{"granted": False, "error": str(error)}}))
-"#,
-        schedule("", "1", "")
+"#
     )
 }

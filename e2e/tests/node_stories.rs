@@ -56,6 +56,21 @@ fn a_visitor_who_leaves_the_queue_is_forgotten() {
 }
 
 #[test]
+fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten() {
+    tell(stories::a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten);
+}
+
+#[test]
+fn an_app_ends_although_its_worker_is_frozen() {
+    tell(stories::an_app_ends_although_its_worker_is_frozen);
+}
+
+#[test]
+fn a_host_with_only_cgroup_v1_says_so() {
+    tell(stories::a_host_with_only_cgroup_v1_says_so);
+}
+
+#[test]
 fn kill_9_of_the_operator_in_mid_lease() {
     tell(stories::kill_9_of_the_operator_in_mid_lease);
 }

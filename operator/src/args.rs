@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as ArgGroup, Parser, ValueEnum};
+use clap::{Args as ArgGroup, Parser};
+use spaceport_shell::admin::AdminArgs;
+use spaceport_shell::log::LogArgs;
 
 use crate::space::SpaceArgs;
 
@@ -31,9 +33,9 @@ pub struct Args {
     /// What Space pods are made of.
     #[command(flatten)]
     pub space: SpaceArgs,
-    /// Address of the admin endpoint: /metrics, /readyz, /livez.
-    #[arg(long, env = "SPACEPORT_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
-    pub admin_listen: SocketAddr,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: AdminArgs,
     /// Breaks this on purpose; only builds for tests know it.
     #[cfg(feature = "faults")]
     #[arg(long, env = "SPACEPORT_FAULT", value_enum)]
@@ -52,26 +54,6 @@ pub struct PlaceArgs {
     /// Name of this replica, unique among replicas; the chart passes the pod's name.
     #[arg(long, env = "POD_NAME", default_value = "spaceport-operator")]
     pub replica: String,
-}
-
-/// How logs look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// One JSON object a line.
-    Json,
-    /// Lines for people.
-    Text,
-}
-
-/// Logs go to standard error.
-#[derive(Debug, ArgGroup)]
-pub struct LogArgs {
-    /// How logs look.
-    #[arg(long, env = "SPACEPORT_LOG_FORMAT", value_enum, default_value = "json")]
-    pub log_format: LogFormat,
-    /// What is logged, in `tracing` filter syntax.
-    #[arg(long, env = "SPACEPORT_LOG", default_value = "info,tower=warn,hyper=warn,kube_client=warn")]
-    pub log_filter: String,
 }
 
 /// Leader election by a coordination.k8s.io Lease. Safety never rests on it: the epoch fences (invariant 7).

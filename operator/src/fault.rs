@@ -2,8 +2,10 @@
 //!
 //! Without the feature `faults`, which no image of the charts has, none can be chosen and the compiler removes the switches.
 
-#[cfg(not(feature = "faults"))]
+#[cfg(feature = "faults")]
+use spaceport_core::lease::Mutant;
 use spaceport_core::lease::State;
+use spaceport_shell::fault::Chosen;
 
 /// What is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,10 +13,12 @@ use spaceport_core::lease::State;
 pub enum Fault {
     /// A whole card counts once.
     WholeCardsCountOnce,
-    /// Against invariant 5: what was used is charged without a bound.
-    ChargeUnbounded,
+    /// Against invariant 5: what was declared is charged, however short the use.
+    ChargeDeclared,
     /// Against invariant 4: a lease that was never allowed pays what it declared.
     ChargeUnallowed,
+    /// Against invariant 12: receipts say half of what the page says.
+    ReceiptsSayLess,
     /// The page does not show the last refusal.
     RefusalsLeaveNothing,
     /// Against invariant 10: a token is good for every Space.
@@ -23,46 +27,28 @@ pub enum Fault {
     ReceiptsForgetAllowed,
 }
 
+/// None unless the process was started with one.
+static CHOSEN: Chosen<Fault> = Chosen::none();
+
+/// Chooses for the life of the process.
 #[cfg(feature = "faults")]
-mod chosen {
-    use std::sync::OnceLock;
-
-    use spaceport_core::lease::{Mutant, State};
-
-    use super::Fault;
-
-    static CHOSEN: OnceLock<Fault> = OnceLock::new();
-
-    /// Chooses for the life of the process, which then says so in its log.
-    pub fn choose(fault: Option<Fault>) {
-        let Some(fault) = fault else { return };
-        tracing::error!(?fault, "Broken on purpose: this is a build for tests");
-        // Called once, at the start.
-        let _ = CHOSEN.set(fault);
-    }
-
-    /// True if this fault was chosen.
-    pub fn is(fault: Fault) -> bool {
-        CHOSEN.get() == Some(&fault)
-    }
-
-    /// The ledger with the core's own fault, where that is the one chosen.
-    pub fn in_ledger(state: State) -> State {
-        match CHOSEN.get() {
-            Some(Fault::ChargeUnbounded) => state.with_mutant(Mutant::ChargeUnbounded),
-            Some(Fault::ChargeUnallowed) => state.with_mutant(Mutant::ChargeUnallowed),
-            _ => state,
-        }
-    }
+pub fn choose(fault: Option<Fault>) {
+    CHOSEN.choose(fault);
 }
 
-#[cfg(feature = "faults")]
-pub use chosen::{choose, in_ledger, is};
+/// True if this fault was chosen.
+pub fn is(fault: Fault) -> bool {
+    cfg!(feature = "faults") && CHOSEN.is(fault)
+}
 
-/// No fault can be chosen in this build.
-#[cfg(not(feature = "faults"))]
-pub const fn is(_fault: Fault) -> bool {
-    false
+/// The ledger with the core's own fault, where that is the one chosen.
+#[cfg(feature = "faults")]
+pub fn in_ledger(state: State) -> State {
+    match CHOSEN.get() {
+        Some(Fault::ChargeDeclared) => state.with_mutant(Mutant::ChargeDeclared),
+        Some(Fault::ChargeUnallowed) => state.with_mutant(Mutant::ChargeUnallowed),
+        _ => state,
+    }
 }
 
 /// No fault can be chosen in this build.

@@ -15,6 +15,7 @@ use kube::runtime::watcher;
 use serde::Deserialize;
 use spaceport_core::ids::AccountName;
 use spaceport_core::protocol::UnauthenticatedReason;
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -170,7 +171,7 @@ pub async fn watch_keys(api: KubeApi, namespace: String, keys: watch::Sender<Arc
             Some(Ok(watcher::Event::InitDone)) => publish(&keys, listed.take()),
             Some(Ok(watcher::Event::Apply(map))) => publish(&keys, Some(map)),
             Some(Ok(watcher::Event::Delete(_))) => publish(&keys, None),
-            Some(Err(error)) => tracing::warn!(error = %crate::error_chain(&error), "Cannot watch the token keys"),
+            Some(Err(error)) => tracing::warn!(error = %error_chain(&error), "Cannot watch the token keys"),
             None => return,
         }
     }
@@ -179,7 +180,7 @@ pub async fn watch_keys(api: KubeApi, namespace: String, keys: watch::Sender<Arc
 fn publish(keys: &watch::Sender<Arc<KeySet>>, map: Option<ConfigMap>) {
     let (set, errors) = KeySet::parse(&map.and_then(|map| map.data).unwrap_or_default());
     for error in errors {
-        tracing::warn!(error = %crate::error_chain(&error), "A token key is not used");
+        tracing::warn!(error = %error_chain(&error), "A token key is not used");
     }
     tracing::info!(keys = set.keys.len(), "Token keys taken");
     keys.send_replace(Arc::new(set));

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -188,7 +189,7 @@ async fn acquire(leases: &Objects<Lease>, settings: &LeaderSettings, stop: &Canc
         match try_acquire(leases, settings, &mut observation).await {
             Ok(Some(lease)) => return Some(lease),
             Ok(None) => {}
-            Err(error) => tracing::warn!(error = %crate::error_chain(&error), "Cannot try for the Lease"),
+            Err(error) => tracing::warn!(error = %error_chain(&error), "Cannot try for the Lease"),
         }
         if !pause(settings.retry_period, stop).await {
             return None;
@@ -252,7 +253,7 @@ async fn keep(
             }
             Err(RenewError::Deposed { holder }) => return Err(LeaderError::Deposed { holder }),
             Err(RenewError::Api(error)) => {
-                tracing::warn!(error = %crate::error_chain(&error), "Cannot renew the Lease");
+                tracing::warn!(error = %error_chain(&error), "Cannot renew the Lease");
                 last = Some(error);
             }
         }
@@ -301,7 +302,7 @@ async fn give_back(leases: &Objects<Lease>, settings: &LeaderSettings, held: Lea
     let free = Lease { spec: Some(LeaseSpec { holder_identity: Some(String::new()), ..spec }), ..held };
     match leases.replace(&free, settings.retry_period).await {
         Ok(_) => tracing::info!(lease = settings.name, "Gave the Lease back"),
-        Err(error) => tracing::warn!(error = %crate::error_chain(&error), "Cannot give the Lease back"),
+        Err(error) => tracing::warn!(error = %error_chain(&error), "Cannot give the Lease back"),
     }
 }
 

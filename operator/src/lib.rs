@@ -4,7 +4,6 @@
 //! `account` keeps their objects.
 
 pub mod account;
-pub mod admin;
 pub mod args;
 pub mod clock;
 pub mod credentials;
@@ -17,15 +16,3 @@ pub mod metrics;
 pub mod node_link;
 pub mod runtime;
 pub mod space;
-
-/// An error with its sources on one line, for logs: Display of our errors never repeats the source.
-pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}

@@ -258,5 +258,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
+        assert!(text.ends_with("# EOF\n"), "as the format wants: {text}");
     }
 }

@@ -16,6 +16,7 @@ use k8s_openapi::api::authentication::v1::TokenReviewStatus;
 use spaceport_core::ids::NodeName;
 use spaceport_proto::nodelink::node_link_server::{NodeLink, NodeLinkServer};
 use spaceport_proto::nodelink::{BrokerMessage, Hello, NodeMessage, Standby, broker_message, node_message};
+use spaceport_shell::error_chain;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -298,7 +299,7 @@ where
             Status::resource_exhausted("too many sessions begin at once; try again")
         })?;
         let status = self.api.review_token(token, AUDIENCE).await.map_err(|error| {
-            tracing::warn!(error = %crate::error_chain(&error), "Cannot review an agent's token");
+            tracing::warn!(error = %error_chain(&error), "Cannot review an agent's token");
             Status::unavailable("the token cannot be reviewed at the moment; try again")
         })?;
         node_of(&status, &self.settings.agent).map_err(|reason| {

@@ -72,7 +72,7 @@ async fn namespace(api: &KubeApi) -> String {
     };
     match api.cluster::<Namespace>().create(&namespace).await {
         Ok(_) | Err(ApiError::Exists { .. }) => name,
-        Err(error) => panic!("{}", spaceport_operator::error_chain(&error)),
+        Err(error) => panic!("{}", spaceport_shell::error_chain(&error)),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::charts::{self, ChartsArguments};
 use crate::clients;
 use crate::cluster::machine::Machine;
 use crate::cluster::{self, UpArguments, standin};
-use crate::command::{command, headline};
+use crate::command::headline;
 use crate::workspace::Workspace;
 
 /// Two halves each: 16 callers find a free slot also while others are being cleared.
@@ -43,18 +43,16 @@ pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
     // Without --package: the features that cargo resolves are those of the images, and so are the compiled libraries.
     let program = ["--locked", "--bin", "spaceport-bench"];
     // With optimisation, as the images: a slow client would make the API server look slow, and the ratio good.
-    let mut build = command(&workspace.host.cargo, &["build", "--release"]);
-    let built = build.args(program).current_dir(&workspace.root).stdin(Stdio::null()).status();
+    let built = workspace.cargo(&["build", "--release"]).args(program).stdin(Stdio::null()).status();
     ensure!(built.context("cannot start cargo")?.success(), "the benchmark does not build (see above)");
     headline("the benchmark");
-    let mut run = command(&workspace.host.cargo, &["run", "--release", "--quiet"]);
+    let mut run = workspace.cargo(&["run", "--release", "--quiet"]);
     run.args(program).args(["--", "grant"]);
     if *json {
         run.arg("--json");
     }
     clients::environment(workspace, &mut run)?;
-    let status =
-        run.current_dir(&workspace.root).stdin(Stdio::null()).status().context("cannot start the benchmark")?;
+    let status = run.stdin(Stdio::null()).status().context("cannot start the benchmark")?;
     ensure!(status.success(), "there are no numbers (see above); the cluster stays up for you to look");
     Ok(())
 }

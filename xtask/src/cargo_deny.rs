@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::command::{command, run_long};
+use crate::command::run_long;
 use crate::workspace::Workspace;
 
 const VERSION: &str = "0.20.2";
@@ -14,8 +14,7 @@ pub fn program(workspace: &Workspace) -> Result<PathBuf> {
     let folder = workspace.cache.join("cargo-deny").join(VERSION);
     let program = folder.join("bin/cargo-deny");
     if !program.exists() {
-        let mut install =
-            command(&workspace.host.cargo, &["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]);
+        let mut install = workspace.cargo(&["install", "cargo-deny", "--locked", "--version", VERSION, "--root"]);
         run_long(
             "building cargo-deny (about 4 minutes)",
             install.arg(&folder),

@@ -65,11 +65,7 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
 }
 
 fn unit(workspace: &Workspace) -> Result<usize> {
-    let cargo = |words: &[&str]| {
-        let mut cargo = command(&workspace.host.cargo, words);
-        cargo.current_dir(&workspace.root);
-        cargo
-    };
+    let cargo = |words: &[&str]| workspace.cargo(words);
     headline("rustfmt");
     run(&mut cargo(&["fmt", "--all", "--check"]))?;
     headline("generated files");
@@ -174,8 +170,8 @@ fn cargo_tests(
     harness: &[&str],
     variables: &[(&str, &str)],
 ) -> Result<usize> {
-    let mut cargo = command(&workspace.host.cargo, &["test", "--workspace", "--locked"]);
-    cargo.args(arguments).arg("--").args(harness).current_dir(&workspace.root);
+    let mut cargo = workspace.cargo(&["test", "--workspace", "--locked"]);
+    cargo.args(arguments).arg("--").args(harness);
     cargo.envs(variables.iter().copied());
     clients::environment(workspace, &mut cargo)?;
     let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;

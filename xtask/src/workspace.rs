@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -67,7 +68,39 @@ pub struct Workspace {
     pub host: HostSettings,
 }
 
+/// What the cargo that runs us sets for us. Build scripts look at some of it (ring's does), so a cargo that inherits it
+/// compiles again what a cargo at the terminal has compiled, with everything that depends on it.
+const SET_FOR_US: [&str; 17] = [
+    "CARGO_MANIFEST_DIR",
+    "CARGO_MANIFEST_PATH",
+    "CARGO_PKG_AUTHORS",
+    "CARGO_PKG_DESCRIPTION",
+    "CARGO_PKG_HOMEPAGE",
+    "CARGO_PKG_LICENSE",
+    "CARGO_PKG_LICENSE_FILE",
+    "CARGO_PKG_NAME",
+    "CARGO_PKG_README",
+    "CARGO_PKG_REPOSITORY",
+    "CARGO_PKG_RUST_VERSION",
+    "CARGO_PKG_VERSION",
+    "CARGO_PKG_VERSION_MAJOR",
+    "CARGO_PKG_VERSION_MINOR",
+    "CARGO_PKG_VERSION_PATCH",
+    "CARGO_PKG_VERSION_PRE",
+    "CARGO_MANIFEST_LINKS",
+];
+
 impl Workspace {
+    /// Cargo with these words, as from a terminal in the checkout.
+    pub fn cargo(&self, words: &[&str]) -> Command {
+        let mut cargo = Command::new(&self.host.cargo);
+        SET_FOR_US.iter().for_each(|variable| {
+            cargo.env_remove(variable);
+        });
+        cargo.args(words).current_dir(&self.root);
+        cargo
+    }
+
     pub fn locate(host: HostSettings) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("..")

@@ -295,6 +295,7 @@ impl State {
             Event::Reserved { lease, waiting, after } => {
                 self.next_reservation += 1;
                 self.queue.remove(&waiting.ticket);
+                let limits = self.settings(&waiting.node).limits;
                 self.add_lease(
                     lease,
                     Lease {
@@ -307,7 +308,8 @@ impl State {
                         card: None,
                         number: self.next_reservation,
                         after: after.clone(),
-                        follows: after.is_some(),
+                        limits,
+                        waits_ms: 0,
                         slot: SlotUse::Taken,
                         sent: Steady(0),
                         abandoned: false,
@@ -316,7 +318,7 @@ impl State {
                 );
             }
             Event::Unreserved { lease } => self.remove_lease(lease),
-            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, follows, at } => self
+            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, limits, waits_ms, at } => self
                 .add_lease(
                     lease,
                     Lease {
@@ -329,7 +331,8 @@ impl State {
                         card: *card,
                         number: 0,
                         after: None,
-                        follows: *follows,
+                        limits: *limits,
+                        waits_ms: *waits_ms,
                         slot: *slot,
                         sent: *at,
                         abandoned: false,
@@ -352,7 +355,10 @@ impl State {
         let early = self.has(Mutant::FreeAtEnd);
         let Some(lease) = self.leases.get_mut(id) else { return };
         match event {
-            Event::Ordered { at, .. } => (lease.stage, lease.sent) = (Stage::Ordered, *at),
+            Event::Ordered { at, limits, waits_ms, .. } => {
+                (lease.stage, lease.sent) = (Stage::Ordered, *at);
+                (lease.limits, lease.waits_ms) = (*limits, *waits_ms);
+            }
             Event::Assigned { card, .. } => {
                 lease.stage = lease.stage.max(Stage::Assigned);
                 lease.card = card.or(lease.card);
@@ -458,7 +464,7 @@ impl Account {
     fn coalesce(&mut self, change: &PageChange) {
         match change {
             PageChange::Denied(_) => self.pending.retain(|pending| !matches!(pending, PageChange::Denied(_))),
-            PageChange::Shown { .. } => self.pending.retain(|pending| !matches!(pending, PageChange::Shown { .. })),
+            PageChange::Shown => self.pending.retain(|pending| *pending != PageChange::Shown),
             PageChange::Outcome(_) => {
                 let is_outcome = |pending: &PageChange| matches!(pending, PageChange::Outcome(_));
                 if self.pending.iter().filter(|pending| is_outcome(pending)).count() >= OUTCOMES_MAX

@@ -11,8 +11,9 @@ pub const NOTE_PERIOD_MS: u64 = 5_000;
 /// So many settled rows with a receipt cause a write by themselves: long before the outbox is full.
 pub const LAZY_MAX: usize = 8;
 /// After so long a single one does. Until then it rides along with the account's next lease, which spares a write per
-/// lease ("Writes per lease").
-pub const LAZY_PATIENCE_MS: u64 = 10 * 60 * 1000;
+/// lease ("Writes per lease"). A minute, because `OutboxDrained` is false meanwhile and an admin may be looking; a lease
+/// that stays alone then costs two page writes, its receipt and this one.
+pub const LAZY_PATIENCE_MS: u64 = 60 * 1000;
 
 /// Begins the writes that are due. On a tick also of accounts where only time has made them so.
 pub fn begin(at: Moment, ids: &mut IdSeed, state: &State, tick: bool) -> Vec<Event> {

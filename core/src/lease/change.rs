@@ -53,11 +53,9 @@ pub enum PageChange {
     Denied(Box<DenialRow>),
     /// Remembers an ending without receipt.
     Outcome(Outcome),
-    /// Nothing that is decided upon: what the shell shows beside the page has changed, and no other write carries it.
-    Shown {
-        /// Ledger time of the page.
-        at: LedgerTime,
-    },
+    /// Nothing that is decided upon, so not its time either (L20): what the shell shows beside the page has changed, and no
+    /// other write carries it.
+    Shown,
 }
 
 /// How soon a change has to be written.
@@ -121,7 +119,7 @@ impl PageChange {
     pub const fn urgency(&self) -> Urgency {
         match self {
             Self::Hold { .. } | Self::Settle { .. } | Self::Base { .. } => Urgency::Now,
-            Self::Denied(_) | Self::Outcome(_) | Self::Shown { .. } => Urgency::Note,
+            Self::Denied(_) | Self::Outcome(_) | Self::Shown => Urgency::Note,
             Self::ReceiptWritten { .. } => Urgency::Lazy,
         }
     }
@@ -175,10 +173,7 @@ impl PageChange {
                 page.recent_outcomes.push(outcome.clone());
                 Ok(())
             }
-            Self::Shown { at } => {
-                page.last_time = page.last_time.max(*at);
-                Ok(())
-            }
+            Self::Shown => Ok(()),
         }
     }
 }

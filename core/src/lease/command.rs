@@ -197,9 +197,10 @@ pub enum Priority {
     Highest,
 }
 
-/// Times, weights and bounds of a node's pool (ledger.md L8, L9, L19).
+/// Limits in time of a lease (ledger.md L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
+/// as long as the lease is there, whatever becomes of the pool meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeSettings {
+pub struct Limits {
     /// From the grant to `/allow`.
     pub allow_limit_ms: u64,
     /// From the declared end to the kill.
@@ -208,6 +209,13 @@ pub struct NodeSettings {
     pub clear_limit_ms: u64,
     /// Age at which the node refuses an order.
     pub order_ttl_ms: u64,
+}
+
+/// Times, weights and bounds of a node's pool (ledger.md L8, L9, L19).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// For the next order.
+    pub limits: Limits,
     /// What the client multiplies durations of `large` by, in percent.
     pub duration_factor_percent: u64,
     /// Charged milliseconds for each millisecond of a `large`.
@@ -218,14 +226,39 @@ pub struct NodeSettings {
     pub queue: QueueBounds,
 }
 
+impl Default for Limits {
+    /// The chart's defaults.
+    fn default() -> Self {
+        Self { allow_limit_ms: 30_000, grace_ms: 2_000, clear_limit_ms: 10_000, order_ttl_ms: 5_000 }
+    }
+}
+
+impl Limits {
+    /// How long a lease can hold its slot: H of accounting.md.
+    pub const fn held_ms(&self, declared_ms: u64) -> u64 {
+        self.allow_limit_ms
+            .saturating_add(declared_ms)
+            .saturating_add(self.grace_ms)
+            .saturating_add(self.clear_limit_ms)
+    }
+
+    /// Of each limit the longer one.
+    #[must_use]
+    pub fn longest(self, other: Self) -> Self {
+        Self {
+            allow_limit_ms: self.allow_limit_ms.max(other.allow_limit_ms),
+            grace_ms: self.grace_ms.max(other.grace_ms),
+            clear_limit_ms: self.clear_limit_ms.max(other.clear_limit_ms),
+            order_ttl_ms: self.order_ttl_ms.max(other.order_ttl_ms),
+        }
+    }
+}
+
 impl Default for NodeSettings {
     /// The chart's defaults.
     fn default() -> Self {
         Self {
-            allow_limit_ms: 30_000,
-            grace_ms: 2_000,
-            clear_limit_ms: 10_000,
-            order_ttl_ms: 5_000,
+            limits: Limits::default(),
             duration_factor_percent: 100,
             large_weight: Size::Large.weight(),
             xlarge_weight: Size::Xlarge.weight(),
@@ -241,14 +274,6 @@ impl NodeSettings {
             Size::Large => self.large_weight,
             Size::Xlarge => self.xlarge_weight,
         }
-    }
-
-    /// How long a lease can hold its slot: H of accounting.md.
-    pub const fn held_ms(&self, declared_ms: u64) -> u64 {
-        self.allow_limit_ms
-            .saturating_add(declared_ms)
-            .saturating_add(self.grace_ms)
-            .saturating_add(self.clear_limit_ms)
     }
 }
 

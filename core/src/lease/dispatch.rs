@@ -89,7 +89,8 @@ fn reserve(
         Event::Reserved { lease: lease.clone(), waiting: Box::new(waiting.clone()), after: slot.after },
     ];
     if state.has(Mutant::OrderEarly) {
-        events.push(Event::Ordered { lease, at: at.steady });
+        let limits = state.settings(&waiting.node).limits;
+        events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });
     }
     events
 }

@@ -1,7 +1,7 @@
 //! What the shell has to do because of an event. Derived from the event and the state after it, so that nothing has to be
 //! remembered: what was not done before a crash is derived again from the pages and the nodes' reports.
 
-use super::command::NodeSettings;
+use super::command::Limits;
 use super::event::{Event, TermEnd};
 use super::state::{Lease, SlotUse, State};
 use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
@@ -91,8 +91,8 @@ pub struct Order {
     pub after: Option<LeaseId>,
     /// For the wording.
     pub caller: CallerClass,
-    /// Limits.
-    pub settings: NodeSettings,
+    /// Limits of the lease, also if its pool changes while it runs.
+    pub limits: Limits,
 }
 
 /// Where a request stands in its queue.
@@ -172,19 +172,19 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
         declared_ms: lease.declared_ms,
         after: lease.after.clone(),
         caller: waiting.caller,
-        settings: state.settings(&lease.node),
+        limits: lease.limits,
     })))
 }
 
 fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
-    let settings = state.settings(&waiting.node);
+    let limits = state.settings(&waiting.node).limits;
     let cards = state.nodes.get(&waiting.node).map(|node| node.cards.as_slice()).unwrap_or_default();
     let slots = slots::capacity(cards, Size::Large).max(1);
     let slots_of = |size| match size {
         Size::Large => 1,
         Size::Xlarge => cards.iter().map(|card| u64::from(card.large_slots)).max().unwrap_or(1),
     };
-    let (mut expected, mut bound, mut longest_ms) = (0_u64, 0_u64, settings.held_ms(waiting.demand.declared_ms));
+    let (mut expected, mut bound, mut longest_ms) = (0_u64, 0_u64, limits.held_ms(waiting.demand.declared_ms));
     let mut add = |size, expected_ms: u64, bound_ms: u64| {
         expected = expected.saturating_add(expected_ms.saturating_mul(slots_of(size)));
         bound = bound.saturating_add(bound_ms.saturating_mul(slots_of(size)));
@@ -193,14 +193,14 @@ fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
     let holds_slot = |lease: &&Lease| lease.node == waiting.node && lease.slot != SlotUse::Free;
     for lease in state.leases.values().filter(holds_slot) {
         let held_ms = now.since(lease.sent);
-        let order_ms = settings.order_ttl_ms.saturating_add(settings.held_ms(lease.declared_ms));
+        let order_ms = lease.limits.order_ttl_ms.saturating_add(lease.limits.held_ms(lease.declared_ms));
         add(lease.size, lease.declared_ms.saturating_sub(held_ms), order_ms.saturating_sub(held_ms));
     }
     let mut position = 1_u32;
     for ahead in state.queue.line(&waiting.node).take_while(|ahead| ahead.place < waiting.place) {
         position = position.saturating_add(1);
         let declared_ms = ahead.demand.declared_ms;
-        add(ahead.demand.size, declared_ms, settings.held_ms(declared_ms));
+        add(ahead.demand.size, declared_ms, limits.held_ms(declared_ms));
     }
     let account = state.accounts.get(&waiting.account);
     Place {

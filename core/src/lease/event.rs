@@ -1,7 +1,7 @@
 //! What the ledger has decided. A refusal is an event with numbers in it, not an error.
 
 use super::change::PageChange;
-use super::command::{NodeSettings, Policy};
+use super::command::{Limits, NodeSettings, Policy};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
@@ -74,7 +74,7 @@ pub enum Event {
     /// The hold is aborted.
     Unreserved { lease: LeaseId },
     /// The hold is durable: the order leaves.
-    Ordered { lease: LeaseId, at: Steady },
+    Ordered { lease: LeaseId, at: Steady, limits: Limits, waits_ms: u64 },
     /// A lease of an earlier term, or one that only its node knows.
     Adopted {
         lease: LeaseId,
@@ -85,7 +85,8 @@ pub enum Event {
         card: Option<u32>,
         stage: Stage,
         slot: SlotUse,
-        follows: bool,
+        limits: Limits,
+        waits_ms: u64,
         at: Steady,
     },
     /// The node took the order.

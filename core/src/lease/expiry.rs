@@ -34,11 +34,12 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     events
 }
 
-/// When a lease must have ended even if its order arrived at the last moment and its worker used every limit (L9).
+/// When a lease must have ended even if its order arrived at the last moment and its worker used every limit (L9). The
+/// limits are those that its order carried, for its node obeys no others.
 fn end_by(state: &State, lease: &Lease) -> Steady {
-    let settings = state.settings(&lease.node);
-    let follows = if lease.follows { settings.clear_limit_ms } else { 0 };
-    lease.sent.plus(settings.order_ttl_ms).plus(settings.held_ms(lease.declared_ms)).plus(follows)
+    let present = state.has(Mutant::PresentLimits);
+    let limits = if present { state.settings(&lease.node).limits } else { lease.limits };
+    lease.sent.plus(limits.order_ttl_ms).plus(limits.held_ms(lease.declared_ms)).plus(lease.waits_ms)
 }
 
 /// L9: only the node ends a granted lease. A node that is there is told; one that is silent is given up at the bound.

@@ -29,7 +29,7 @@ mod state;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
 pub use command::{
-    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, NodeSettings, Policy, Priority, Request,
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Priority, Request,
 };
 pub use decide::decide;
 pub use dispatch::dispatch;

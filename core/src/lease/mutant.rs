@@ -16,12 +16,16 @@ pub enum Mutant {
     ChargeUnallowed,
     /// Against invariant 5: the charge is what was used, without a bound.
     ChargeUnbounded,
+    /// Against invariant 5: the charge is what was declared, however short the use.
+    ChargeDeclared,
     /// Against invariant 6: a slot counts as free when its lease ends, before the node says so.
     FreeAtEnd,
     /// Against L2: a read that does not show our write is taken for a failure.
     ReadProvesFailure,
     /// Against L9: a silent node's lease expires at once.
     ExpireAtOnce,
+    /// Against L9: the limits of a lease are those that its node has now, not those of its order.
+    PresentLimits,
     /// Against the replay: applying looks at how often it was called.
     Stateful,
 }

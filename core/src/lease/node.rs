@@ -55,7 +55,7 @@ pub(super) fn joined(
             Some(known) if known.node == node => events.extend(both(at, state, &node, known, lease)),
             // It is another node's: this one has no say in it.
             Some(_) => {}
-            None => events.extend(stranger(at, &node, lease)),
+            None => events.extend(stranger(at, state, &node, lease)),
         }
     }
     for event in &mut events {
@@ -107,7 +107,7 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
 }
 
 /// On the node, not on the page: killed. Its slot is in use until the node says otherwise.
-fn stranger(at: Moment, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
+fn stranger(at: Moment, state: &State, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
     let adopt = |slot| Event::Adopted {
         lease: lease.lease.clone(),
         account: None,
@@ -117,7 +117,8 @@ fn stranger(at: Moment, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
         card: Some(lease.card),
         stage: Stage::Assigned,
         slot,
-        follows: false,
+        limits: state.inherited_limits(),
+        waits_ms: 0,
         at: at.steady,
     };
     let id = lease.lease.clone();

@@ -44,9 +44,10 @@ pub(super) fn seen(at: Moment, state: &State, name: AccountName, page: Box<Page>
 
 /// A write for what is shown beside the page, as soon as notes may be written (L5). Any other write carries it too.
 pub(super) fn show(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
-    let Some(account) = state.accounts.get(&name) else { return Vec::new() };
-    let change = PageChange::Shown { at: account.working.time(at.wall) };
-    vec![Event::Changed { account: name, change, at: at.steady }]
+    if !state.accounts.contains_key(&name) {
+        return Vec::new();
+    }
+    vec![Event::Changed { account: name, change: PageChange::Shown, at: at.steady }]
 }
 
 /// The base of the open window follows the tier both ways; holds are not touched (L12).
@@ -63,6 +64,7 @@ fn base(at: Moment, name: &AccountName, page: &Page, policy: &Policy) -> Option<
 /// A hold of an earlier term. What its node says decides (L7).
 fn adopt(at: Moment, state: &State, name: &AccountName, hold: &Hold) -> Vec<Event> {
     let known = state.leases.get(&hold.lease);
+    let limits = state.inherited_limits();
     let adopted = Event::Adopted {
         lease: hold.lease.clone(),
         account: Some(name.clone()),
@@ -72,7 +74,8 @@ fn adopt(at: Moment, state: &State, name: &AccountName, hold: &Hold) -> Vec<Even
         card: known.and_then(|known| known.card),
         stage: Stage::Ordered,
         slot: known.map_or(SlotUse::Taken, |known| known.slot),
-        follows: hold.after.is_some(),
+        limits,
+        waits_ms: hold.after.as_ref().map_or(0, |_| limits.clear_limit_ms),
         // The order may have left at any time up to now.
         at: at.steady,
     };
@@ -193,7 +196,13 @@ fn order(at: Moment, state: &State, id: &LeaseId, lease: &Lease) -> Vec<Event> {
         // Nobody was told of it, so nobody has to be asked.
         return report::void(at, state, id, Ending::Undelivered, SlotUse::Free);
     }
-    vec![Event::Ordered { lease: id.clone(), at: at.steady }]
+    let before = lease.after.as_ref().and_then(|before| state.leases.get(before));
+    vec![Event::Ordered {
+        lease: id.clone(),
+        at: at.steady,
+        limits: state.settings(&lease.node).limits,
+        waits_ms: before.map_or(0, |before| before.limits.clear_limit_ms),
+    }]
 }
 
 fn settled(state: &State, account: &AccountName, id: &LeaseId) -> Vec<Event> {

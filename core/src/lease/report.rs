@@ -123,8 +123,11 @@ pub(super) fn void(at: Moment, state: &State, lease: &LeaseId, ending: Ending, s
 }
 
 fn charge(state: &State, hold: &Hold, report: EndReport, now: Steady) -> (Ending, u64) {
-    let used_ms =
-        if state.has(Mutant::ChargeUnbounded) { report.used_ms } else { report.used_ms.min(hold.declared_ms) };
+    let used_ms = match report.used_ms {
+        used_ms if state.has(Mutant::ChargeUnbounded) => used_ms,
+        _ if state.has(Mutant::ChargeDeclared) => hold.declared_ms,
+        used_ms => used_ms.min(hold.declared_ms),
+    };
     let charged_ms = hold.weight.saturating_mul(used_ms);
     match report.ending {
         Ending::Released | Ending::Failed | Ending::WorkerDied | Ending::Deadline | Ending::Cancelled => {

@@ -137,7 +137,7 @@ fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), De
 pub(super) fn frees_in_ms(state: &State, account: &Account, time: LedgerTime) -> u64 {
     let holds = state.page_of(account).holds.iter();
     holds
-        .map(|hold| hold.since.plus(state.settings(&hold.node).held_ms(hold.declared_ms)).since(time))
+        .map(|hold| hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time))
         .min()
         .unwrap_or_default()
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::change::{PageChange, Urgency};
-use super::command::{NodeSettings, Policy};
+use super::command::{Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady};
@@ -133,8 +133,11 @@ pub struct Lease {
     pub number: u64,
     /// It gets the slot of this lease (L14).
     pub after: Option<LeaseId>,
-    /// Its order said to wait for another lease's slot: all its limits begin that much later (L9).
-    pub follows: bool,
+    /// Limits that its order carried, or carries if it leaves now. Of a lease of an earlier term the longest that it can
+    /// be expected to have carried.
+    pub limits: Limits,
+    /// Its order said to wait for another lease's slot: all its limits begin up to so much later (L9, L14).
+    pub waits_ms: u64,
     /// Its slot.
     pub slot: SlotUse,
     /// When the order was sent; the start of the term for leases of an earlier one (L9).
@@ -234,6 +237,22 @@ impl State {
         self.nodes.get(node).map(|node| node.settings).unwrap_or_default()
     }
 
+    /// The limits of a lease whose order left in an earlier term: neither its page nor its node says what it carried.
+    ///
+    /// Too short ones would end a healthy lease, or return its quota while it runs. Too long ones keep quota reserved a
+    /// little longer, and only where the node is silent: one that is there ends its leases itself. So of each limit the
+    /// longest: of the defaults, which apply to a node whose pool is not known (it may be known now, or have been), and of
+    /// what applies now to any node of the term (this one may have been in that one's pool). A pool that was above all
+    /// these and was edited shortly before the fail-over is not covered.
+    pub(super) fn inherited_limits(&self) -> Limits {
+        self.nodes.values().fold(Limits::default(), |longest, node| longest.longest(node.settings.limits))
+    }
+
+    /// The limits of the lease of a hold.
+    pub(super) fn limits_of(&self, lease: &LeaseId, node: &NodeName) -> Limits {
+        self.leases.get(lease).map_or_else(|| self.settings(node).limits, |lease| lease.limits)
+    }
+
     /// True if the node accepted this term and its session is open.
     pub fn joined(&self, node: &NodeName) -> bool {
         self.nodes.get(node).is_some_and(|node| node.joined)
@@ -267,9 +286,10 @@ impl Account {
         self.pending.iter().map(PageChange::urgency).max()
     }
 
-    /// True if nothing of it is in flight or waits to be written.
-    pub fn is_quiet(&self) -> bool {
-        self.in_flight.is_none() && self.pending.is_empty()
+    /// True if a write of it is under way, or due within [`NOTE_PERIOD_MS`](super::NOTE_PERIOD_MS). Changes that wait for
+    /// company may wait for much longer ([`Urgency::Lazy`]).
+    pub fn is_written_soon(&self) -> bool {
+        self.in_flight.is_some() || self.urgency() >= Some(Urgency::Note)
     }
 }
 

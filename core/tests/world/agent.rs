@@ -211,7 +211,7 @@ impl Agent {
     }
 
     fn start(&mut self, order: Order, stamp: u64, now: u64) {
-        let late = now.saturating_sub(stamp) > order.settings.order_ttl_ms;
+        let late = now.saturating_sub(stamp) > order.limits.order_ttl_ms;
         if order.epoch < self.epoch || late || !self.tickets.contains_key(&order.ticket) {
             return self.refuse(order.lease);
         }
@@ -313,11 +313,11 @@ impl Agent {
             .iter()
             .filter_map(|(id, held)| match held.phase {
                 Phase::Assigned { since } => {
-                    let limit = since + held.order.settings.allow_limit_ms;
+                    let limit = since + held.order.limits.allow_limit_ms;
                     (limit <= now).then(|| (id.clone(), Ending::NeverAllowed, limit))
                 }
                 Phase::Running { since } => {
-                    let limit = since + held.order.declared_ms + held.order.settings.grace_ms;
+                    let limit = since + held.order.declared_ms + held.order.limits.grace_ms;
                     (limit <= now).then(|| (id.clone(), Ending::Deadline, limit))
                 }
                 _ => None,

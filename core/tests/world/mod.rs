@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use agent::{Agent, Asked, Phase, ToAgent};
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
-use spaceport_core::lease::{Command, Effect, Event, FreedAs, Moment, Mutant, Policy, Priority, Request, State, step};
+use spaceport_core::lease::{
+    Command, Effect, Event, FreedAs, Limits, Moment, Mutant, NodeSettings, Policy, Priority, Request, State, step,
+};
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::quota::{Allowance, Grant};
@@ -18,6 +20,10 @@ use store::Store;
 pub const ACCOUNTS: [&str; 3] = ["ann", "bob", "eve"];
 pub const NODES: [&str; 2] = ["gpu-1", "gpu-2"];
 const START: i64 = 1_800_000_000_000;
+
+/// The other pool that a node may be put into. No limit is above the defaults, which is what a new leader takes for the
+/// limits of a lease of an earlier term: so they are never too short.
+const QUICK: Limits = Limits { allow_limit_ms: 3_000, grace_ms: 500, clear_limit_ms: 1_000, order_ttl_ms: 4_000 };
 
 /// One leader and all it has done.
 pub struct Leader {
@@ -55,6 +61,8 @@ pub struct World {
     leaders: u64,
     pub store: Store,
     pub agents: BTreeMap<NodeName, Agent>,
+    /// What the pool of each node says now.
+    limits: BTreeMap<NodeName, Limits>,
     pub leader: Option<Leader>,
     writes: Vec<Write>,
     reads: VecDeque<(u64, AccountName)>,
@@ -111,6 +119,7 @@ impl World {
             leaders: 0,
             store: Store::default(),
             agents: NODES.iter().map(|name| (NodeName::new(*name), Agent::new(name, 2))).collect(),
+            limits: NODES.iter().map(|name| (NodeName::new(*name), Limits::default())).collect(),
             leader: None,
             writes: Vec::new(),
             reads: VecDeque::new(),
@@ -238,7 +247,8 @@ impl World {
                 Ok(())
             }
             97 => self.jump(value),
-            98 => self.touch_spec(value),
+            98 if value >> 8 & 1 == 0 => self.touch_spec(value),
+            98 => self.change_pool(value),
             _ => self.land_late(value),
         }
     }
@@ -503,11 +513,31 @@ impl World {
             began: self.now,
             revisions,
         });
+        for node in NODES.map(NodeName::new) {
+            self.tell_limits(&node)?;
+        }
         for account in ACCOUNTS.map(AccountName::new) {
             let (page, policy) = (Box::new(self.store.page(&account)), policy(&account));
             self.tell(Command::AccountSeen { account, page, policy })?;
         }
         Ok(())
+    }
+
+    /// A node is put into another pool, or its pool is edited; its leases run on, whether it is heard of or not.
+    fn change_pool(&mut self, value: u64) -> Result<(), String> {
+        let node = self.node(value);
+        let limits = if value >> 16 & 3 == 0 { Limits::default() } else { QUICK };
+        self.limits.insert(node.clone(), limits);
+        self.tell_limits(&node)?;
+        if value >> 20 & 1 == 0 {
+            self.cut(value)?;
+        }
+        self.pass((value >> 24) % 30_000)
+    }
+
+    fn tell_limits(&mut self, node: &NodeName) -> Result<(), String> {
+        let settings = NodeSettings { limits: self.limits[node], ..NodeSettings::default() };
+        self.tell(Command::NodeSettings { node: node.clone(), settings })
     }
 
     /// Someone edits the account's spec: another revision, the same page.

@@ -274,6 +274,14 @@ impl Gate {
         Ok(())
     }
 
+    /// Exempts one cgroup more, as the agent's own: the rest of the set is derived from pods that are not seen yet.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn exempt_also(&self, cgroup: u64) -> Result<(), GateError> {
+        self.exempt.insert(&cgroup, &1).map_err(failed("exempt a pod", &self.pin_directory))
+    }
+
     fn doors(&self) -> Result<Vec<Door>, GateError> {
         self.allow.keys().map_err(failed("read the map", &self.pin_directory))
     }

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 
 use super::{DeviceNodes, InventoryError, NodeInventory, NvmlHandle};
 use crate::gate::Device;
 use crate::hardware::{SensorError, Sensors};
-use crate::node_link::chain;
 
 /// Sensors by way of the NVML thread and the host's `/dev`.
 #[derive(Clone, Debug)]
@@ -57,7 +57,7 @@ impl Sensors for NodeSensors {
 }
 
 fn refused(card: u32, error: &InventoryError) -> SensorError {
-    SensorError { card, reason: chain(error) }
+    SensorError { card, reason: error_chain(error) }
 }
 
 /// The clock with which NVML stamps its samples.

@@ -25,11 +25,11 @@ use tokio_util::sync::CancellationToken;
 use crate::cdi::{self, CdiFile, DriverRoot};
 use crate::converge::View;
 use crate::inventory::{DeviceNodes, NodeInventory};
-use crate::node_link::chain;
 use crate::policy::Policy;
 use offer::Offer;
 use plugin::{PluginSettings, PluginState};
 use pod_resources::Holding;
+use spaceport_shell::error_chain;
 
 /// Where kubelet has its device plugins' sockets. Kubelet has this path built in, whatever its root directory.
 pub const DEFAULT_DEVICE_PLUGIN_DIRECTORY: &str = "/var/lib/kubelet/device-plugins";
@@ -185,7 +185,9 @@ pub async fn run(
             match pod_resources::list(&settings.pod_resources_socket).await {
                 Ok(listed) => view.holdings = Some(listed),
                 // What was known stays: a pod does not lose its card because kubelet restarts.
-                Err(error) => tracing::warn!(error = %chain(&error), "Kubelet does not tell which pods hold devices"),
+                Err(error) => {
+                    tracing::warn!(error = %error_chain(&error), "Kubelet does not tell which pods hold devices")
+                }
             }
         }
         let leased = leased(&inputs.leases.borrow_and_update());
@@ -224,11 +226,11 @@ pub async fn run(
     stop.cancel();
     while let Some(ended) = plugins.join_next().await {
         if let Err(error) = ended {
-            tracing::error!(error = %chain(&error), "A plugin ended badly");
+            tracing::error!(error = %error_chain(&error), "A plugin ended badly");
         }
     }
     if let Err(error) = settings.cdi.remove() {
-        tracing::warn!(error = %chain(&error), "The CDI spec stays behind");
+        tracing::warn!(error = %error_chain(&error), "The CDI spec stays behind");
     }
 }
 
@@ -256,7 +258,7 @@ fn keep_cdi(settings: &KubeletSettings, offer: &Offer) -> Result<(), String> {
             Ok(())
         }
         Ok(false) => Ok(()),
-        Err(error) => Err(chain(&error)),
+        Err(error) => Err(error_chain(&error)),
     }
 }
 

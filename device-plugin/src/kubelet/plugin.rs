@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -14,7 +15,6 @@ use super::register::{KUBELET_SOCKET, register};
 use super::serve::{Ending, Served};
 use super::sock_watch::{DEFAULT_POLL, Identity, SocketWatch, identity};
 use super::{PluginDevice, Resource};
-use crate::node_link::chain;
 
 /// Before a socket that was taken from us is served again. Kubelet sweeps its directory when it starts; the pause lets it
 /// finish, and keeps two agents on one node, which must not be, from filling the disk with logs.
@@ -80,7 +80,7 @@ pub async fn run(
                 REBIND_PAUSE
             }
             Err(error) => {
-                plugin.waits(chain(&error));
+                plugin.waits(error_chain(&error));
                 backoff.pause()
             }
         };
@@ -141,7 +141,7 @@ impl Plugin {
                             retry = None;
                         }
                         Err(error) => {
-                            self.waits(chain(&error));
+                            self.waits(error_chain(&error));
                             retry = Some(Instant::now() + backoff.pause());
                         }
                     }

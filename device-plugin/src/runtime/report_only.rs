@@ -47,7 +47,7 @@ impl Reporter<'_> {
         let (_found, findings) = watch::channel(vec![finding]);
         let inventory = nvml.inventory();
         let sources = node_status::Sources { inventory, policy, kubelet, leases, epoch, findings };
-        let (policy_client, node, stop) = (client.clone(), place.node.clone(), tasks.stop.clone());
+        let (policy_client, node, stop) = (client.clone(), place.node.clone(), tasks.stop_token().clone());
         let end = stop.clone();
         tasks.spawn("policy", async move { policy::run(policy_client, &node, policy_sender, end).await });
         tasks.spawn("node status", node_status::run(client, identity, sources, stop));
@@ -68,6 +68,6 @@ mod tests {
         assert!(told.message.contains("cpu, devices"), "{}", told.message);
         let none = HierarchyError::NoPodsCgroup { root: "/".into(), looked_for: "kubepods".to_owned() };
         assert!(finding(&none.into()).is_none(), "kubelet may not have started");
-        assert!(finding(&anyhow!("another")).is_none());
+        assert!(finding(&anyhow::anyhow!("another")).is_none());
     }
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
 
 use super::load::LONG_S;
+use super::page_write::OPERATOR;
 use crate::kubectl::{Kubectl, at};
 use crate::story::NAMESPACE;
 use crate::token::Token;
@@ -126,11 +127,21 @@ pub(super) fn remove_leftovers(world: &World) -> Result<()> {
 fn remove(kubectl: &Kubectl, accounts: &[&str]) -> Result<()> {
     if !accounts.is_empty() {
         let receipts = kubectl.items(&["--namespace", NAMESPACE, "get", "gpuleases"])?;
-        let names: Vec<&str> = receipts
-            .iter()
-            .filter(|receipt| at(receipt, "/spec/account").as_str().is_some_and(|name| accounts.contains(&name)))
-            .filter_map(|receipt| at(receipt, "/metadata/name").as_str())
-            .collect();
+        let ours =
+            |receipt: &&Value| at(receipt, "/spec/account").as_str().is_some_and(|name| accounts.contains(&name));
+        let name = |receipt: &Value| at(receipt, "/metadata/name").as_str().map(str::to_owned);
+        // The holds that were written on the page by the benchmark itself have receipts, and nobody else ends those.
+        for open in receipts.iter().filter(ours).filter(|receipt| at(receipt, "/spec/phase") == "Reserved") {
+            let open = name(open).context("a receipt without a name")?;
+            let patch = json!({ "spec": {
+                "phase": "Expired", "outcome": "Expired",
+                "usedMilliseconds": 0, "chargedMilliseconds": 0, "used": "0s", "charged": "0s",
+            } });
+            let end = ["--as", OPERATOR, "--namespace", NAMESPACE, "patch", "gpulease", &open, "--type", "merge"];
+            kubectl.run(&[&end[..], &["--patch", &patch.to_string()]].concat())?;
+        }
+        let names: Vec<String> = receipts.iter().filter(ours).filter_map(name).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
         for names in names.chunks(NAMES_PER_COMMAND) {
             let delete = ["--namespace", NAMESPACE, "delete", "gpulease", "--ignore-not-found", "--wait=false"];
             kubectl.run(&[&delete[..], names].concat())?;
@@ -201,9 +212,7 @@ fn add_up(page: &Value, receipts: &[&Value], granted: u64) -> Result<i64, String
     if rows("/holds") > 0 {
         return Err(format!("{} leases are still held", rows("/holds")));
     }
-    if rows("/closed") > 0 {
-        return Err(format!("{} receipts are still to be written", rows("/closed")));
-    }
+    // A row of `closed` leaves with the next write of the page, so it may outlast its receipt: the receipts are counted.
     let open =
         receipts.iter().filter(|receipt| !matches!(at(receipt, "/spec/phase").as_str(), Some("Settled" | "Refunded")));
     if let Some(receipt) = open.into_iter().next() {
@@ -249,7 +258,6 @@ mod tests {
         let running = receipt("Running", 0);
         assert!(wrong(&page(&[30]), &[&first, &running], 2).contains("Running"));
         assert_eq!(wrong(&json!({ "holds": [{}] }), &both, 2), "1 leases are still held");
-        assert_eq!(wrong(&json!({ "closed": [{}, {}] }), &both, 2), "2 receipts are still to be written");
     }
 
     #[test]

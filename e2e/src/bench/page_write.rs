@@ -27,7 +27,7 @@ use crate::story::{NAMESPACE, SPACE};
 use crate::wait::now;
 
 /// Pages are written by nobody else (policy spaceport-ledger-pages).
-const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
+pub(super) const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
 /// As the operator's own limit of a page write: as long as etcd needs to elect a leader, twice over.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// Writes of others to one page that a run bears: the broker may settle once what it finds on a page that it did not

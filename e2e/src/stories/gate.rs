@@ -81,6 +81,42 @@ if __name__ == "__main__":
     let seen = world.app(program)?;
     ensure!(seen["counted"].as_i64().unwrap_or(0) > 0, "the thread did run during the lease: {seen}");
     ensure!(seen["first"] == seen["second"], "the thread of the idle worker computes on: {seen}");
+    ensure!(seen["same_worker"] == true, "the next call of the same function did not find its idle worker: {seen}");
+    Ok(())
+}
+
+/// N12: an app that has made a call and comes to its end is not held up by the worker that is kept frozen for it.
+///
+/// # Errors
+/// What was not as it must be.
+pub fn an_app_ends_although_its_worker_is_frozen(world: &World) -> Result<()> {
+    // The interpreter's own end waits for its children, and tells them to end; a frozen one cannot hear that.
+    let program = r#"
+import json, subprocess, sys
+app = """
+import os, spaces
+@spaces.GPU(duration=5)
+def work():
+    return os.getpid()
+if __name__ == "__main__":
+    print("worked", work(), flush=True)
+"""
+process = subprocess.Popen([sys.executable, "-c", app], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+line = ""
+while not line.startswith("worked"):
+    line = process.stdout.readline()
+    if not line:
+        break
+try:
+    code = process.wait(timeout=20)
+except subprocess.TimeoutExpired:
+    code = "it does not end"
+    process.kill()
+print(json.dumps({"said": line.strip(), "code": code}))
+"#;
+    let seen = world.app(program)?;
+    ensure!(seen["said"].as_str().unwrap_or_default().starts_with("worked"), "the app made no call: {seen}");
+    ensure!(seen["code"] == 0, "after its call the app did not end: {seen}");
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 mod crash;
 mod gate;
+mod host;
 mod ledger;
 mod requests;
 
@@ -15,12 +16,14 @@ use serde_json::Value;
 
 pub use crash::{kill_9_of_the_node_agent_in_mid_lease, kill_9_of_the_operator_in_mid_lease};
 pub use gate::{
-    an_idle_worker_does_not_compute, only_the_allowed_worker_opens_the_card,
+    an_app_ends_although_its_worker_is_frozen, an_idle_worker_does_not_compute, only_the_allowed_worker_opens_the_card,
     the_deadline_ends_the_worker_and_closes_the_gate,
 };
+pub use host::a_host_with_only_cgroup_v1_says_so;
 pub use ledger::{a_grant_that_nobody_uses_is_refunded, a_receipt_tells_every_boundary_in_order, first_light};
 pub use requests::{
-    a_visitor_who_leaves_the_queue_is_forgotten, a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once,
+    a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten, a_visitor_who_leaves_the_queue_is_forgotten,
+    a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once,
     malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
 };
 

@@ -29,30 +29,31 @@ pub fn malformed_requests_get_an_answer_their_client_understands_and_leave_the_l
     let space_account = world.space_account()?;
     let space_before = world.page(&space_account).map(|page| at(&page, "/windows").clone()).unwrap_or_default();
 
-    let cases: Vec<(String, u64)> = vec![
-        ("/schedule".to_owned(), 400),
-        ("/schedule?cgroupPath=%2F&enableQueue=true&tokenVersion=2&durationSeconds=5".to_owned(), 400),
-        (schedule(&token, "-5", ""), 429),
-        (schedule(&token, "99999999999999999999999", ""), 429),
-        (schedule(&token, "86395", ""), 429),
-        (schedule(&token, "0", ""), 429),
-        (schedule(&token, "five", ""), 400),
-        (schedule(&token, "5", "gigantic"), 429),
-        (schedule("not-a-token", "5", ""), 401),
-        (schedule(&expired, "5", ""), 401),
-        (schedule(&foreign, "5", ""), 401),
-        (schedule(&unknown, "5", ""), 401),
-        (schedule(&forged, "5", ""), 401),
-        ("/allow?allowToken=unknown&pid=1".to_owned(), 404),
-        ("/allow?pid=7".to_owned(), 400),
-        ("/release?allowToken=unknown&fail=false".to_owned(), 404),
-        ("/nothing".to_owned(), 404),
+    let without = |parameters: &str| format!("/schedule?{parameters}");
+    let cases: Vec<(&str, String, u64)> = vec![
+        ("no query", "/schedule".to_owned(), 400),
+        ("no task", without("cgroupPath=%2F&enableQueue=true&tokenVersion=2&durationSeconds=5"), 400),
+        ("no duration", without("cgroupPath=%2F&taskId=1&enableQueue=true&tokenVersion=2"), 400),
+        ("negative duration", schedule(&token, "-5", ""), 429),
+        ("huge duration", schedule(&token, "99999999999999999999999", ""), 429),
+        ("a day less 5 s, as the client makes of -5 s", schedule(&token, "86395", ""), 429),
+        ("no time at all", schedule(&token, "0", ""), 429),
+        ("a word as duration", schedule(&token, "five", ""), 400),
+        ("unknown size", schedule(&token, "5", "gigantic"), 429),
+        ("no token of ours", schedule("not-a-token", "5", ""), 401),
+        ("expired token", schedule(&expired, "5", ""), 401),
+        ("token of another Space", schedule(&foreign, "5", ""), 401),
+        ("token of an unknown account", schedule(&unknown, "5", ""), 401),
+        ("forged token", schedule(&forged, "5", ""), 401),
+        ("unknown allowToken", "/allow?allowToken=unknown&pid=1".to_owned(), 404),
+        ("no allowToken", "/allow?pid=7".to_owned(), 400),
+        ("release of nothing", "/release?allowToken=unknown&fail=false".to_owned(), 404),
+        ("unknown path", "/nothing".to_owned(), 404),
     ];
-    let paths: Vec<String> = cases.iter().map(|(path, _)| path.clone()).collect();
+    let paths: Vec<String> = cases.iter().map(|(_, path, _)| path.clone()).collect();
     let answers = world.raw(&paths)?;
-    for ((path, expected), answer) in cases.iter().zip(&answers) {
-        let shown = path.split("&token=").next().unwrap_or_default();
-        ensure!(answer["status"] == *expected, "{shown}: {answer}");
+    for ((what, _, expected), answer) in cases.iter().zip(&answers) {
+        ensure!(answer["status"] == *expected, "{what} is answered {answer}, not {expected}");
     }
     let page = world.page(&account)?;
     ensure!(at(&page, "/windows").as_array().is_none_or(Vec::is_empty), "a window was opened: {page}");
@@ -161,6 +162,65 @@ print(json.dumps({{"allowed": allowed, "head": head, "waiting": waiting, "left":
     ensure!(seen["head"].as_str().unwrap_or_default().contains("text/event-stream"), "{seen}");
     ensure!(seen["waiting"] == 1, "{seen}");
     ensure!(seen["left"] == 0, "who has left still waits: {seen}");
+    world.settled(&first, SETTLE_LIMIT)?;
+    let page = world.settled(&second, SETTLE_LIMIT)?;
+    ensure!(at(&page, "/windows").as_array().is_none_or(Vec::is_empty), "who left the queue pays nothing: {page}");
+    Ok(())
+}
+
+/// The same although a worker, forked while the call waited, still has a copy of its connection: nobody reads the pings.
+///
+/// # Errors
+/// What was not as it must be.
+pub fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten(world: &World) -> Result<()> {
+    let (first, second) = (world.new_account("copy-first")?, world.new_account("copy-second")?);
+    let holder = schedule(&world.token(&first)?, "50", "xlarge");
+    let waiter = schedule(&world.token(&second)?, "5", "xlarge");
+    let program = format!(
+        r#"
+import http.client, json, os, signal, socket, threading, time
+def post(path):
+    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
+    connection.request("POST", path, body=b"")
+    answer = connection.getresponse(); body = answer.read().decode()
+    return answer.status, body
+def queue_size():
+    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=10)
+    connection.request("GET", "/queue-size")
+    return json.loads(connection.getresponse().read())
+def wait_for(size, seconds):
+    end = time.monotonic() + seconds
+    while queue_size() != size and time.monotonic() < end:
+        time.sleep(0.2)
+    return queue_size()
+status, body = post({holder:?})
+token = json.loads(body)["allowToken"]
+queued = socket.create_connection(("127.0.0.1", 7999))
+queued.sendall(("POST " + {waiter:?} + " HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").encode())
+reader = threading.Thread(target=lambda: [None for _ in iter(lambda: queued.recv(4096), b"")], daemon=True)
+waiting = wait_for(1, 10)
+worker = os.fork()
+if worker == 0:
+    time.sleep(60); os._exit(0)
+allowed = post(f"/allow?allowToken={{token}}&pid={{worker}}")[0]
+reader.start()
+# A visitor who waits and reads keeps the place for longer than one who does not.
+time.sleep(8)
+patient = queue_size()
+# Not shutdown(): the worker's copy keeps the connection as it is. The reader's call returns with the descriptor's end.
+os.dup2(os.open("/dev/null", os.O_RDONLY), queued.fileno())
+left = wait_for(0, 45)
+alive = os.waitpid(worker, os.WNOHANG)[0] == 0
+released = post(f"/release?allowToken={{token}}&fail=false")[0]
+print(json.dumps({{"allowed": allowed, "waiting": waiting, "patient": patient, "left": left, "alive": alive, "released": released}}))
+"#
+    );
+    let seen = world.app(&program)?;
+    ensure!(seen["allowed"] == 200, "{seen}");
+    ensure!(seen["waiting"] == 1, "{seen}");
+    ensure!(seen["patient"] == 1, "who waits and reads lost the place: {seen}");
+    ensure!(seen["left"] == 0, "who has left a copy of the connection still waits: {seen}");
+    ensure!(seen["alive"] == true, "the worker that has the copy ended first: {seen}");
     world.settled(&first, SETTLE_LIMIT)?;
     let page = world.settled(&second, SETTLE_LIMIT)?;
     ensure!(at(&page, "/windows").as_array().is_none_or(Vec::is_empty), "who left the queue pays nothing: {page}");

@@ -17,6 +17,7 @@ pub mod status;
 use std::time::Duration;
 
 use spaceport_core::ids::LedgerTime;
+use spaceport_shell::error_chain;
 use tokio_util::sync::CancellationToken;
 
 use self::execute::{ExecuteError, execute};
@@ -24,8 +25,8 @@ use self::observe::Observed;
 use self::plan::{Plan, plan};
 pub use self::queue::WorkQueue;
 use self::queue::{Item, Next};
+use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi, pause};
-use crate::{clock, error_chain};
 
 /// First wait after a failed write; doubles with each further one up to the last.
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
@@ -73,22 +74,22 @@ async fn work_on(api: &KubeApi, queue: &WorkQueue, item: Item, clock_skew_max: D
         queue.put_back(Item { observed, failures: 0 }, clock::monotonic() + wait);
         return;
     }
-    let account = observed.name.clone();
     match execute(api, &observed, plan, clock_skew_max).await {
         Ok(()) => note(&observed, plan),
-        // It is gone, and whatever kept it.
-        Err(ExecuteError::Api(ApiError::NotFound { .. })) => {}
-        // The watch brings the newer revision at any moment.
-        Err(ExecuteError::Api(ApiError::Conflict { .. })) => {
-            queue.put_back(Item { observed, failures }, clock::monotonic() + BACKOFF_FIRST);
-        }
+        Err(error) if is_outdated(&error) => {}
         Err(error) => {
-            let wait = backoff(failures);
+            let (account, wait) = (&observed.name, backoff(failures));
             let retry_s = wait.as_secs();
             tracing::warn!(%account, retry_s, error = %error_chain(&error), "The finalizer of an account is not as it should be");
             queue.put_back(Item { observed, failures: failures.saturating_add(1) }, clock::monotonic() + wait);
         }
     }
+}
+
+/// True if the write failed because its revision is not the newest: it would fail for ever. The watch has shown the newer
+/// one or will show it, and whether anything is to be done is decided on that.
+fn is_outdated(error: &ExecuteError) -> bool {
+    matches!(error, ExecuteError::Api(ApiError::NotFound { .. } | ApiError::Conflict { .. }))
 }
 
 fn note(observed: &Observed, plan: Plan) {
@@ -109,6 +110,17 @@ fn backoff(failures: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubeapi::Call;
+
+    #[test]
+    fn a_write_of_an_old_revision_is_not_tried_again() {
+        let call = || Call { verb: "patch", kind: "GPUAccount".to_owned(), name: "bob".to_owned() };
+        assert!(is_outdated(&ExecuteError::Api(ApiError::Conflict { call: call() })));
+        assert!(is_outdated(&ExecuteError::Api(ApiError::NotFound { call: call() })));
+        assert!(!is_outdated(&ExecuteError::ClockSkew { ahead_ms: 6_000 }));
+        let (reason, message) = ("Forbidden".to_owned(), "not now".to_owned());
+        assert!(!is_outdated(&ExecuteError::Api(ApiError::Refused { call: call(), code: 403, reason, message })));
+    }
 
     #[test]
     fn failures_are_tried_again_ever_more_seldom_but_at_least_once_a_minute() {

@@ -13,7 +13,7 @@ use super::plan::{Plan, plan};
 use crate::clock;
 use crate::ledger::seen::AccountSeen;
 
-/// Accounts that the controller has to look at. A cheap handle.
+/// Accounts that the controller has to look at. A cheap handle; only one worker takes items out.
 #[derive(Clone, Default)]
 pub struct WorkQueue {
     /// A std mutex: it is never held across an await.
@@ -26,6 +26,8 @@ pub struct WorkQueue {
 struct Items {
     by_name: BTreeMap<AccountName, (Instant, Item)>,
     by_time: BTreeSet<(Instant, AccountName)>,
+    /// What the worker took out last, as long as the watch has shown nothing newer of it.
+    in_work: Option<AccountName>,
 }
 
 /// One account to look at.
@@ -54,11 +56,14 @@ impl WorkQueue {
 
     /// An account is gone.
     pub fn gone(&self, account: &AccountName) {
-        self.lock().remove(account);
+        let mut items = self.lock();
+        items.outdate(account);
+        items.remove(account);
     }
 
     fn observe(&self, observed: Observed, wall: LedgerTime, now: Instant) {
         let mut items = self.lock();
+        items.outdate(&observed.name);
         let old = items.remove(&observed.name);
         if plan(&observed, wall) == Plan::Nothing {
             return;
@@ -80,14 +85,24 @@ impl WorkQueue {
         if due > now {
             return Next::At(Some(due));
         }
-        items.remove(&account).map_or(Next::At(None), |(_, item)| Next::Due(item))
+        let Some((_, item)) = items.remove(&account) else { return Next::At(None) };
+        items.in_work = Some(account);
+        Next::Due(item)
     }
 
-    /// Gives an item back for later, unless the watch has shown a newer revision meanwhile.
+    /// Gives the item that was taken out last back for later. If the watch has shown a newer revision meanwhile, or that
+    /// the account is gone, it is dropped: that revision is waiting here, or there is nothing to be done about it. Only the
+    /// wait after a failure is handed on.
     pub(super) fn put_back(&self, item: Item, due: Instant) {
         let mut items = self.lock();
-        if !items.by_name.contains_key(&item.observed.name) {
+        let account = &item.observed.name;
+        if items.in_work.as_ref() == Some(account) {
+            items.in_work = None;
             items.insert(due, item);
+        } else if item.failures > 0
+            && let Some((_, Item { observed, .. })) = items.remove(account)
+        {
+            items.insert(due, Item { observed, failures: item.failures });
         }
     }
 
@@ -114,6 +129,13 @@ impl Items {
         self.by_time.remove(&(due, account.clone()));
         Some((due, item))
     }
+
+    /// Something newer is known of the account than what the worker has in hand.
+    fn outdate(&mut self, account: &AccountName) {
+        if self.in_work.as_ref() == Some(account) {
+            self.in_work = None;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -138,8 +160,13 @@ mod tests {
     }
 
     fn taken(queue: &WorkQueue, now: Instant) -> (String, u32) {
+        let item = take(queue, now);
+        (item.observed.resource_version, item.failures)
+    }
+
+    fn take(queue: &WorkQueue, now: Instant) -> Item {
         match queue.next(now) {
-            Next::Due(item) => (item.observed.resource_version, item.failures),
+            Next::Due(item) => item,
             Next::At(due) => panic!("nothing is due before {due:?}"),
         }
     }
@@ -163,20 +190,50 @@ mod tests {
     fn what_is_given_back_waits_and_gives_way_to_a_newer_revision() {
         let (queue, now) = (WorkQueue::default(), clock::monotonic());
         let later = now + Duration::from_secs(1);
-        queue.put_back(Item { observed: revision(1, &[], false), failures: 0 }, later);
+        queue.observe(revision(1, &[], false), WALL, now);
+        let first = take(&queue, now);
+        queue.put_back(first.clone(), later);
         assert_eq!(queue.next(now), Next::At(Some(later)));
+        assert_eq!(take(&queue, later), first);
         queue.observe(revision(2, &[], false), WALL, now);
-        queue.put_back(Item { observed: revision(1, &[], false), failures: 0 }, later);
+        queue.put_back(first, later);
         assert_eq!(taken(&queue, now), ("2".to_owned(), 0));
+        assert_eq!(queue.next(later), Next::At(None));
+    }
+
+    #[test]
+    fn a_newer_revision_needs_nothing_while_the_old_one_is_being_worked_on() {
+        let (queue, now) = (WorkQueue::default(), clock::monotonic());
+        let later = now + Duration::from_secs(1);
+        queue.observe(revision(1, &[], false), WALL, now);
+        let old = take(&queue, now);
+        queue.observe(revision(2, &[LEDGER_FINALIZER], false), WALL, now);
+        queue.put_back(Item { failures: 1, ..old.clone() }, later);
+        assert_eq!(queue.next(later), Next::At(None), "the old revision can never be written again");
+        // The same if it vanishes.
+        queue.observe(revision(3, &[], false), WALL, now);
+        let old = take(&queue, now);
+        queue.gone(&AccountName::new("bob"));
+        queue.put_back(old, later);
+        assert_eq!(queue.next(later), Next::At(None));
     }
 
     #[test]
     fn a_busy_account_does_not_shorten_the_wait_after_a_failure() {
         let (queue, now) = (WorkQueue::default(), clock::monotonic());
         let later = now + Duration::from_secs(8);
-        queue.put_back(Item { observed: revision(1, &[], false), failures: 3 }, later);
+        queue.observe(revision(1, &[], false), WALL, now);
+        let old = take(&queue, now);
+        queue.put_back(Item { failures: 3, ..old }, later);
         queue.observe(revision(2, &[], false), WALL, now);
         assert_eq!(queue.next(now), Next::At(Some(later)));
-        assert_eq!(taken(&queue, later), ("2".to_owned(), 3));
+        let old = take(&queue, later);
+        assert_eq!((old.observed.resource_version.as_str(), old.failures), ("2", 3));
+        // Neither if the account changes while the write fails.
+        queue.observe(revision(3, &[], false), WALL, later);
+        let last = later + Duration::from_secs(16);
+        queue.put_back(Item { failures: 4, ..old }, last);
+        assert_eq!(queue.next(later), Next::At(Some(last)));
+        assert_eq!(taken(&queue, last), ("3".to_owned(), 4));
     }
 }

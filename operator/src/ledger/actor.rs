@@ -191,7 +191,7 @@ impl<P: Pages> Actor<P> {
     /// The first commands of the term: pages, pools and the sessions that wait.
     fn take_over(&mut self) {
         self.command(Command::ClockJudged { off_ms: self.known.clock_off_ms });
-        // Also of nodes whose agents are away: when their leases expire depends on their pool (L9).
+        // Before the pages, and also of nodes whose agents are away: the limits of leases of earlier terms depend on it (L9).
         for node in self.known.awaited() {
             self.configure(&node);
         }
@@ -307,7 +307,7 @@ impl<P: Pages> Actor<P> {
                 self.send(&node, |session| node_messages::start(&order, session.boottime_ms));
             }
             Effect::Cancel { node, lease, reason } => {
-                let (epoch, ttl) = (self.state.epoch, self.state.settings(&node).order_ttl_ms);
+                let (epoch, ttl) = (self.state.epoch, self.state.settings(&node).limits.order_ttl_ms);
                 self.send(&node, |session| node_messages::cancel(epoch, &lease, reason, session.boottime_ms, ttl));
             }
             Effect::Acknowledge { node, lease, ended, freed } => {

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use spaceport_core::ids::{AccountName, Epoch, NodeName, Ticket};
 use spaceport_core::lease::Policy;
+use spaceport_proto::nodelink::Card;
+use spaceport_proto::nodelink::node_message::Message;
 
 use super::policy::{self, NoPool};
+use super::receipt::GivenCard;
 use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
 use crate::node_link::{NodeEvent, Outbound, SessionId};
@@ -44,6 +47,17 @@ pub struct Session {
     pub highest_epoch: Epoch,
     /// Last stamp of the node's boot-time clock, echoed by orders (L8).
     pub boottime_ms: u64,
+    /// UUIDs of its cards by index, as its last inventory has them; so no more than it has cards.
+    pub card_uuids: BTreeMap<u32, String>,
+}
+
+/// All cards of a node, in messages that have them.
+fn inventory(message: Option<&Message>) -> Option<&[Card]> {
+    match message? {
+        Message::Joined(joined) => Some(&joined.cards),
+        Message::Heartbeat(heartbeat) if heartbeat.inventory_changed => Some(&heartbeat.cards),
+        _ => None,
+    }
 }
 
 impl Known {
@@ -130,6 +144,7 @@ impl Known {
                     agent_instance: hello.agent_instance,
                     highest_epoch: Epoch(hello.highest_epoch),
                     boottime_ms,
+                    card_uuids: BTreeMap::new(),
                 };
                 if let Some(old) = self.sessions.insert(node, session) {
                     old.outbound.close();
@@ -138,6 +153,9 @@ impl Known {
             NodeEvent::Message { session, node, message } => {
                 if let Some(known) = self.sessions.get_mut(&node).filter(|known| known.id == session) {
                     known.boottime_ms = known.boottime_ms.max(message.boottime_ms);
+                    if let Some(cards) = inventory(message.message.as_ref()) {
+                        known.card_uuids = cards.iter().map(|card| (card.index, card.uuid.clone())).collect();
+                    }
                 }
             }
             NodeEvent::Disconnected { session, node } => {
@@ -157,6 +175,12 @@ impl Known {
     pub fn ticket(&self, node: &NodeName, number: u64) -> Option<Ticket> {
         let session = self.sessions.get(node)?;
         Some(Ticket { agent_instance: session.agent_instance.clone(), number })
+    }
+
+    /// A card that a node says it gave to a lease.
+    pub fn given_card(&self, node: &NodeName, index: u32) -> GivenCard {
+        let uuid = self.sessions.get(node).and_then(|session| session.card_uuids.get(&index));
+        GivenCard::new(index, uuid.map(String::as_str).unwrap_or_default())
     }
 
     /// What the account may do. The tier's name is empty if none applies: then nothing is granted.

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use spaceport_core::ids::{AccountName, Epoch};
 use spaceport_core::page::Page;
+use spaceport_shell::error_chain;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use super::display::Display;
 use super::seen::AccountSeen;
 use super::store::{CreateError, PageStore, PageTarget, TermBegun, TermError, WriteOutcome};
-use crate::error_chain;
 use crate::kubeapi::{ApiError, pause};
 
 /// Waits between two tries to read a page; the last is repeated until it is read, for quota and place of an unknown

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::lease::{NodeSettings, Policy, Priority};
+use spaceport_core::lease::{Limits, NodeSettings, Policy, Priority};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::QueueBounds;
 use spaceport_core::quota::{Allowance, Grant};
@@ -121,10 +121,12 @@ pub fn pool_of<'a>(named: Option<&str>, pools: &'a BTreeMap<String, PoolSeen>) -
 pub fn settings_of(pool: &PoolSeen) -> NodeSettings {
     let bound = |requests: u64| usize::try_from(requests).unwrap_or(usize::MAX);
     NodeSettings {
-        allow_limit_ms: pool.allow_limit_ms,
-        grace_ms: pool.grace_ms,
-        clear_limit_ms: pool.clear_limit_ms,
-        order_ttl_ms: pool.order_ttl_ms,
+        limits: Limits {
+            allow_limit_ms: pool.allow_limit_ms,
+            grace_ms: pool.grace_ms,
+            clear_limit_ms: pool.clear_limit_ms,
+            order_ttl_ms: pool.order_ttl_ms,
+        },
         duration_factor_percent: pool.duration_factor_percent,
         large_weight: pool.large_weight,
         xlarge_weight: pool.xlarge_weight,

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, LeaseId};
 use spaceport_crds::GPULease;
+use spaceport_shell::error_chain;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-pub use record::{Crossing, LeaseEnd, LeaseRecord, Progress};
+pub use record::{Crossing, GivenCard, LeaseEnd, LeaseRecord, Progress};
 
 use self::record::merged;
 use self::schedule::{Pending, Written};
@@ -126,6 +127,12 @@ impl Receipts {
         self.lock().values().filter(|pending| pending.end_is_unwritten()).count()
     }
 
+    /// The newest state of a lease that is followed.
+    #[cfg(test)]
+    pub fn latest(&self, lease: &LeaseId) -> Option<LeaseRecord> {
+        self.lock().get(lease).map(|pending| pending.record().clone())
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseId, Pending>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -210,7 +217,7 @@ async fn take_outcome<I: From<ReceiptEvent>>(
             "A receipt is given up: its namespace is gone"
         ),
         Outcome::Failed(error) => tracing::warn!(
-            lease = %record.lease, namespace = record.space.namespace, error = %crate::error_chain(error),
+            lease = %record.lease, namespace = record.space.namespace, error = %error_chain(error),
             "A receipt cannot be written; it is tried again"
         ),
     }

@@ -9,7 +9,7 @@ use spaceport_core::queue::Waiting;
 use spaceport_proto::nodelink::Boundary;
 
 use super::display::seconds;
-use super::receipt::{Crossing, LeaseEnd, LeaseRecord, Progress};
+use super::receipt::{Crossing, GivenCard, LeaseEnd, LeaseRecord, Progress};
 use crate::fault::{self, Fault};
 
 /// Records by lease.
@@ -127,7 +127,7 @@ impl Records {
         report: Report,
     ) -> Option<LeaseRecord> {
         let record = self.by_lease.get_mut(lease)?;
-        let before = (record.timeline.len(), record.progress, record.card);
+        let before = (record.timeline.len(), record.progress, record.card.clone());
         for boundary in boundaries {
             let ago = i64::try_from(boundary.ago_ms).unwrap_or(i64::MAX);
             let at = LedgerTime(now.0.saturating_sub(ago));
@@ -135,7 +135,7 @@ impl Records {
         }
         match report {
             Report::Started { card, isolation } => {
-                record.card = card.or(record.card);
+                record.card = card.or(record.card.take());
                 if !isolation.is_empty() {
                     record.isolation = Some(isolation);
                 }
@@ -143,12 +143,12 @@ impl Records {
             Report::Running => record.progress = Progress::Running,
             Report::Over => {}
         }
-        let after = (record.timeline.len(), record.progress, record.card);
+        let is_new = before != (record.timeline.len(), record.progress, record.card.clone());
         let record = record.clone();
         if record.is_complete() {
             self.by_lease.remove(lease);
         }
-        (before != after).then_some(record)
+        is_new.then_some(record)
     }
 
     /// The settlement is durable. Gives the final record to write.
@@ -178,7 +178,7 @@ pub enum Report {
     /// It has a slot.
     Started {
         /// Which card, once it is known.
-        card: Option<u32>,
+        card: Option<GivenCard>,
         /// What separates it from its neighbour.
         isolation: String,
     },

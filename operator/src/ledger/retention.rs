@@ -6,6 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use spaceport_crds::GPULease;
+use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -50,7 +51,7 @@ async fn remove_old(api: &KubeApi, retention: Retention, stop: &CancellationToke
     let receipts = match api.cluster::<GPULease>().list(None).await {
         Ok(receipts) => receipts,
         Err(error) => {
-            tracing::warn!(error = %crate::error_chain(&error), "Cannot list receipts; old ones stay for now");
+            tracing::warn!(error = %error_chain(&error), "Cannot list receipts; old ones stay for now");
             return;
         }
     };
@@ -61,7 +62,7 @@ async fn remove_old(api: &KubeApi, retention: Retention, stop: &CancellationToke
         let uid = receipt.uid().unwrap_or_default();
         match api.namespace::<GPULease>(&namespace).delete(&receipt.name_any(), &uid).await {
             Ok(()) => removed += 1,
-            Err(error) => tracing::warn!(error = %crate::error_chain(&error), "Cannot remove an old receipt"),
+            Err(error) => tracing::warn!(error = %error_chain(&error), "Cannot remove an old receipt"),
         }
         if !pause(DELETE_PAUSE, stop).await {
             break;

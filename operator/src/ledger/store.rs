@@ -14,6 +14,7 @@ use spaceport_core::ids::{AccountName, Epoch};
 use spaceport_core::page::Page;
 use spaceport_crds::names::{API_VERSION, LEDGER_FINALIZER, TERM_PAGE};
 use spaceport_crds::{GPUAccount, GPUAccountSpec, GPUAccountStatus, Identity};
+use spaceport_shell::error_chain;
 
 use super::convert::{KeptFields, PageError, status_of};
 use super::display::Display;
@@ -203,7 +204,7 @@ impl PageStore {
             Err(ApiError::Conflict { .. }) => (WriteOutcome::Conflict, PageWrite::Conflict),
             Err(ApiError::NotFound { .. }) => (WriteOutcome::Gone, PageWrite::Gone),
             Err(error) => {
-                let reason = crate::error_chain(&error);
+                let reason = error_chain(&error);
                 if error.is_without_effect() {
                     (WriteOutcome::Refused { reason }, PageWrite::Refused)
                 } else {

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use spaceport_core::ids::{AccountName, NodeName};
 use spaceport_crds::names::TERM_PAGE;
 use spaceport_crds::{GPUAccount, GPUNode, GPUPool, GPUQuotaGrant, GPUTier};
+use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -203,7 +204,7 @@ where
                 sink.deliver(translate.gone(&object.name_any(), &object.uid().unwrap_or_default())).await
             }
             Some(Err(error)) => {
-                tracing::warn!(kind = ?T::WATCHED, error = %crate::error_chain(&error), "A watch was interrupted");
+                tracing::warn!(kind = ?T::WATCHED, error = %error_chain(&error), "A watch was interrupted");
                 Ok(())
             }
             None => return,
@@ -270,7 +271,7 @@ async fn measure_clock<I: From<StoreEvent>>(
                 CLOCK_PERIOD
             }
             Err(error) => {
-                tracing::warn!(error = %crate::error_chain(&error), "Cannot compare clocks with the API server");
+                tracing::warn!(error = %error_chain(&error), "Cannot compare clocks with the API server");
                 CLOCK_RETRY
             }
         };
@@ -324,7 +325,7 @@ impl Translate for Accounts {
         let seen = self.store.see(account);
         self.kept.seen(&seen);
         if let Err(error) = &seen.page {
-            self.malformed.report("GPUAccount", &metadata, &crate::error_chain(error));
+            self.malformed.report("GPUAccount", &metadata, &error_chain(error));
         }
         match seen {
             AccountSeen { name, page: Ok(page), .. } if name.as_str() == TERM_PAGE => {

@@ -24,13 +24,14 @@ use kube::runtime::watcher;
 use serde_json::json;
 use spaceport_crds::names::{API_VERSION, SPACE_LABEL};
 use spaceport_crds::{Space, SpaceStatus};
+use spaceport_shell::error_chain;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use self::plan::LABEL_SPACE_UID;
 use self::status::Known;
+use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi};
-use crate::{clock, error_chain};
 
 /// Everything is looked at again this often, so that a lost event heals.
 const RESYNC: Duration = Duration::from_secs(60);

@@ -40,9 +40,7 @@ pub fn build_binary(workspace: &Workspace, binary: &str, linking: Linking) -> Re
 /// tests themselves, so that no library is compiled for it alone.
 pub fn build_breakable(workspace: &Workspace, binary: &str) -> Result<PathBuf> {
     progress(&format!("building {binary} with its faults"));
-    let mut cargo = Command::new(&workspace.host.cargo);
-    cargo.current_dir(&workspace.root);
-    cargo.args(["build", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
+    let mut cargo = workspace.cargo(&["build", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
     // Both at once: one set of features, whichever of them is built.
     cargo.args(["--features", "spaceport-operator/faults,spaceport-device-plugin/faults", "--bin", binary]);
     built(&mut cargo, |artifact| {
@@ -64,11 +62,10 @@ pub fn build_library(workspace: &Workspace, package: &str) -> Result<PathBuf> {
 /// A release build of the whole workspace, so that cargo resolves the same features of the dependencies for every
 /// image and compiles them once. What is compiled is what the caller adds.
 fn cargo(workspace: &Workspace) -> Command {
-    let mut cargo = Command::new(&workspace.host.cargo);
-    cargo.current_dir(&workspace.root);
+    let mut cargo = workspace.cargo(&["build", "--release", "--workspace", "--locked"]);
     cargo.env("RUSTC_WORKSPACE_WRAPPER", workspace.root.join("xtask/programs/rustc-static"));
     cargo.env("STATIC_PROGRAMS", STATIC_PROGRAMS);
-    cargo.args(["build", "--release", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
+    cargo.arg("--message-format=json-render-diagnostics");
     cargo
 }
 

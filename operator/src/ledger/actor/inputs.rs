@@ -1,7 +1,7 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
 use spaceport_core::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
-use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
+use spaceport_core::lease::{Account, Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -59,11 +59,16 @@ impl<P: Pages> Actor<P> {
     /// Asks for page writes where only a condition has changed. A few a tick: when a tier goes, the pages of all its
     /// accounts are out of date, and their writes must not stand before those of grants.
     fn show_conditions(&mut self) {
-        for account in self.out_of_date.iter().take(SHOWN_PER_TICK).cloned().collect::<Vec<_>>() {
-            if self.state.accounts.get(&account).is_some_and(|found| !found.is_quiet()) {
-                // What is under way or waits shows it too; if it fails, the next tick looks again.
-                continue;
-            }
+        // What pages show has times in it (L20), and it can wait until the clock is right.
+        if self.state.clock_off_ms.is_some() {
+            return;
+        }
+        let is_written_soon = |account: &&AccountName| {
+            // That write shows it too; if it fails, the next tick looks again. What only waits for company goes with ours.
+            self.state.accounts.get(*account).is_some_and(Account::is_written_soon)
+        };
+        let accounts = self.out_of_date.iter().filter(|account| !is_written_soon(account));
+        for account in accounts.take(SHOWN_PER_TICK).cloned().collect::<Vec<_>>() {
             // Once: the watch shows what the write made of it.
             self.out_of_date.remove(&account);
             let wrong = self.known.accounts.get(&account).is_some_and(|seen| {
@@ -90,7 +95,8 @@ impl<P: Pages> Actor<P> {
         for account in concerned {
             self.account_seen(&account);
         }
-        // Every node of this term, with or without a session: the leases of one that is silent run on (L9).
+        // Every node of this term, with or without a session: requests keep their place while an agent is away. Leases that
+        // are ordered keep the limits of their order.
         let is_concerned = |node: &&NodeName| pools || moved.as_ref() == Some(*node);
         for node in self.state.nodes.keys().filter(is_concerned).cloned().collect::<Vec<_>>() {
             self.configure(&node);
@@ -174,7 +180,7 @@ impl<P: Pages> Actor<P> {
                 }
             }
             report => {
-                self.note_report(&report);
+                self.note_report(node, &report);
                 match node_messages::command(node, &report) {
                     Ok(Some(command)) => self.command(command),
                     Ok(None) => {}
@@ -190,10 +196,11 @@ impl<P: Pages> Actor<P> {
     }
 
     /// Evidence of a report, for the receipt; before its command, so that the end of a lease has all its boundaries.
-    fn note_report(&mut self, message: &Incoming) {
+    fn note_report(&mut self, node: &NodeName, message: &Incoming) {
         let (lease, boundaries, report) = match message {
+            Incoming::Joined(joined) => return self.note_joined(node, joined),
             Incoming::Started(started) => {
-                let card = (!started.waiting).then_some(started.card);
+                let card = (!started.waiting).then(|| self.known.given_card(node, started.card));
                 (&started.lease, &started.boundaries, Report::Started { card, isolation: started.isolation.clone() })
             }
             Incoming::Running(running) => (&running.lease, &running.boundaries, Report::Running),
@@ -210,6 +217,19 @@ impl<P: Pages> Actor<P> {
         let now = LedgerTime(clock::wall().as_millisecond());
         if let Some(record) = self.records.report(&LeaseId::new(lease), boundaries, now, report) {
             self.receipt(record);
+        }
+    }
+
+    /// Cards of leases that run since before this term.
+    fn note_joined(&mut self, node: &NodeName, joined: &proto::Joined) {
+        let now = LedgerTime(clock::wall().as_millisecond());
+        // The card of one that waits for its slot is not known, and what has ended is told again by its own reports.
+        for lease in joined.leases.iter().filter(|lease| lease.phase() == proto::LeasePhase::Running) {
+            let card = Some(self.known.given_card(node, lease.card));
+            let report = Report::Started { card, isolation: String::new() };
+            if let Some(record) = self.records.report(&LeaseId::new(&lease.lease), &[], now, report) {
+                self.receipt(record);
+            }
         }
     }
 

@@ -21,6 +21,7 @@ use crate::ledger::watches::Watched;
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
+mod cards;
 mod pools;
 
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
@@ -39,6 +40,8 @@ enum Fate {
     SpecEdited,
     /// It is refused.
     Refused,
+    /// It does not happen, and it takes for ever to say so.
+    NoAnswer,
 }
 
 #[derive(Default)]
@@ -89,8 +92,11 @@ impl Memory {
 
 impl Pages for Memory {
     async fn write(&self, target: &PageTarget, page: &Page, display: Display) -> WriteOutcome {
+        let fate = self.0.lock().unwrap().fates.pop_front();
+        if fate == Some(Fate::NoAnswer) {
+            return std::future::pending().await;
+        }
         let mut objects = self.0.lock().unwrap();
-        let fate = objects.fates.pop_front();
         let lost = WriteOutcome::Unknown { reason: "test".to_owned() };
         objects.writes += 1;
         let Some((revision, stored)) = objects.accounts.get_mut(&target.name) else { return WriteOutcome::Gone };
@@ -98,7 +104,7 @@ impl Pages for Memory {
             Some(Fate::LostRequest) => return lost,
             Some(Fate::Refused) => return WriteOutcome::Refused { reason: "test".to_owned() },
             Some(Fate::SpecEdited) => *revision += 1,
-            Some(Fate::LostAnswer) | None => {}
+            Some(Fate::LostAnswer | Fate::NoAnswer) | None => {}
         }
         if revision.to_string() != target.resource_version {
             return WriteOutcome::Conflict;

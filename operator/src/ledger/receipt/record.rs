@@ -8,11 +8,14 @@ use spaceport_crds::gpu_lease::MAX_TIMELINE;
 use spaceport_crds::names::{ACCOUNT_LABEL, LEASE_LABEL, SPACE_LABEL};
 use spaceport_crds::{GPULease, GPULeaseSpec, Isolation, LeaseBoundaries, LeasePhase};
 
+use crate::fault::{self, Fault};
 use crate::ledger::convert::{outcome_reason, part_row, shortened, size_text};
 use crate::ledger::display::seconds;
 
 /// Longest value of a label; names may be longer.
 const LABEL_MAX: usize = 63;
+/// Longest UUID that the schema of a receipt takes; NVML's have 40 characters.
+const UUID_MAX: usize = 96;
 
 /// One lease as the broker knows it.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,7 +37,7 @@ pub struct LeaseRecord {
     /// The node, once there is a hold.
     pub node: Option<NodeName>,
     /// The card, once the node has picked it.
-    pub card: Option<u32>,
+    pub card: Option<GivenCard>,
     /// What separates it from its neighbour, as the node says it.
     pub isolation: Option<String>,
     /// How the identity was obtained.
@@ -49,6 +52,22 @@ pub struct LeaseRecord {
     pub timeline: Vec<Crossing>,
     /// Its end, once it is on the page.
     pub end: Option<LeaseEnd>,
+}
+
+/// A card that a lease was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenCard {
+    index: u32,
+    uuid: Option<String>,
+}
+
+impl GivenCard {
+    /// Its index on its node, and its UUID as the node's inventory has it. One that no receipt can show is left out: a
+    /// receipt must never fail to be written because of it (L10).
+    pub fn new(index: u32, uuid: &str) -> Self {
+        let shown = !uuid.is_empty() && uuid.chars().count() <= UUID_MAX;
+        Self { index, uuid: shown.then(|| uuid.to_owned()) }
+    }
 }
 
 /// Where a lease without end is.
@@ -183,6 +202,7 @@ impl LeaseRecord {
     fn spec(&self) -> GPULeaseSpec {
         let end = self.end.as_ref();
         let isolation = self.isolation.as_deref();
+        let is_less = fault::is(Fault::ReceiptsSayLess);
         GPULeaseSpec {
             lease: self.lease.to_string(),
             account: self.account.to_string(),
@@ -193,13 +213,13 @@ impl LeaseRecord {
             phase: self.phase(),
             declared_milliseconds: amount(self.declared_ms),
             used_milliseconds: end.map(|end| amount(end.used_ms)),
-            charged_milliseconds: end.map(|end| amount(end.charged_ms)),
+            charged_milliseconds: end.map(|end| amount(end.charged_ms / if is_less { 2 } else { 1 })),
             declared: seconds(self.declared_ms),
             used: end.map(|end| seconds(end.used_ms)),
             charged: end.map(|end| seconds(end.charged_ms)),
             node: self.node.as_ref().map(ToString::to_string),
-            gpu: self.card.and_then(|card| i32::try_from(card).ok()),
-            gpu_uuid: None,
+            gpu: self.card.as_ref().and_then(|card| i32::try_from(card.index).ok()),
+            gpu_uuid: self.card.as_ref().and_then(|card| card.uuid.clone()),
             isolation: isolation.and_then(|text| Isolation::ALL.iter().copied().find(|known| known.as_str() == text)),
             outcome: end.map(|end| outcome_reason(end.ending).as_str().to_owned()),
             message: end.map(|end| shortened(&end.message)).filter(|message| !message.is_empty()),
@@ -310,6 +330,9 @@ pub fn merged(found: &GPULeaseSpec, mut ours: GPULeaseSpec) -> Option<GPULeaseSp
         }
     }
     ours.gpu = ours.gpu.or(found.gpu);
+    if ours.gpu == found.gpu {
+        ours.gpu_uuid = ours.gpu_uuid.or_else(|| found.gpu_uuid.clone());
+    }
     ours.isolation = ours.isolation.or(found.isolation);
     ours.message = ours.message.or_else(|| found.message.clone());
     Some(ours)
@@ -355,7 +378,7 @@ pub(super) mod tests {
     fn running_lease_shows_nothing_that_time_changes() {
         let mut record = LeaseRecord::of_hold(&bob(), &hold());
         record.progress = Progress::Running;
-        record.card = Some(1);
+        record.card = Some(GivenCard::new(1, "GPU-5c1f"));
         record.isolation = Some("Exclusive".to_owned());
         record.timeline.push(crossing("Allowed", 20));
         let receipt = record.receipt();
@@ -367,8 +390,18 @@ pub(super) mod tests {
             (LeasePhase::Running, "10s", None, None)
         );
         assert_eq!((spec.gpu, spec.isolation), (Some(1), Some(Isolation::Exclusive)));
+        assert_eq!(spec.gpu_uuid.as_deref(), Some("GPU-5c1f"));
         assert_eq!(spec.timeline, ["2027-01-15T08:00:00.123Z Reserved", "2027-01-15T08:00:00.143Z Allowed"]);
         assert!(spec.boundaries.allowed.is_some() && spec.boundaries.freed.is_none());
+    }
+
+    #[test]
+    fn a_uuid_that_no_receipt_may_have_is_left_out() {
+        for uuid in [String::new(), "G".repeat(UUID_MAX + 1)] {
+            let record = LeaseRecord { card: Some(GivenCard::new(1, &uuid)), ..LeaseRecord::of_hold(&bob(), &hold()) };
+            let spec = record.receipt().spec;
+            assert_eq!((spec.gpu, spec.gpu_uuid), (Some(1), None));
+        }
     }
 
     #[test]
@@ -430,7 +463,7 @@ pub(super) mod tests {
     fn what_a_lost_writer_knew_is_kept() {
         let mut running = LeaseRecord::of_hold(&bob(), &hold());
         running.progress = Progress::Running;
-        running.card = Some(1);
+        running.card = Some(GivenCard::new(1, "GPU-5c1f"));
         running.timeline.push(crossing("Allowed", 20));
         let found = running.receipt().spec;
         let closed =
@@ -440,6 +473,7 @@ pub(super) mod tests {
         assert_eq!(merged_spec.phase, LeasePhase::Settled);
         assert_eq!(merged_spec.boundaries.allowed, found.boundaries.allowed);
         assert_eq!((merged_spec.gpu, merged_spec.timeline.len()), (Some(1), 4));
+        assert_eq!(merged_spec.gpu_uuid.as_deref(), Some("GPU-5c1f"));
         assert_eq!(merged(&merged_spec, rebuilt), None, "what is final stays");
     }
 }

@@ -70,6 +70,12 @@ impl Pending {
         self.live = live;
     }
 
+    /// The newest state.
+    #[cfg(test)]
+    pub(super) fn record(&self) -> &LeaseRecord {
+        &self.record
+    }
+
     pub(super) fn is_unwritten(&self) -> bool {
         self.written.is_none() && !self.being_written && self.record.end.is_none()
     }

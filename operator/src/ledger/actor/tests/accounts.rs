@@ -1,6 +1,10 @@
 //! What accounts show of themselves, and those that are being deleted.
 
+use spaceport_core::lease::NOTE_PERIOD_MS;
+use spaceport_core::page::{Closed, Hold};
+
 use super::*;
+use crate::clock::ClockDifference;
 use crate::ledger::seen::ReadyShown;
 
 const BOB: &str = "bob";
@@ -65,7 +69,78 @@ async fn an_account_that_gets_no_gpu_says_why_without_a_lease() {
     let watched = AccountSeen { tier: Some("missing".to_owned()), ..memory.shown(BOB) };
     story.store(StoreEvent::Account(Box::new(watched))).await;
     story.tick().await;
+    // Notes of one account are written every 5 s at most (L5).
+    clock::passed::pass(Duration::from_millis(NOTE_PERIOD_MS));
+    story.tick().await;
     assert_eq!(memory.writes(), 1);
+    story.stop().await;
+}
+
+/// Names that sort before that of any Space of the other tests: as many as are looked at in one tick.
+fn crowd() -> Vec<String> {
+    (0..16).map(|number| format!("space-{number:02}")).collect()
+}
+
+#[tokio::test]
+async fn accounts_whose_writes_take_long_do_not_keep_others_from_showing_their_condition() {
+    let memory = Memory::default();
+    for name in crowd() {
+        memory.shown(&name);
+        memory.fate(Fate::NoAnswer);
+    }
+    let story = Story::begin(memory.clone()).await;
+    let tier_gone = || StoreEvent::TierGone { name: "space".to_owned() };
+    story.store(tier_gone()).await;
+    wait_for(|| memory.0.lock().unwrap().fates.is_empty().then_some(())).await;
+    let other = memory.shown(SPACE);
+    story.store(StoreEvent::Account(Box::new(other))).await;
+    story.store(tier_gone()).await;
+    wait_for(|| memory.condition(SPACE, "Ready").filter(|found| Some(found) == of("False", "NoTier").as_ref())).await;
+    assert_eq!(memory.writes(), 1, "no other write was answered");
+    story.stop().await;
+}
+
+#[tokio::test]
+async fn a_condition_takes_along_what_waits_for_company() {
+    let memory = Memory::default();
+    let leases = crowd().into_iter().map(|name| (LeaseId::new(format!("lease-of-{name}")), name));
+    let leases: Vec<(LeaseId, String)> = leases.collect();
+    for (lease, name) in &leases {
+        let hold = Hold { lease: lease.clone(), ..pools::hold("gpu-away", LedgerTime(0)) };
+        let at = LedgerTime(0);
+        let closed = Closed { hold, ending: Ending::Released, used_ms: 0, charged_ms: 0, at };
+        let page = Page { closed: vec![closed], ..Page::default() };
+        memory.0.lock().unwrap().accounts.insert(AccountName::new(name), (1, page));
+    }
+    memory.shown(SPACE);
+    let story = Story::begin(memory.clone()).await;
+    for (lease, name) in &leases {
+        let (account, lease) = (AccountName::new(name), lease.clone());
+        story.inputs.send(Input::Receipt(ReceiptEvent::Written { account, lease })).await.unwrap();
+    }
+    story.store(StoreEvent::TierGone { name: "space".to_owned() }).await;
+    for name in crowd().iter().map(String::as_str).chain([SPACE]) {
+        wait_for(|| memory.condition(name, "Ready").filter(|found| Some(found) == of("False", "NoTier").as_ref()))
+            .await;
+        assert_eq!(memory.page(name).closed, [], "{name}");
+    }
+    assert_eq!(memory.writes(), 17, "one for each account");
+    story.stop().await;
+}
+
+/// What a page shows has times in it, and its next lease does not depend on it (L20).
+#[tokio::test]
+async fn nothing_is_shown_while_the_clock_is_off() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    let memory = story.memory.clone();
+    story.store(StoreEvent::Clock(ClockDifference { ahead_ms: 90_000_000, uncertainty_ms: 500 })).await;
+    let untiered = AccountSeen { tier: Some("missing".to_owned()), ..memory.shown(BOB) };
+    story.store(StoreEvent::Account(Box::new(untiered))).await;
+    story.tick().await;
+    assert_eq!(memory.writes(), 0);
+    story.store(StoreEvent::Clock(ClockDifference { ahead_ms: 0, uncertainty_ms: 500 })).await;
+    wait_for(|| memory.condition(BOB, "Ready")).await;
     story.stop().await;
 }
 

@@ -75,15 +75,13 @@ async fn a_node_whose_pool_is_not_known_has_the_defaults_and_is_counted() {
     story.stop().await;
 }
 
-/// A silent node's lease expires only after all limits of its pool (L9): so a new term has to know that pool too.
-#[tokio::test]
-async fn a_new_term_knows_the_pools_of_nodes_whose_agents_are_away() {
-    let now = LedgerTime(clock::wall().as_millisecond());
-    let hold = Hold {
+/// A hold that is made now.
+pub(super) fn hold(node: &str, now: LedgerTime) -> Hold {
+    Hold {
         lease: LeaseId::new("01jd8x0000000000000000000a"),
         space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "space-uid".to_owned() },
         parts: vec![Part { source: Source::Window(now), ms: 20_000 }],
-        node: NodeName::new("gpu-away"),
+        node: NodeName::new(node),
         avoid: Vec::new(),
         size: Size::Large,
         weight: 1,
@@ -93,9 +91,16 @@ async fn a_new_term_knows_the_pools_of_nodes_whose_agents_are_away() {
         after: None,
         generation: 1,
         via: "space".to_owned(),
-    };
+    }
+}
+
+/// A silent node's lease expires only after all limits of its pool (L9): so a new term has to know that pool too.
+#[tokio::test]
+async fn a_new_term_knows_the_pools_of_nodes_whose_agents_are_away() {
+    let now = LedgerTime(clock::wall().as_millisecond());
     let window = Window { start: now, base_ms: 60_000, charged_ms: 0, runs: 0, generation: 1 };
-    let page = Page { windows: vec![window], holds: vec![hold], last_time: now, ..Page::default() };
+    let holds = vec![hold("gpu-away", now)];
+    let page = Page { windows: vec![window], holds, last_time: now, ..Page::default() };
     let memory = Memory::default();
     memory.0.lock().unwrap().accounts.insert(AccountName::new(SPACE), (1, page));
     let mut story = Story::begin(memory).await;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
     Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment, NO_DEVICE_FREE_PER_HOUR,
-    NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, State, TermEnd, step,
+    NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, SETTLE_PATIENCE_MS, State, TermEnd, step,
 };
 use spaceport_core::page::{CLOSED_MAX, Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
@@ -126,6 +126,19 @@ impl Story {
         &self.state.accounts[&AccountName::new(BOB)].durable
     }
 
+    /// One step with its writes left unanswered: which accounts are written, and with which write.
+    fn tell_unanswered(&mut self, command: Command) -> Vec<(AccountName, String)> {
+        self.seed += 1000;
+        let at = Moment { wall: LedgerTime(1_000_000 + self.now as i64), steady: Steady(self.now) };
+        let outcome = step(&mut self.state, at, IdSeed(self.seed), command);
+        assert_eq!(outcome.violations, []);
+        let written = outcome.effects.into_iter().filter_map(|effect| match effect {
+            Effect::Write { account, page } => Some((account, page.write_id.clone())),
+            _ => None,
+        });
+        written.collect()
+    }
+
     /// A lease from its order to its free slot.
     fn run(&mut self, ending: Ending, used_ms: u64) {
         let lease = order(&self.ask(BOB, Size::Large, 10_000)).lease;
@@ -170,6 +183,39 @@ fn the_next_one_is_held_while_the_slot_still_clears() {
     }
     // The card is spoken for.
     assert!(matches!(story.ask(BOB, Size::Large, 10_000)[..], [Effect::Queue(_)]));
+}
+
+/// A lease of bob's ends, and carol's call has waited for its slot.
+fn hand_over() -> (Story, Vec<(AccountName, String)>) {
+    let mut story = Story::begin(1, 600_000, 9);
+    story.account("carol", policy(600_000, 9));
+    let first = order(&story.ask(BOB, Size::Xlarge, 10_000));
+    story.started(&first.lease, 0);
+    assert!(matches!(story.ask("carol", Size::Xlarge, 10_000)[..], [Effect::Queue(_)]));
+    let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
+    let written = story.tell_unanswered(Command::Ended { node: NodeName::new(NODE), lease: first.lease, report });
+    (story, written)
+}
+
+fn accounts(written: &[(AccountName, String)]) -> Vec<&str> {
+    written.iter().map(|(account, _)| account.as_str()).collect()
+}
+
+#[test]
+fn at_a_hand_over_the_hold_that_a_visitor_waits_for_is_written_first() {
+    let (mut story, written) = hand_over();
+    assert_eq!(accounts(&written), ["carol"]);
+    let (account, write_id) = written[0].clone();
+    assert_eq!(accounts(&story.tell_unanswered(Command::PageWritten { account, write_id })), [BOB]);
+}
+
+#[test]
+fn a_settlement_does_not_wait_long_for_the_hold_of_another() {
+    let (mut story, _) = hand_over();
+    story.now += SETTLE_PATIENCE_MS - 1;
+    assert_eq!(accounts(&story.tell_unanswered(Command::Tick)), [""; 0]);
+    story.now += 1;
+    assert_eq!(accounts(&story.tell_unanswered(Command::Tick)), [BOB]);
 }
 
 #[test]

@@ -158,8 +158,8 @@ impl State {
 
     fn drop_account(&mut self, account: &AccountName) {
         let dropped = self.accounts.remove(account);
-        if dropped.is_some_and(|dropped| dropped.in_flight.is_some()) {
-            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        if let Some(batch) = dropped.and_then(|dropped| dropped.in_flight) {
+            self.write_is_over(&batch);
         }
         self.dirty.remove(account);
         self.urgent.remove(account);
@@ -191,8 +191,10 @@ impl State {
         }
         found.coalesce(change);
         found.pending.push(change.clone());
-        if change.urgency() == Urgency::Lazy && found.lazy_since.is_none() {
-            found.lazy_since = Some(at);
+        match change.urgency() {
+            Urgency::Lazy => found.lazy_since = found.lazy_since.or(Some(at)),
+            Urgency::Soon => found.settle_since = found.settle_since.or(Some(at)),
+            Urgency::Note | Urgency::Now => {}
         }
         let note_due = change.urgency() == Urgency::Note
             && found.noted_at.is_none_or(|noted_at| at.since(noted_at) >= super::begin::NOTE_PERIOD_MS);
@@ -214,7 +216,7 @@ impl State {
             }
         };
         set(&mut self.dirty, urgency.is_some());
-        set(&mut self.urgent, urgency == Some(Urgency::Now));
+        set(&mut self.urgent, urgency >= Some(Urgency::Soon));
     }
 
     fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
@@ -226,15 +228,17 @@ impl State {
             found.noted_at = Some(at);
         }
         found.retry_at = None;
-        if !found.pending.iter().any(|change| change.urgency() == Urgency::Lazy) {
-            found.lazy_since = None;
-        }
+        let still = |urgency| found.pending.iter().any(|change| change.urgency() == urgency);
+        found.lazy_since = found.lazy_since.filter(|_| still(Urgency::Lazy));
+        found.settle_since = found.settle_since.filter(|_| still(Urgency::Soon));
         let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
         // The header is this write's; the rest of the working page has the batch already.
         (found.working.seq, found.working.epoch) = (page.seq, page.epoch);
         found.working.write_id.clone_from(&page.write_id);
-        found.in_flight = Some(Batch { write_id: write_id.to_owned(), changes, page, unknown: false });
+        let batch = Batch { write_id: write_id.to_owned(), changes, page, unknown: false };
         self.writes_in_flight += 1;
+        self.holds_in_flight += usize::from(batch.has_hold());
+        found.in_flight = Some(batch);
         if stateful {
             self.next_place += u64::try_from(super::mutant::applied()).unwrap_or_default();
         }
@@ -245,9 +249,9 @@ impl State {
     fn commit(&mut self, account: &AccountName) {
         let Some(found) = self.accounts.get_mut(account) else { return };
         if let Some(batch) = found.in_flight.take() {
-            found.durable = batch.page;
+            found.durable = batch.page.clone();
             found.failures = 0;
-            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+            self.write_is_over(&batch);
         }
         self.mark_dirty(account);
     }
@@ -255,13 +259,12 @@ impl State {
     fn write_failed(&mut self, account: &AccountName, aborted: &[LeaseId], retry_at: Steady) {
         let Some(found) = self.accounts.get_mut(account) else { return };
         let Some(batch) = found.in_flight.take() else { return };
-        self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
         found.failures = found.failures.saturating_add(1);
         found.retry_at = Some(retry_at);
         let rest = std::mem::take(&mut found.pending);
         let is_aborted =
             |change: &PageChange| matches!(change, PageChange::Hold { hold, .. } if aborted.contains(&hold.lease));
-        let kept = batch.changes.into_iter().filter(|change| !is_aborted(change)).chain(rest);
+        let kept = batch.changes.iter().filter(|change| !is_aborted(change)).cloned().chain(rest);
         found.working = found.durable.clone();
         for change in kept {
             // What does not fit without the aborted holds went with them: a window's base, for example.
@@ -269,6 +272,7 @@ impl State {
                 found.pending.push(change);
             }
         }
+        self.write_is_over(&batch);
         self.mark_dirty(account);
     }
 
@@ -278,14 +282,20 @@ impl State {
         for change in kept {
             change.make(&mut working)?;
         }
-        if found.in_flight.take().is_some() {
-            self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
-        }
+        let batch = found.in_flight.take();
         found.durable = page.clone();
         found.working = working;
         found.pending = kept.to_vec();
+        if let Some(batch) = batch {
+            self.write_is_over(&batch);
+        }
         self.mark_dirty(account);
         Ok(())
+    }
+
+    fn write_is_over(&mut self, batch: &Batch) {
+        self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
+        self.holds_in_flight = self.holds_in_flight.saturating_sub(usize::from(batch.has_hold()));
     }
 
     // === leases ===
@@ -433,6 +443,7 @@ impl Account {
             pending: Vec::new(),
             noted_at: None,
             lazy_since: None,
+            settle_since: None,
             retry_at: None,
             failures: 0,
         }

@@ -65,6 +65,9 @@ pub enum Urgency {
     Lazy,
     /// At most one write per account and 5 s (L5).
     Note,
+    /// Behind the writes that a visitor waits for, and no later than
+    /// [`SETTLE_PATIENCE_MS`](super::SETTLE_PATIENCE_MS): the API server makes two writes at once slower than each alone.
+    Soon,
     /// At once: something waits for it.
     Now,
 }
@@ -118,7 +121,8 @@ impl PageChange {
     /// How soon it has to be written.
     pub const fn urgency(&self) -> Urgency {
         match self {
-            Self::Hold { .. } | Self::Settle { .. } | Self::Base { .. } => Urgency::Now,
+            Self::Hold { .. } | Self::Base { .. } => Urgency::Now,
+            Self::Settle { .. } => Urgency::Soon,
             Self::Denied(_) | Self::Outcome(_) | Self::Shown => Urgency::Note,
             Self::ReceiptWritten { .. } => Urgency::Lazy,
         }

@@ -52,6 +52,8 @@ pub struct State {
     /// Whose write began last; the next is looked for behind it, so that none waits forever.
     pub(super) cursor: Option<AccountName>,
     pub(super) writes_in_flight: usize,
+    /// Those of them that carry a hold: somebody waits for each.
+    pub(super) holds_in_flight: usize,
     #[cfg(feature = "mutants")]
     pub(super) mutant: Option<Mutant>,
 }
@@ -73,6 +75,8 @@ pub struct Account {
     pub(super) noted_at: Option<Steady>,
     /// Since when lazy changes wait.
     pub(super) lazy_since: Option<Steady>,
+    /// Since when a settlement waits for its write to begin; `None` also where a write of it has been tried.
+    pub(super) settle_since: Option<Steady>,
     /// Nothing is written or granted before; after a failed write.
     pub(super) retry_at: Option<Steady>,
     /// Failed writes in a row.
@@ -209,6 +213,7 @@ impl State {
             urgent: BTreeSet::new(),
             cursor: None,
             writes_in_flight: 0,
+            holds_in_flight: 0,
             #[cfg(feature = "mutants")]
             mutant: None,
         }
@@ -290,6 +295,15 @@ impl Account {
     /// company may wait for much longer ([`Urgency::Lazy`]).
     pub fn is_written_soon(&self) -> bool {
         self.in_flight.is_some() || self.urgency() >= Some(Urgency::Note)
+    }
+}
+
+// === impl Batch ===
+
+impl Batch {
+    /// True if somebody waits for it.
+    pub(super) fn has_hold(&self) -> bool {
+        self.changes.iter().any(|change| matches!(change, PageChange::Hold { .. }))
     }
 }
 

@@ -38,9 +38,14 @@ const CALLERS: usize = 16;
 const SLOTS_MIN: usize = CALLERS + CALLERS / 2;
 /// All measuring together.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
-/// Between two calls of one caller, and between two page writes: the end of a call (settlement, receipt) costs writes of
-/// its own, which shall not be in the way of the next measurement.
-const PAUSE: Duration = Duration::from_millis(40);
+/// Between two calls of one caller, and between two page writes: the end of a call (settlement, receipts of this lease and
+/// of one that began 2 s before) costs three writes of its own, which shall not be in the way of the next measurement. On a
+/// fast disk it is this, on a slow one [`PAUSE_WRITES`] page writes.
+const PAUSE_MIN: Duration = Duration::from_millis(40);
+/// The three, one after the other, and as much again.
+const PAUSE_WRITES: f64 = 7.0;
+/// 300 calls with this pause take a third of [`TIME_LIMIT`].
+const PAUSE_MAX: Duration = Duration::from_millis(150);
 
 /// Samples of a phase: how many are tried for, and without how many there is no report.
 struct Samples {
@@ -100,8 +105,10 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
 
     say("page writes, first half");
     let mut page_writes = write_pages(&mut pages, end)?;
+    let pause = pause(Percentiles::of(&page_writes)?.p50);
+    say(&format!("  {} ms between two calls", pause.as_millis()));
     say("grants with one caller");
-    let one = load::run(world, &Phase::grant(&tokens[..1], &ONE_CALLER, PAUSE), left(end))?;
+    let one = load::run(world, &Phase::grant(&tokens[..1], &ONE_CALLER, pause), left(end))?;
     check_samples("grants with one caller", one.milliseconds.len(), ONE_CALLER.least)?;
     say(&one.remarks());
     say("page writes, second half");
@@ -112,7 +119,7 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
     check_samples("grants with many callers", many.milliseconds.len(), MANY_CALLERS.least * CALLERS)?;
     say(&many.remarks());
     say("hand-overs with all slots taken");
-    let handover = load::run(world, &Phase::handover(&tokens, &HANDOVERS, PAUSE), left(end))?;
+    let handover = load::run(world, &Phase::handover(&tokens, &HANDOVERS, pause), left(end))?;
     check_samples("hand-overs", handover.milliseconds.len(), HANDOVERS.least)?;
     say(&handover.remarks());
 
@@ -131,13 +138,17 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
 }
 
 fn write_pages(pages: &mut PageWriter, end: Instant) -> Result<Vec<f64>> {
-    let samples = pages.measure(PAGE_WRITES.warm_up, PAGE_WRITES.wanted, PAUSE, end)?;
+    let samples = pages.measure(PAGE_WRITES.warm_up, PAGE_WRITES.wanted, PAUSE_MIN, end)?;
     check_samples("page writes", samples.len(), PAGE_WRITES.least)?;
     Ok(samples)
 }
 
 fn left(end: Instant) -> Duration {
     end.saturating_duration_since(now())
+}
+
+fn pause(page_write_ms: f64) -> Duration {
+    Duration::from_secs_f64(page_write_ms * PAUSE_WRITES / 1000.0).clamp(PAUSE_MIN, PAUSE_MAX)
 }
 
 fn check_samples(what: &str, found: usize, least: usize) -> Result<()> {
@@ -181,6 +192,12 @@ mod tests {
         let slots = [slot("large", "Free"), slot("large", "Quarantined"), slot("xlarge", "Free")];
         let node = json!({ "status": { "cards": [{ "slots": slots }, { "slots": slots }, {}] } });
         assert_eq!(large_slots(&[node, json!({})]), 2);
+    }
+
+    #[test]
+    fn a_slow_disk_gets_longer_pauses_within_bounds() {
+        let of = |page_write_ms| pause(page_write_ms).as_millis();
+        assert_eq!((of(2.5), of(10.0), of(60.0)), (40, 70, 150));
     }
 
     #[test]

@@ -6,7 +6,8 @@ pub mod containerd;
 mod oci;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +22,9 @@ use crate::workspace::{Workspace, write_atomically};
 pub struct ImagesArguments {
     /// Only these; without a name, all that a cluster runs
     names: Vec<Name>,
+    /// Also write each as an OCI archive into this folder, for a registry of your own
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
 }
 
 /// The images of this project.
@@ -77,8 +81,23 @@ pub fn run_command(workspace: &Workspace, arguments: &ImagesArguments) -> Result
     } else {
         progress("the cluster is not up, so nothing is imported");
     }
+    if let Some(folder) = &arguments.save {
+        save(folder, &images)?;
+    }
     for image in &images {
         println!("{}", image.reference);
+    }
+    Ok(())
+}
+
+/// One archive an image, `<name>.tar`, as `skopeo copy oci-archive:…` and others read them.
+fn save(folder: &Path, images: &[Image]) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    for image in images {
+        let path = folder.join(image.name).with_extension("tar");
+        let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        oci::write_layout(&[image], BufWriter::with_capacity(1 << 20, file))?;
+        progress(&format!("wrote {}", path.display()));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc as blocking};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as blocking};
 use std::time::Duration;
 
 use spaceport_core::protocol::AllowRefusal;
@@ -31,6 +31,9 @@ const RESIDENT_KERNEL_AFTER: Duration = Duration::from_millis(200);
 /// back with the process, then no more often than the NVML thread's queue is made for.
 const MEMORY_LOOK_MIN: Duration = Duration::from_millis(5);
 const MEMORY_LOOK_MAX: Duration = Duration::from_millis(100);
+/// From the end of a lease to the look at who still holds a device in its pod. The look reads the mappings of every process
+/// there, which takes milliseconds of a core that the hand-over to the next visitor needs; what is held stays held.
+const HOLDER_LOOK_AFTER: Duration = Duration::from_millis(100);
 /// Between two looks at a quarantined slot, for as long as it stays one.
 const QUARANTINE_LOOK: Duration = Duration::from_secs(1);
 
@@ -84,6 +87,8 @@ pub struct Hardware {
     pub inputs: blocking::Sender<Input>,
     /// Where the owners of pods are told.
     pub events: PodEvents,
+    /// Pods that are about to be looked through for holders, by uid. A std mutex: it is held for a lookup.
+    pub looks: Arc<Mutex<BTreeSet<String>>>,
     /// Owner of the helper threads and tasks: at most one of each kind for each worker.
     pub tasks: TaskTracker,
     /// The runtime that they run on.
@@ -222,11 +227,19 @@ impl Hardware {
     }
 
     /// N10, off the path of the answer: a process outside every lease cgroup that has a device open or mapped ends its
-    /// container.
+    /// container. One look serves every lease of the pod that ends until it begins.
     fn look_for_holders(&self, caller: Caller) {
         let (pods, majors, events) = (self.pods_cgroup.clone(), self.gate.majors(), self.events.clone());
+        let looks = Arc::clone(&self.looks);
+        let is_new = locked(&looks).insert(caller.pod.pod_uid.clone());
+        if !is_new {
+            return;
+        }
         self.tasks.spawn_blocking_on(
             move || {
+                std::thread::sleep(HOLDER_LOOK_AFTER);
+                // Before the look: a lease that ends during it has one of its own.
+                locked(&looks).remove(&caller.pod.pod_uid);
                 let Some(pod) = sandbox::pod_cgroup(&pods, &caller.pod.pod_uid) else { return };
                 match processes::holders(&pod, &majors) {
                     Ok(holders) => holders.iter().for_each(|holder| end_container(&pod, holder, &caller, &events)),
@@ -326,6 +339,10 @@ pub fn is_alive(worker: &Worker) -> bool {
         .and_then(|cgroup| cgroup.processes().ok())
         .is_some_and(|pids| pids.contains(&worker.pid));
     held.is_some() && inside
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends an event; the actor outlives everything that sends, except while the agent stops.

@@ -309,6 +309,7 @@ async fn start_actor(
         sensors: Arc::clone(sensors),
         inputs: inputs.clone(),
         events,
+        looks: Arc::default(),
         tasks: TaskTracker::new(),
         runtime: tokio::runtime::Handle::current(),
     };

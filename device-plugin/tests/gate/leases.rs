@@ -98,6 +98,7 @@ impl Agent {
             sensors,
             inputs: inputs.clone(),
             events,
+            looks: Arc::default(),
             tasks: TaskTracker::new(),
             runtime: runtime.handle().clone(),
         };

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::kubectl::{at, setting};
 use crate::stories::schedule;
-use crate::story::pids_of;
+use crate::story::{CALLS, pids_of};
 use crate::wait::eventually;
 use crate::world::World;
 
@@ -143,13 +143,7 @@ impl Drop for Replaced<'_> {
 /// Asks for a lease and gives it back, whether it came at once or after a wait in the queue.
 fn probe(path: &str) -> String {
     format!(
-        r#"
-import http.client, json, re
-def post(path):
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
-    connection.request("POST", path, body=b"")
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+        r#"{CALLS}
 try:
     status, body = post({path:?})
     token = re.search(r'"allowToken"\s*:\s*"([^"]+)"', body)

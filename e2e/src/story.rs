@@ -29,6 +29,30 @@ def post(path, timeout=90):
     return {"status": answer.status, "headers": dict(answer.getheaders()), "body": body}
 "#;
 
+/// What programs in the pod that speak to the device API themselves begin with.
+pub(crate) const CALLS: &str = r#"
+import http.client, json, os, re, socket, threading, time
+def post(path):
+    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
+    connection.request("POST", path, body=b"")
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+def queue_size():
+    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=10)
+    connection.request("GET", "/queue-size")
+    return json.loads(connection.getresponse().read())
+def wait_for_queue(size, seconds):
+    end = time.monotonic() + seconds
+    while queue_size() != size and time.monotonic() < end:
+        time.sleep(0.1)
+    return queue_size()
+def queue(path):
+    """A call on a connection of its own, whose answer nobody reads yet."""
+    connection = socket.create_connection(("127.0.0.1", 7999))
+    connection.sendall(("POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").encode())
+    return connection
+"#;
+
 impl World {
     /// A new account of tier `demo` with a name that no earlier run used: pages cannot be reset.
     pub fn new_account(&self, story: &str) -> Result<String> {

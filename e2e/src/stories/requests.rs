@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{SETTLE_LIMIT, schedule};
 use crate::kubectl::at;
-use crate::story::NAMESPACE;
+use crate::story::{CALLS, NAMESPACE};
 use crate::token::Token;
 use crate::world::World;
 
@@ -74,13 +74,7 @@ pub fn a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once(world: &
     let token = world.token(&account)?;
     let path = schedule(&token, "10", "");
     let program = format!(
-        r#"
-import http.client, json, os, time
-def post(path):
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
-    connection.request("POST", path, body=b"")
-    answer = connection.getresponse(); body = answer.read().decode()
-    return answer.status, body
+        r#"{CALLS}
 status, body = post({path:?})
 token = json.loads(body)["allowToken"]
 seen = {{"schedule": status}}
@@ -125,34 +119,18 @@ pub fn a_visitor_who_leaves_the_queue_is_forgotten(world: &World) -> Result<()> 
     let holder = schedule(&world.token(&first)?, "20", "xlarge");
     let waiter = schedule(&world.token(&second)?, "5", "xlarge");
     let program = format!(
-        r#"
-import http.client, json, os, socket, time
-def post(path):
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
-    connection.request("POST", path, body=b"")
-    answer = connection.getresponse(); body = answer.read().decode()
-    return answer.status, body
-def queue_size():
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=10)
-    connection.request("GET", "/queue-size")
-    return json.loads(connection.getresponse().read())
-def wait_for(size):
-    end = time.monotonic() + 10
-    while queue_size() != size and time.monotonic() < end:
-        time.sleep(0.05)
-    return queue_size()
+        r#"{CALLS}
 status, body = post({holder:?})
 token = json.loads(body)["allowToken"]
 worker = os.fork()
 if worker == 0:
     time.sleep(40); os._exit(0)
 allowed = post(f"/allow?allowToken={{token}}&pid={{worker}}")[0]
-queued = socket.create_connection(("127.0.0.1", 7999))
-queued.sendall(("POST " + {waiter:?} + " HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").encode())
+queued = queue({waiter:?})
 head = queued.recv(4096).decode()
-waiting = wait_for(1)
+waiting = wait_for_queue(1, 10)
 queued.close()
-left = wait_for(0)
+left = wait_for_queue(0, 10)
 released = post(f"/release?allowToken={{token}}&fail=false")[0]
 print(json.dumps({{"allowed": allowed, "head": head, "waiting": waiting, "left": left, "released": released}}))
 "#
@@ -174,31 +152,16 @@ print(json.dumps({{"allowed": allowed, "head": head, "waiting": waiting, "left":
 /// What was not as it must be.
 pub fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten(world: &World) -> Result<()> {
     let (first, second) = (world.new_account("copy-first")?, world.new_account("copy-second")?);
-    let holder = schedule(&world.token(&first)?, "50", "xlarge");
+    // Half of the only card for as long as its tier allows, so that a whole one is not free.
+    let holder = schedule(&world.token(&first)?, "50", "large");
     let waiter = schedule(&world.token(&second)?, "5", "xlarge");
     let program = format!(
-        r#"
-import http.client, json, os, signal, socket, threading, time
-def post(path):
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=60)
-    connection.request("POST", path, body=b"")
-    answer = connection.getresponse(); body = answer.read().decode()
-    return answer.status, body
-def queue_size():
-    connection = http.client.HTTPConnection("127.0.0.1", 7999, timeout=10)
-    connection.request("GET", "/queue-size")
-    return json.loads(connection.getresponse().read())
-def wait_for(size, seconds):
-    end = time.monotonic() + seconds
-    while queue_size() != size and time.monotonic() < end:
-        time.sleep(0.2)
-    return queue_size()
+        r#"{CALLS}
 status, body = post({holder:?})
 token = json.loads(body)["allowToken"]
-queued = socket.create_connection(("127.0.0.1", 7999))
-queued.sendall(("POST " + {waiter:?} + " HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n").encode())
+queued = queue({waiter:?})
 reader = threading.Thread(target=lambda: [None for _ in iter(lambda: queued.recv(4096), b"")], daemon=True)
-waiting = wait_for(1, 10)
+waiting = wait_for_queue(1, 10)
 worker = os.fork()
 if worker == 0:
     time.sleep(60); os._exit(0)
@@ -209,7 +172,7 @@ time.sleep(8)
 patient = queue_size()
 # Not shutdown(): the worker's copy keeps the connection as it is. The reader's call returns with the descriptor's end.
 os.dup2(os.open("/dev/null", os.O_RDONLY), queued.fileno())
-left = wait_for(0, 45)
+left = wait_for_queue(0, 45)
 alive = os.waitpid(worker, os.WNOHANG)[0] == 0
 released = post(f"/release?allowToken={{token}}&fail=false")[0]
 print(json.dumps({{"allowed": allowed, "waiting": waiting, "patient": patient, "left": left, "alive": alive, "released": released}}))

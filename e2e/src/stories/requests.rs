@@ -29,11 +29,9 @@ pub fn malformed_requests_get_an_answer_their_client_understands_and_leave_the_l
     let space_account = world.space_account()?;
     let space_before = world.page(&space_account).map(|page| at(&page, "/windows").clone()).unwrap_or_default();
 
-    let without = |parameters: &str| format!("/schedule?{parameters}");
     let cases: Vec<(&str, String, u64)> = vec![
         ("no query", "/schedule".to_owned(), 400),
-        ("no task", without("cgroupPath=%2F&enableQueue=true&tokenVersion=2&durationSeconds=5"), 400),
-        ("no duration", without("cgroupPath=%2F&taskId=1&enableQueue=true&tokenVersion=2"), 400),
+        ("no task", "/schedule?cgroupPath=%2F&enableQueue=true&tokenVersion=2&durationSeconds=5".to_owned(), 400),
         ("negative duration", schedule(&token, "-5", ""), 429),
         ("huge duration", schedule(&token, "99999999999999999999999", ""), 429),
         ("a day less 5 s, as the client makes of -5 s", schedule(&token, "86395", ""), 429),

@@ -40,7 +40,7 @@ name_type! {
     NodeName
 }
 impl AccountName {
-    /// The account of a Space's own calls, those without a token (accounting.md, tier `space`; the prefix is reserved, L4).
+    /// The account of a Space's own calls, those without a token (docs/rules.md, tier `space`; the prefix is reserved, L4).
     pub fn of_space(uid: &str) -> Self {
         Self(format!("space-{uid}"))
     }
@@ -51,12 +51,12 @@ name_type! {
     LeaseId
 }
 
-/// The broker's term (ledger.md L6). The fence of invariant 7.
+/// The broker's term (L6). The fence of invariant 7.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
-/// One HTTP request at one start of one node agent: the idempotency key of a request (ledger.md L15).
+/// One HTTP request at one start of one node agent: the idempotency key of a request (L15).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ticket {
@@ -78,7 +78,7 @@ pub struct SpaceKey {
     pub uid: String,
 }
 
-/// Size of a lease (accounting.md). The weight is what a second of it costs.
+/// Size of a lease (docs/rules.md). The weight is what a second of it costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Size {
@@ -112,7 +112,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// Ledger time: milliseconds since the Unix epoch, never going back on one page (ledger.md L20).
+/// Ledger time: milliseconds since the Unix epoch, never going back on one page (L20).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LedgerTime(pub i64);
@@ -132,7 +132,7 @@ impl LedgerTime {
 }
 
 /// Milliseconds on the leader's monotonic clock since its term began. Intervals are measured with it, so that a stepped
-/// wall clock neither ends a lease early nor keeps one (ledger.md L9, L20).
+/// wall clock neither ends a lease early nor keeps one (L9, L20).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Steady(pub u64);

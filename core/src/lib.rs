@@ -1,5 +1,5 @@
 //! The pure rules of Spaceport: ledger, quota, queue, slots and the device API's wire contract. No I/O, no clock, no
-//! randomness: they come in as arguments, so that every history can be replayed (architecture.md).
+//! randomness: they come in as arguments, so that every history can be replayed (ARCHITECTURE.md).
 
 pub mod ids;
 pub mod lease;

@@ -1,4 +1,4 @@
-//! The ledger page of one account (ledger.md L1): what `GPUAccount.status` holds and one compare-and-swap changes.
+//! The ledger page of one account (L1): what `GPUAccount.status` holds and one compare-and-swap changes.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Who waits for a GPU, in which order, and how many may (accounting.md, Queue). Oldest first, for each node: a pod can
+//! Who waits for a GPU, in which order, and how many may (docs/rules.md, Queue). Oldest first, for each node: a pod can
 //! only use the cards of its own node.
 //!
 //! The head blocks: a whole-card job at the head is not passed by the halves behind it, so it can not starve. Only a

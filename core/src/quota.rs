@@ -1,5 +1,5 @@
-//! What an account has left, from which sources a call is paid, and which refusal it gets if it is not (accounting.md,
-//! ledger.md L12 and L18).
+//! What an account has left, from which sources a call is paid, and which refusal it gets if it is not (docs/rules.md,
+//! L12 and L18).
 //!
 //! All amounts are weighted milliseconds unless they are called declared.
 

@@ -1,4 +1,4 @@
-//! Which card of a node a lease gets. The broker predicts with it, the node decides with it (ledger.md L7): one function,
+//! Which card of a node a lease gets. The broker predicts with it, the node decides with it (L7): one function,
 //! so that the prediction is right unless the broker's picture of the node is old.
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! The stage of a Space, derived from its conditions and never stored on its own (api.md, Space).
+//! The stage of a Space, derived from its conditions and never stored on its own (docs/rules.md, Space).
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Every condition type and every reason, a kind at a time (api.md: "every condition reason is an enum variant").
+//! Every condition type and every reason, a kind at a time (docs/rules.md).
 //!
 //! A reason says what is; the message beside it says what happened, to what, with the numbers, and the one next
 //! action. [`condition`] and [`set`] build and merge the Kubernetes objects; both are pure, time is an argument.
@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 string_enum! {
-    /// Conditions of a Space. The stage is derived from them and never stored on its own (api.md, Space).
+    /// Conditions of a Space. The stage is derived from them and never stored on its own (docs/rules.md, Space).
     SpaceCondition {
         /// The source was fetched and its commit is known.
         SourceFetched = "SourceFetched",
@@ -157,13 +157,13 @@ string_enum! {
         PlatformFault = "PlatformFault",
         /// It failed without ever seeing a GPU; charge 0, bounded per Space and hour.
         NoDevice = "NoDevice",
-        /// The node was silent beyond the bound of ledger.md L9; charge 0.
+        /// The node was silent beyond the bound of L9; charge 0.
         Expired = "Expired",
     }
 }
 
 string_enum! {
-    /// Why a request was refused: `kind` of `lastDenial` (accounting.md). Never one for another.
+    /// Why a request was refused: `kind` of `lastDenial` (docs/rules.md). Never one for another.
     DenialKind {
         /// Weight x declared does not fit what is not yet charged.
         QuotaExceeded = "QuotaExceeded",
@@ -183,7 +183,7 @@ string_enum! {
         Unauthenticated = "Unauthenticated",
         /// The account is being deleted.
         AccountDeleting = "AccountDeleting",
-        /// The leader's clock is more than 5 s off the API server's (ledger.md L20).
+        /// The leader's clock is more than 5 s off the API server's (L20).
         ClockSkew = "ClockSkew",
     }
 }
@@ -300,17 +300,17 @@ string_enum! {
     GPUNodeCondition {
         /// The node can grant leases.
         Ready = "Ready",
-        /// Something else manages our cards; grants stop (node.md N3).
+        /// Something else manages our cards; grants stop (N3).
         ForeignManager = "ForeignManager",
-        /// No cgroup v2 tree, so there is no gate (node.md N8).
+        /// No cgroup v2 tree, so there is no gate (N8).
         CgroupV2Missing = "CgroupV2Missing",
         /// The gate's program is attached.
         GateAttached = "GateAttached",
-        /// A slice has less memory than the client believes in (node.md N17).
+        /// A slice has less memory than the client believes in (N17).
         CardSmallerThanClientAssumes = "CardSmallerThanClientAssumes",
-        /// A change of a card's use waits until nothing runs on it (node.md N4).
+        /// A change of a card's use waits until nothing runs on it (N4).
         ModeChangePending = "ModeChangePending",
-        /// The agent has compared its book with the broker's since it started (node.md N19).
+        /// The agent has compared its book with the broker's since it started (N19).
         Reconciled = "Reconciled",
         /// The node or cards of it are cordoned.
         Cordoned = "Cordoned",

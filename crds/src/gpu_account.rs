@@ -1,4 +1,4 @@
-//! `GPUAccount`: one user's ledger page (ledger.md L1, L4, L5).
+//! `GPUAccount`: one user's ledger page (L1, L4, L5).
 //!
 //! The spec is written by an admin, the status by the broker alone, by compare-and-swap (L2). The transition rules
 //! below are the API server's part of L5: they hold whatever the broker's code does. `seq` = old + 1 is a
@@ -90,15 +90,15 @@ pub struct Identity {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.epoch >= oldSelf.epoch")
-        .message("the epoch of a page never falls: another leader has written it (ledger.md L5, L6)"),
+        .message("the epoch of a page never falls: another leader has written it (L5, L6)"),
     validation = Rule::new("self.lastTimeMilliseconds >= oldSelf.lastTimeMilliseconds")
-        .message("ledger time never goes back (ledger.md L20)"),
+        .message("ledger time never goes back (L20)"),
     validation = Rule::new(
         "!has(oldSelf.windows) || oldSelf.windows.all(o, o.chargedMilliseconds == 0 || \
          (has(self.windows) && self.windows.exists(w, w.startMilliseconds == o.startMilliseconds)) || \
          self.lastTimeMilliseconds >= o.startMilliseconds + 86400000)",
     )
-    .message("a window with a charge stays on the page until its 24 hours are over (ledger.md L5, L12)")
+    .message("a window with a charge stays on the page until its 24 hours are over (L5, L12)")
 )]
 pub struct GPUAccountStatus {
     /// Counts the writes of this page.
@@ -121,7 +121,7 @@ pub struct GPUAccountStatus {
             "self.all(w, oldSelf.all(o, o.startMilliseconds != w.startMilliseconds || \
              w.chargedMilliseconds >= o.chargedMilliseconds))",
         )
-        .message("what was charged to a window never falls (ledger.md L5)")
+        .message("what was charged to a window never falls (L5)")
     )]
     pub windows: Vec<Window>,
     /// Open reservations, in the order they were made.
@@ -135,7 +135,7 @@ pub struct GPUAccountStatus {
         validation = Rule::new(
             "self.all(g, oldSelf.all(o, o.uid != g.uid || g.usedMilliseconds >= o.usedMilliseconds))",
         )
-        .message("what was used of a grant never falls (ledger.md L12)")
+        .message("what was used of a grant never falls (L12)")
     )]
     pub grants: Vec<GrantRow>,
     /// Outbox: settled leases whose receipt is not written yet (L10).
@@ -146,7 +146,7 @@ pub struct GPUAccountStatus {
             "self.all(c, oldSelf.all(o, o.lease != c.lease || \
              (c.chargedMilliseconds == o.chargedMilliseconds && c.outcome == o.outcome)))",
         )
-        .message("a lease is settled once (architecture.md, invariant 3)")
+        .message("a lease is settled once (invariant 3)")
     )]
     pub closed: Vec<ClosedLease>,
     /// The last refusal with its numbers; written at most every 5 s.
@@ -296,7 +296,7 @@ pub struct GrantRow {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.chargedMilliseconds <= self.weight * self.declaredMilliseconds")
-        .message("a charge is at most weight x declared (architecture.md, invariant 5)"),
+        .message("a charge is at most weight x declared (invariant 5)"),
 )]
 pub struct ClosedLease {
     /// Id of the lease.
@@ -354,7 +354,7 @@ pub struct ClosedLease {
     pub via: String,
 }
 
-/// A refusal with its numbers (pains.md A3, A6).
+/// A refusal with its numbers (requirement A3, A6).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LastDenial {

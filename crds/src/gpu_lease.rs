@@ -1,4 +1,4 @@
-//! `GPULease`: the receipt of one lease, for people (ledger.md, Writes per lease; architecture.md, invariant 12).
+//! `GPULease`: the receipt of one lease, for people (docs/rules.md, Writes per lease; invariant 12).
 //!
 //! It is a record and has no status subresource, so that a receipt is one write. Nothing is decided from it: it can be
 //! built again from the account's page and the node's report. In the column strings a running lease has no `used`:
@@ -30,7 +30,7 @@ string_enum! {
         Settled = "Settled",
         /// Ended at no charge.
         Refunded = "Refunded",
-        /// Given up because its node was silent beyond the bound of ledger.md L9; no charge.
+        /// Given up because its node was silent beyond the bound of L9; no charge.
         Expired = "Expired",
     }
 }
@@ -84,11 +84,11 @@ impl LeasePhase {
          (has(self.chargedMilliseconds) ? self.chargedMilliseconds : 0) == \
          (has(oldSelf.chargedMilliseconds) ? oldSelf.chargedMilliseconds : 0))",
     )
-    .message("a lease ends once: its last phase and its charge never change (architecture.md, invariant 3)"),
+    .message("a lease ends once: its last phase and its charge never change (invariant 3)"),
     validation = Rule::new(
         "!has(self.chargedMilliseconds) || self.chargedMilliseconds <= self.weight * self.declaredMilliseconds",
     )
-    .message("a charge is at most weight x declared (architecture.md, invariant 5)"),
+    .message("a charge is at most weight x declared (invariant 5)"),
     validation = Rule::new(
         "!(self.phase in ['Refunded', 'Expired']) || !has(self.chargedMilliseconds) || self.chargedMilliseconds == 0",
     )
@@ -123,7 +123,7 @@ pub struct GPULeaseSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub used_milliseconds: Option<i64>,
-    /// weight x min(used, declared), or 0 for a platform fault (ledger.md L11). Empty until it is settled.
+    /// weight x min(used, declared), or 0 for a platform fault (L11). Empty until it is settled.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub charged_milliseconds: Option<i64>,
@@ -170,7 +170,7 @@ pub struct GPULeaseSpec {
     #[serde(rename = "requestID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub request_id: Option<String>,
-    /// Term of the operator in which it was made (ledger.md L6).
+    /// Term of the operator in which it was made (L6).
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub epoch: i64,

@@ -1,4 +1,4 @@
-//! `GPUNode`: the inventory of one node (node.md N3, N4, N17, N18, N20). The spec is an admin's cordon, the status the
+//! `GPUNode`: the inventory of one node (N3, N4, N17, N18, N20). The spec is an admin's cordon, the status the
 //! agent's report, written at most once a second.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -26,7 +26,7 @@ string_enum! {
 }
 
 string_enum! {
-    /// Health of a card (node.md N20).
+    /// Health of a card (N20).
     CardHealth default Unmonitored {
         /// It can be granted.
         Healthy = "Healthy",
@@ -42,7 +42,7 @@ string_enum! {
 }
 
 string_enum! {
-    /// State of a slot (ledger.md L16).
+    /// State of a slot (L16).
     SlotState default Free {
         /// It can be granted.
         Free = "Free",
@@ -97,7 +97,7 @@ string_enum! {
     printcolumn(name = "Holders", type_ = "string", json_path = ".status.holders", priority = 1)
 )]
 pub struct GPUNodeSpec {
-    /// Nothing new is granted there; what runs ends within the longest lease (node.md N3).
+    /// Nothing new is granted there; what runs ends within the longest lease (N3).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cordon: Option<Cordon>,
 }
@@ -152,7 +152,7 @@ pub struct GPUNodeStatus {
     /// What separates two leases on one card.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isolation: Option<Isolation>,
-    /// Fresh at every start of the agent; with a ticket it identifies a request (ledger.md L15).
+    /// Fresh at every start of the agent; with a ticket it identifies a request (L15).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub agent_instance: Option<String>,
@@ -164,7 +164,7 @@ pub struct GPUNodeStatus {
     #[serde(rename = "bootID", skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub boot_id: Option<String>,
-    /// Highest epoch the node has seen (ledger.md L6).
+    /// Highest epoch the node has seen (L6).
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub epoch: i64,
@@ -262,7 +262,7 @@ pub struct Card {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Slot {
-    /// The number the client keeps a worker by: no two slots of a node share one (node.md N17).
+    /// The number the client keeps a worker by: no two slots of a node share one (N17).
     #[schemars(range(min = 0))]
     pub nvidia_index: i32,
     /// UUID the worker is given: of the card or of the MIG device.

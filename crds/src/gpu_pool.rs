@@ -1,5 +1,5 @@
 //! `GPUPool`: which nodes and cards are shared in time or dedicated, how cards are cut, and the bounds of the queue
-//! (accounting.md; node.md N4, N17, N18; ledger.md L8, L9, L19).
+//! (docs/rules.md; N4, N17, N18; L8, L9, L19).
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::schema::quantity;
 use crate::size::GpuSize;
 
 string_enum! {
-    /// How a card is cut (node.md N18).
+    /// How a card is cut (N18).
     SlicingMode default Whole {
         /// MIG instances: isolation in hardware.
         Mig = "Mig",
@@ -138,7 +138,7 @@ pub struct GPUPoolSpec {
     #[serde(default = "clear_limit_seconds")]
     #[schemars(range(min = 1, max = 600))]
     pub clear_limit_seconds: i32,
-    /// Age at which a node refuses an order (ledger.md L8).
+    /// Age at which a node refuses an order (L8).
     #[serde(rename = "orderTTLSeconds", default = "order_ttl_seconds")]
     #[schemars(range(min = 1, max = 60))]
     pub order_ttl_seconds: i32,
@@ -195,7 +195,7 @@ impl Default for GPUPoolSpec {
     }
 }
 
-/// A card is shared in time or dedicated, never both (node.md N4).
+/// A card is shared in time or dedicated, never both (N4).
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -203,12 +203,12 @@ impl Default for GPUPoolSpec {
         "!has(self.dedicated) || self.timeShared.select != 'Listed' || !has(self.timeShared.indexes) || \
          self.dedicated.all(d, d.indexes.all(i, !(i in self.timeShared.indexes)))",
     )
-    .message("a card is shared in time or dedicated, not both (node.md N4)"),
+    .message("a card is shared in time or dedicated, not both (N4)"),
     validation = Rule::new(
         "!has(self.dedicated) || self.dedicated.all(d, self.dedicated.all(e, d.size == e.size || \
          d.indexes.all(i, !(i in e.indexes))))",
     )
-    .message("a dedicated card is large or xlarge, not both (node.md N4)"),
+    .message("a dedicated card is large or xlarge, not both (N4)"),
 )]
 pub struct CardSelection {
     /// Cards that leases share.
@@ -313,7 +313,7 @@ pub struct QueueBounds {
     #[serde(default = "per_account")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub per_account: i32,
-    /// Share of the age lane in percent (accounting.md: phi = 0.25). 0 would let the longest jobs starve.
+    /// Share of the age lane in percent (docs/rules.md: phi = 0.25). 0 would let the longest jobs starve.
     #[serde(default = "age_lane_percent")]
     #[schemars(range(min = 1, max = 100))]
     pub age_lane_percent: i32,

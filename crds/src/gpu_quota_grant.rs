@@ -1,4 +1,4 @@
-//! `GPUQuotaGrant`: extra seconds for one account, with expiry and reason (accounting.md; ledger.md L1, L12).
+//! `GPUQuotaGrant`: extra seconds for one account, with expiry and reason (docs/rules.md; L1, L12).
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
@@ -42,7 +42,7 @@ string_enum! {
 )]
 #[x_kube(
     validation = Rule::new("self == oldSelf")
-        .message("a grant is immutable: delete it and write another (ledger.md L1)"),
+        .message("a grant is immutable: delete it and write another (L1)"),
 )]
 pub struct GPUQuotaGrantSpec {
     /// GPUAccount that gets them.

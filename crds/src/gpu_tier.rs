@@ -1,4 +1,4 @@
-//! `GPUTier`: quota, priority and limits, and the rules that put identities into it (accounting.md, Tiers).
+//! `GPUTier`: quota, priority and limits, and the rules that put identities into it (docs/rules.md, Tiers).
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -10,7 +10,7 @@ use crate::gpu_pool::SlicingMode;
 const MAX_SECONDS: i64 = 10_000_000;
 
 string_enum! {
-    /// Place of a tier in the queue (accounting.md, Queue).
+    /// Place of a tier in the queue (docs/rules.md, Queue).
     Priority default Medium {
         /// Last in the fast lane, with a floor share in the age lane.
         Low = "Low",

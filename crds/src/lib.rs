@@ -1,10 +1,10 @@
-//! The custom resources of Spaceport: group `spaceport.dev`, version `v1alpha1` (api.md).
+//! The custom resources of Spaceport: group `spaceport.dev`, version `v1alpha1` (docs/rules.md).
 //!
 //! One module a kind: its types, its CEL rules, its printer columns. [`conditions`] holds every condition type and
 //! every reason, so that no other crate spells one as a string. [`all`] gives the definitions as they are
 //! installed; [`yaml_files`] and [`reference_markdown`] are what `cargo xtask gen` writes to disk.
 //!
-//! Conventions (api.md): times are timestamps, amounts are int64 `…Milliseconds` or `…Seconds`; strings that repeat
+//! Conventions (docs/rules.md): times are timestamps, amounts are int64 `…Milliseconds` or `…Seconds`; strings that repeat
 //! a number exist for printer columns only and nothing decides from them.
 
 #![allow(

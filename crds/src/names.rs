@@ -9,25 +9,25 @@ pub const API_VERSION: &str = "spaceport.dev/v1alpha1";
 /// Category of every kind: `kubectl get spaceport -A`.
 pub const CATEGORY: &str = "spaceport";
 
-/// Extended resource of a time-shared Space pod (node.md N4).
+/// Extended resource of a time-shared Space pod (N4).
 pub const SEAT_RESOURCE: &str = "spaceport.dev/seat";
-/// Extended resource of a dedicated half card (node.md N4).
+/// Extended resource of a dedicated half card (N4).
 pub const LARGE_RESOURCE: &str = "spaceport.dev/large";
-/// Extended resource of a dedicated whole card (node.md N4).
+/// Extended resource of a dedicated whole card (N4).
 pub const XLARGE_RESOURCE: &str = "spaceport.dev/xlarge";
 
-/// The GPUAccount that holds the epoch of the present term (ledger.md L6).
+/// The GPUAccount that holds the epoch of the present term (L6).
 pub const TERM_PAGE: &str = "spaceport-term";
-/// Name prefix of guests' accounts, one for each address prefix (ledger.md L1, L4).
+/// Name prefix of guests' accounts, one for each address prefix (L1, L4).
 pub const GUEST_PAGE_PREFIX: &str = "guest-";
-/// Name prefix of the account of a Space's own calls, followed by the Space's uid (ledger.md L4).
+/// Name prefix of the account of a Space's own calls, followed by the Space's uid (L4).
 pub const SPACE_PAGE_PREFIX: &str = "space-";
-/// Name prefix of pages that belong to the system (ledger.md L4).
+/// Name prefix of pages that belong to the system (L4).
 pub const SYSTEM_PAGE_PREFIX: &str = "spaceport-";
 
-/// Finalizer on a GPUAccount: it goes when nothing is open, the outbox is empty and the window has ended (ledger.md L4).
+/// Finalizer on a GPUAccount: it goes when nothing is open, the outbox is empty and the window has ended (L4).
 pub const LEDGER_FINALIZER: &str = "spaceport.dev/ledger";
-/// Annotation that lets an admin delete an account with open holds (ledger.md L4); its value is the reason.
+/// Annotation that lets an admin delete an account with open holds (L4); its value is the reason.
 pub const BREAK_GLASS_ANNOTATION: &str = "spaceport.dev/break-glass";
 
 /// Label with the name of the Space an object belongs to.

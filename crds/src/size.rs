@@ -1,4 +1,4 @@
-//! The two sizes a function can ask for (accounting.md, Sizes).
+//! The two sizes a function can ask for (docs/rules.md, Sizes).
 
 string_enum! {
     /// Size of a lease: how much of one card it holds.

@@ -1,4 +1,4 @@
-//! `Space`: one app, from source to URL (api.md, Space; space.md).
+//! `Space`: one app, from source to URL (docs/rules.md, Space).
 
 use std::collections::BTreeMap;
 
@@ -53,7 +53,7 @@ string_enum! {
 }
 
 string_enum! {
-    /// Where the app may connect to (node.md N13). Metadata addresses and cluster ranges are denied in every case.
+    /// Where the app may connect to (N13). Metadata addresses and cluster ranges are denied in every case.
     EgressPolicy default Internet {
         /// Any public address.
         Internet = "Internet",
@@ -215,7 +215,7 @@ pub struct SpaceSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 320), regex(pattern = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?/[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
     pub duplicate_of: Option<String>,
-    /// Grants min(declared, what the caller has left) as a hard limit instead of refusing (pains.md A3).
+    /// Grants min(declared, what the caller has left) as a hard limit instead of refusing (requirement A3).
     #[serde(default)]
     pub clamp_to_remaining: bool,
 }
@@ -450,7 +450,7 @@ pub struct Egress {
         "!(self.stage in ['Building', 'AppStarting', 'RunningBuilding', 'RunningAppStarting']) || \
          (has(self.phases) && self.phases.exists(p, has(p.deadline) && !has(p.finishedAt)))",
     )
-    .message("a stage that something is awaited in needs an unfinished phase with a deadline (api.md, Space)"),
+    .message("a stage that something is awaited in needs an unfinished phase with a deadline"),
 )]
 pub struct SpaceStatus {
     /// Where it is; derived from the conditions.
@@ -520,7 +520,7 @@ pub struct Phase {
     pub message: Option<String>,
 }
 
-/// What an app runs in (pains.md C7).
+/// What an app runs in (requirement C7).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EnvironmentStatus {

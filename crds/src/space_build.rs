@@ -1,4 +1,4 @@
-//! `SpaceBuild`: one build of one Space (api.md; space.md). Written by the operator; the last few are kept.
+//! `SpaceBuild`: one build of one Space (docs/rules.md). Written by the operator; the last few are kept.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::schema::CAMEL_CASE;
 
 string_enum! {
-    /// How an app becomes startable (space.md, Three lanes).
+    /// How an app becomes startable (docs/rules.md, Three lanes).
     BuildLane default Environment {
         /// A: a locked Python environment, no image.
         Environment = "Environment",
@@ -50,7 +50,7 @@ string_enum! {
 }
 
 string_enum! {
-    /// Whose fault a failure is (pains.md C8).
+    /// Whose fault a failure is (requirement C8).
     FailureClass default PlatformFault {
         /// The app's code or requirements.
         UserCode = "UserCode",

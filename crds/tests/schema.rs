@@ -61,7 +61,7 @@ fn scopes_and_status_subresources_are_as_designed() {
         assert_eq!(definition.spec.scope == "Namespaced", namespaced, "{kind}");
         let subresources = definition.spec.versions[0].subresources.as_ref();
         let has_status = subresources.is_some_and(|subresources| subresources.status.is_some());
-        // A receipt is one write (ledger.md, Writes per lease).
+        // A receipt is one write (docs/rules.md, Writes per lease).
         assert_eq!(has_status, kind != "GPULease", "{kind}");
     }
 }
@@ -136,25 +136,25 @@ fn every_cel_rule_is_listed() {
     }
     insta::assert_snapshot!(found.join("\n"), @r"
     GPUAccount: the ledger page cannot be removed from its account
-    GPUAccount.status: the epoch of a page never falls: another leader has written it (ledger.md L5, L6)
-    GPUAccount.status: ledger time never goes back (ledger.md L20)
-    GPUAccount.status: a window with a charge stays on the page until its 24 hours are over (ledger.md L5, L12)
-    GPUAccount.status.closed: a lease is settled once (architecture.md, invariant 3)
-    GPUAccount.status.closed[]: a charge is at most weight x declared (architecture.md, invariant 5)
-    GPUAccount.status.grants: what was used of a grant never falls (ledger.md L12)
-    GPUAccount.status.windows: what was charged to a window never falls (ledger.md L5)
+    GPUAccount.status: the epoch of a page never falls: another leader has written it (L5, L6)
+    GPUAccount.status: ledger time never goes back (L20)
+    GPUAccount.status: a window with a charge stays on the page until its 24 hours are over (L5, L12)
+    GPUAccount.status.closed: a lease is settled once (invariant 3)
+    GPUAccount.status.closed[]: a charge is at most weight x declared (invariant 5)
+    GPUAccount.status.grants: what was used of a grant never falls (L12)
+    GPUAccount.status.windows: what was charged to a window never falls (L5)
     GPULease.spec: account, space, size, weight and declared duration of a receipt never change
-    GPULease.spec: a lease ends once: its last phase and its charge never change (architecture.md, invariant 3)
-    GPULease.spec: a charge is at most weight x declared (architecture.md, invariant 5)
+    GPULease.spec: a lease ends once: its last phase and its charge never change (invariant 3)
+    GPULease.spec: a charge is at most weight x declared (invariant 5)
     GPULease.spec: a refunded or expired lease is charged nothing
     GPUNode.spec.cordon: give cards with scope: Cards, and only then
     GPUPool.spec: if large is a whole card both sizes hold the same and must weigh the same
-    GPUPool.spec.cards: a card is shared in time or dedicated, not both (node.md N4)
-    GPUPool.spec.cards: a dedicated card is large or xlarge, not both (node.md N4)
+    GPUPool.spec.cards: a card is shared in time or dedicated, not both (N4)
+    GPUPool.spec.cards: a dedicated card is large or xlarge, not both (N4)
     GPUPool.spec.cards.timeShared: give indexes with select: Listed, and only then
     GPUPool.spec.queue: queue bounds must not shrink: perAccount <= perSpace <= perPool
     GPUPool.spec.queue.priorities: the floor shares of the three priorities add up to 100 percent
-    GPUQuotaGrant.spec: a grant is immutable: delete it and write another (ledger.md L1)
+    GPUQuotaGrant.spec: a grant is immutable: delete it and write another (L1)
     GPUTier.spec: longestCallSeconds is more than the whole window: no call that long could ever be admitted
     GPUTier.spec: gpuSecondsPerAddressPrefix is for tiers with callers: Guests
     GPUTier.spec: identities are for tiers with callers: SignedIn; guests and Spaces have none
@@ -175,7 +175,7 @@ fn every_cel_rule_is_listed() {
     Space.spec.source.git.path: path stays inside the repository
     Space.spec.source.inline.files: give at least one file
     Space.spec.source.inline.files: a file's path is relative, made of letters, digits, dot, dash and underscore, and stays inside the source
-    Space.status: a stage that something is awaited in needs an unfinished phase with a deadline (api.md, Space)
+    Space.status: a stage that something is awaited in needs an unfinished phase with a deadline
     ");
 }
 
@@ -204,11 +204,7 @@ fn the_ledger_page_has_the_bounds_of_l1() {
     let account = all().into_iter().find(|definition| definition.spec.names.kind == "GPUAccount").unwrap();
     let page = &schema(&account)["properties"]["status"]["properties"];
     let most = |list: &str| page[list]["maxItems"].as_u64().unwrap();
-    assert_eq!(
-        ["windows", "holds", "grants", "closed", "recentOutcomes"].map(most),
-        [2, 64, 32, 32, 20],
-        "ledger.md L1"
-    );
+    assert_eq!(["windows", "holds", "grants", "closed", "recentOutcomes"].map(most), [2, 64, 32, 32, 20], "L1");
     let hold = &page["holds"]["items"]["properties"];
     assert_eq!(hold["parts"]["maxItems"], 33);
     assert_eq!(hold["avoid"]["maxItems"], 16);
@@ -329,9 +325,9 @@ fn defaults_of_the_types_are_those_of_the_schema() {
     assert_eq!(
         (spec.allow_limit_seconds, spec.grace_seconds, spec.clear_limit_seconds, spec.order_ttl_seconds),
         (30, 2, 10, 5),
-        "ledger.md L8, L9"
+        "L8, L9"
     );
-    assert_eq!(spec.queue.age_lane_percent, 25, "accounting.md");
+    assert_eq!(spec.queue.age_lane_percent, 25, "docs/rules.md");
     let definition = all().into_iter().find(|definition| definition.spec.names.kind == "GPUPool").unwrap();
     let fields = &schema(&definition)["properties"]["spec"]["properties"];
     assert_eq!(fields["allowLimitSeconds"]["default"], 30);

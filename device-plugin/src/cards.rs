@@ -1,5 +1,5 @@
 //! Between the inventory and the leases: which cards leases may have, who is seen on them (N16), and the watch over memory on
-//! cards that two leases share (node.md N18).
+//! cards that two leases share (N18).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The CDI spec: which devices and libraries a container gets with a seat or a dedicated card (node.md N7).
+//! The CDI spec: which devices and libraries a container gets with a seat or a dedicated card (N7).
 //!
 //! The agent names devices to kubelet, kubelet names them to containerd, and containerd reads this file. A seat carries
 //! every time-shared card, because nodes cannot be added to a running container; the gate decides who may open one. The

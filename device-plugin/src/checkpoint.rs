@@ -1,4 +1,4 @@
-//! The checkpoint: what this node has begun and not yet reported for good (node.md N19, ledger.md L10).
+//! The checkpoint: what this node has begun and not yet reported for good (N19, L10).
 //!
 //! It is two files, because two kinds of end ask for different things. An agent that dies leaves its workers running, so
 //! the next one needs what was written *before* hardware was touched; a file that was replaced as a whole is there for it

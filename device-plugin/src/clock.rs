@@ -1,4 +1,4 @@
-//! The only clocks of the agent (ledger.md L20): BOOTTIME, which neither steps nor stops while the machine sleeps.
+//! The only clocks of the agent (L20): BOOTTIME, which neither steps nor stops while the machine sleeps.
 
 use rustix::time::{ClockId, clock_gettime};
 

@@ -1,4 +1,4 @@
-//! The fence: the highest epoch this node has accepted, in a file of its own that survives reboots (ledger.md L6), and the
+//! The fence: the highest epoch this node has accepted, in a file of its own that survives reboots (L6), and the
 //! test that every order passes (invariant 7, L8).
 
 use std::fs;

@@ -1,4 +1,4 @@
-//! The node agent: NVML inventory, kubelet plugin, gate, device API, leases and their deadlines (node.md).
+//! The node agent: NVML inventory, kubelet plugin, gate, device API, leases and their deadlines (docs/rules.md).
 
 pub mod args;
 pub mod cards;

@@ -1,4 +1,4 @@
-//! Which device majors the gate covers (node.md N8). nvidia's own is fixed, the others are given out by the kernel when the
+//! Which device majors the gate covers (N8). nvidia's own is fixed, the others are given out by the kernel when the
 //! driver is loaded.
 
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
 //! The shell around the machine of [`crate::converge`]: one thread that takes inputs one at a time, so that slots are
-//! picked under one lock (ledger.md L7), carries the steps out and feeds their results back.
+//! picked under one lock (L7), carries the steps out and feeds their results back.
 //!
 //! It is a thread of its own, and its queue is a blocking one, because everything it does for a step (a cgroup, a map
 //! entry, an fsync) blocks, and because deadlines must not wait for a busy runtime. The queue has no bound of its own:

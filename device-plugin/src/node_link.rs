@@ -1,4 +1,4 @@
-//! The agent's end of nodelink: a stream to every operator replica (ledger.md L17). The replica that announces the highest
+//! The agent's end of nodelink: a stream to every operator replica (L17). The replica that announces the highest
 //! epoch leads; the others are kept, so that a fail-over costs one message.
 
 use std::collections::{BTreeMap, BTreeSet};

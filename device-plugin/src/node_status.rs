@@ -1,4 +1,4 @@
-//! This node's GPUNode: what the agent found and who uses it, for people and for the operator (api.md). [`status`] makes it
+//! This node's GPUNode: what the agent found and who uses it, for people and for the operator (docs/rules.md). [`status`] makes it
 //! of facts, purely; [`run`] writes it, at most once a second and only when it differs.
 
 use std::collections::BTreeMap;
@@ -192,7 +192,7 @@ fn card_status(
         Some(Use::Unused) | None => CardUse::Unused,
     };
     let (health, reason) = match &card.health {
-        // Healthy, but leases cannot have it: MIG mode is never toggled by us (node.md N17).
+        // Healthy, but leases cannot have it: MIG mode is never toggled by us (N17).
         Health::Healthy if card.mig_enabled => {
             (CardHealth::Healthy, Some("the card is in MIG mode; nothing is granted"))
         }

@@ -1,4 +1,4 @@
-//! The pods of this node: which belong to Spaces and get a device API, and which the gate does not concern (node.md N8,
+//! The pods of this node: which belong to Spaces and get a device API, and which the gate does not concern (N8,
 //! N14). The labels that tell are protected by the chart's admission policies (N6).
 
 use std::collections::{BTreeMap, HashSet};

@@ -1,4 +1,4 @@
-//! What this node is for: the pool it belongs to and what an admin took out of service (node.md N3, N4). Watched here,
+//! What this node is for: the pool it belongs to and what an admin took out of service (N3, N4). Watched here,
 //! derived by a pure function, published for whoever needs it.
 
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ impl Policy {
     }
 }
 
-/// The policy of a node with these labels. Of overlapping pools the oldest wins (api.md).
+/// The policy of a node with these labels. Of overlapping pools the oldest wins (docs/rules.md).
 pub fn derive(pools: &[GPUPool], labels: &BTreeMap<String, String>, node: Option<&GPUNode>) -> Policy {
     let selects = |pool: &&GPUPool| pool.spec.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value));
     let oldest = pools.iter().filter(selects).min_by_key(|pool| {

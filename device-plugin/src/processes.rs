@@ -1,5 +1,5 @@
 //! Processes of a pod, as the host sees them: from a pid in a container to a process held by pidfd, and who holds devices.
-//! Nothing a container says about its pids is believed (node.md N15). The agent runs in the host's pid namespace.
+//! Nothing a container says about its pids is believed (N15). The agent runs in the host's pid namespace.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,4 @@
-//! What a starting agent does with what an earlier one left behind (node.md N19): the checkpoint, lease cgroups, open
+//! What a starting agent does with what an earlier one left behind (N19): the checkpoint, lease cgroups, open
 //! doors of the gate.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};

@@ -1,5 +1,5 @@
-//! Remembers the size each function asked for, because the client's retry after a cut stream leaves it out (ledger.md L15,
-//! device-api.md A4).
+//! Remembers the size each function asked for, because the client's retry after a cut stream leaves it out (L15,
+//! device API A4).
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! The node's slots, their indices, and which one a lease gets (ledger.md L7, node.md N17).
+//! The node's slots, their indices, and which one a lease gets (L7, N17).
 
 use serde::{Deserialize, Serialize};
 use spaceport_core::ids::Size;

@@ -13,7 +13,7 @@ use crate::node_actor::{Input, NodeHandle};
 /// The id of a pod's app container, kept up to date by whoever watches the pod. A std lock: never held across an await.
 pub type AppContainer = Arc<RwLock<String>>;
 
-/// One Space's pod (node.md N14: which one stands here, not in a call).
+/// One Space's pod (N14: which one stands here, not in a call).
 #[derive(Debug)]
 pub struct SpaceBackend {
     pod: SpacePod,

@@ -83,7 +83,7 @@ pub struct LedgerArgs {
     /// A clock further off than this from the API server's grants nothing (L20).
     #[arg(long, env = "SPACEPORT_CLOCK_SKEW_MAX", default_value = "5s", value_parser = duration)]
     pub clock_skew_max: Duration,
-    /// Issuer of the tokens that name a caller (gateway.md).
+    /// Issuer of the tokens that name a caller (docs/rules.md).
     #[arg(long, env = "SPACEPORT_TOKEN_ISSUER", default_value = "spaceport-gateway")]
     pub token_issuer: String,
 }

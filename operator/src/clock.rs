@@ -1,4 +1,4 @@
-//! The one place where the operator reads clocks; everything else gets the time as an argument (ledger.md L20).
+//! The one place where the operator reads clocks; everything else gets the time as an argument (L20).
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! Who a call is made for: the `X-IP-Token` that the gateway mints (gateway.md) and a Space presents.
+//! Who a call is made for: the `X-IP-Token` that the gateway mints (docs/rules.md) and a Space presents.
 //!
 //! A token is checked for shape, key, signature, issuer, time and audience here. Whether its account exists and what is
 //! left of its budget only the broker knows, who counts per `root_jti`. Tokens are never logged (invariant 10).

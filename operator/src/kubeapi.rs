@@ -2,7 +2,7 @@
 //! carried out, and no hidden retry.
 //!
 //! kube 5 retries 429, 503 and 504 up to fifteen times unless told otherwise (`Config::default_retry`). A page write must
-//! not be retried inside the client (ledger.md L2), so it is switched off here for everything.
+//! not be retried inside the client (L2), so it is switched off here for everything.
 
 use std::fmt;
 use std::path::Path;

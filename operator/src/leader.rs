@@ -1,6 +1,6 @@
 //! Leader election by a coordination.k8s.io Lease, written with compare-and-swap on its resourceVersion.
 //!
-//! Election only decides who *tries*: what a leader may still do is fenced by the epoch in pages and orders (ledger.md L6,
+//! Election only decides who *tries*: what a leader may still do is fenced by the epoch in pages and orders (L6,
 //! invariant 7). A leader that cannot renew in time ends its process; the next start begins as a standby.
 //!
 //! Clocks of other replicas are never compared with ours: a holder is taken for gone when its record has not *changed* for

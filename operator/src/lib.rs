@@ -1,6 +1,6 @@
 //! The operator: leader election, the lease broker with its ledger, the link to node agents, and the controllers.
 //!
-//! `runtime` starts everything; `kubeapi` alone talks to the API server; `ledger` owns the pages (ledger.md),
+//! `runtime` starts everything; `kubeapi` alone talks to the API server; `ledger` owns the pages (docs/rules.md),
 //! `account` keeps their objects.
 
 pub mod account;

@@ -2,7 +2,7 @@
 //! they are on. One live session a node; what agents say goes to the broker, in order, as [`NodeEvent`]s.
 //!
 //! A replica that does not lead answers `Standby` and keeps the stream, so that the agents are there already when it
-//! comes to lead (ledger.md L17). It learns of leading from a watch; the broker then sends `Welcome`.
+//! comes to lead (L17). It learns of leading from a watch; the broker then sends `Welcome`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

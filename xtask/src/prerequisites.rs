@@ -85,7 +85,7 @@ pub fn running() -> Result<()> {
     if unified.is_none() {
         bail!(
             "no cgroup v2 tree at /sys/fs/cgroup or /sys/fs/cgroup/unified: Spaceport's device gate needs one \
-             (node.md N8). Boot with systemd.unified_cgroup_hierarchy=1, or on a hybrid host: \
+             (N8). Boot with systemd.unified_cgroup_hierarchy=1, or on a hybrid host: \
              mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
         );
     }

@@ -206,6 +206,8 @@ fn shown(command: &mut Command) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -213,5 +215,20 @@ mod tests {
         assert_eq!(passed_in("test result: ok. 12 passed; 0 failed; 0 ignored; 0 measured"), 12);
         assert_eq!(passed_in("test result: FAILED. 3 passed; 1 failed"), 0);
         assert_eq!(passed_in("test ledger::holds ... ok"), 0);
+    }
+
+    #[test]
+    fn every_document_of_ours_that_is_named_exists() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let tracked = command("git", &["ls-files"]).current_dir(&root).output().unwrap();
+        let mut missing = Vec::new();
+        for file in String::from_utf8(tracked.stdout).unwrap().lines() {
+            let Ok(text) = std::fs::read_to_string(root.join(file)) else { continue };
+            let words = text.split(|letter: char| !letter.is_ascii_alphanumeric() && !"/._-".contains(letter));
+            let ours =
+                words.filter(|word| word.ends_with(".md") && (word.starts_with("docs/") || *word == "ARCHITECTURE.md"));
+            missing.extend(ours.filter(|word| !root.join(word).exists()).map(|word| format!("{file} names {word}")));
+        }
+        assert_eq!(missing, [""; 0]);
     }
 }

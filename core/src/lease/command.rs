@@ -185,7 +185,7 @@ pub struct Policy {
     pub deleting: bool,
 }
 
-/// Place of a tier in the queue (accounting.md).
+/// Place of a tier in the queue (docs/rules.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
     /// Guests and Spaces.
@@ -197,7 +197,7 @@ pub enum Priority {
     Highest,
 }
 
-/// Limits in time of a lease (ledger.md L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
+/// Limits in time of a lease (L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
 /// as long as the lease is there, whatever becomes of the pool meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -211,7 +211,7 @@ pub struct Limits {
     pub order_ttl_ms: u64,
 }
 
-/// Times, weights and bounds of a node's pool (ledger.md L8, L9, L19).
+/// Times, weights and bounds of a node's pool (L8, L9, L19).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeSettings {
     /// For the next order.
@@ -234,7 +234,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// How long a lease can hold its slot: H of accounting.md.
+    /// How long a lease can hold its slot: H of docs/rules.md.
     pub const fn held_ms(&self, declared_ms: u64) -> u64 {
         self.allow_limit_ms
             .saturating_add(declared_ms)
@@ -296,7 +296,7 @@ pub struct Request {
     pub budget: Option<Budget>,
 }
 
-/// What a token is worth (gateway.md): it is counted by the token that the visitor's call began with.
+/// What a token is worth (docs/rules.md): it is counted by the token that the visitor's call began with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// `root_jti`.

@@ -11,7 +11,7 @@ use crate::ids::{LeaseId, Steady};
 use crate::page::Ending;
 
 /// How long the requests of a node without a session keep their place. Its agent tells its visitors after 30 s that there
-/// is no broker (node.md); this is beyond it.
+/// is no broker (docs/rules.md); this is beyond it.
 pub const DISCONNECTED_QUEUE_MS: u64 = 60_000;
 
 /// Time between two Cancels of the same lease: a session that is open delivers the first.

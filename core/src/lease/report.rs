@@ -11,7 +11,7 @@ use crate::ids::{LeaseId, NodeName, Steady};
 use crate::page::{Ending, Hold};
 
 /// Leases of one Space that may end as NoDevice without a charge, in an hour. Beyond it they are charged like any other
-/// failure, or an app that fails on purpose would hold cards for free (node.md N16).
+/// failure, or an app that fails on purpose would hold cards for free (N16).
 pub const NO_DEVICE_FREE_PER_HOUR: u32 = 20;
 
 /// The hour.

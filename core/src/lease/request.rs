@@ -1,4 +1,4 @@
-//! Requests: the checks on arrival (accounting.md, Admission), leaving, refusals, and what is told to those who wait.
+//! Requests: the checks on arrival (docs/rules.md, Admission), leaving, refusals, and what is told to those who wait.
 
 use super::Moment;
 use super::change::PageChange;

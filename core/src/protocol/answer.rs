@@ -1,4 +1,4 @@
-//! What goes back to the client: statuses, headers and bodies, all from its own tables (device-api.md A2, A5, A8).
+//! What goes back to the client: statuses, headers and bodies, all from its own tables (device API A2, A5, A8).
 
 use serde_json::json;
 
@@ -23,7 +23,7 @@ pub struct Answer {
 pub struct ScheduleResponse {
     /// The worker that holds this slot is still there and will be reused: no `/allow` follows.
     pub idle: bool,
-    /// The slot's own index on the node (node.md N17); the client keys its workers by it.
+    /// The slot's own index on the node (N17); the client keys its workers by it.
     pub nvidia_index: u32,
     /// Goes verbatim into the worker's `CUDA_VISIBLE_DEVICES`.
     pub nvidia_uuid: String,
@@ -59,7 +59,7 @@ pub enum AllowRefusal {
 pub enum Released {
     /// The lease has ended.
     Ended,
-    /// It has ended cleanly and the device was never opened: the client warns its author (node.md N16).
+    /// It has ended cleanly and the device was never opened: the client warns its author (N16).
     DeviceNotUsed,
     /// No running lease of this pod has this token; the client takes it as harmless.
     Unknown,
@@ -114,7 +114,7 @@ enum Wait {
     Never,
 }
 
-/// The one table (ledger.md L18). A quota denial with a wait of 0 cannot be written here.
+/// The one table (L18). A quota denial with a wait of 0 cannot be written here.
 const fn row(denial: &Denial) -> Row {
     match denial {
         Denial::QuotaExceeded { left_ms, resets_in_ms, .. } => Row::Limit {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::Size;
 
-/// A refusal with its numbers (accounting.md). Each kind says one thing; none stands in for another (pains.md A9).
+/// A refusal with its numbers (docs/rules.md). Each kind says one thing; none stands in for another (requirement A9).
 ///
 /// Milliseconds of *quota* are weighted (weight x time), milliseconds of *duration* (`declared`, `largest_declared`,
 /// the limit of [`Denial::IllegalDuration`]) are not.
@@ -87,9 +87,9 @@ pub enum Denial {
         /// What is wrong with it.
         reason: UnauthenticatedReason,
     },
-    /// The account is on its way out (ledger.md L4).
+    /// The account is on its way out (L4).
     AccountDeleting,
-    /// The leader's clock is off, so nothing is granted (ledger.md L20).
+    /// The leader's clock is off, so nothing is granted (L20).
     ClockSkew {
         /// How far, either way.
         ms: u64,
@@ -124,7 +124,7 @@ pub enum QueueOf {
     Pod,
 }
 
-/// What is wrong with a credential (node.md N15, gateway.md).
+/// What is wrong with a credential (N15, docs/rules.md).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum UnauthenticatedReason {
     /// Not a token of the form that we mint.
@@ -174,7 +174,7 @@ impl Denial {
     }
 }
 
-/// One or two sentences with the numbers and the next step (api.md: every message says what happened and what to do).
+/// One or two sentences with the numbers and the next step (docs/rules.md).
 pub fn human_message(denial: &Denial) -> String {
     match denial {
         Denial::QuotaExceeded {
@@ -298,7 +298,7 @@ fn declare_or_wait(largest_declared_ms: u64) -> String {
     }
 }
 
-/// Seconds with as many decimals as are not zero, at most 3 (pains.md A5).
+/// Seconds with as many decimals as are not zero, at most 3 (requirement A5).
 fn seconds(ms: u64) -> String {
     let (whole, rest) = (ms / 1000, ms % 1000);
     if rest == 0 {

@@ -2,7 +2,7 @@
 //!
 //! The client is strict: an unknown header value, a status outside its tables or two events in one chunk end in a
 //! traceback in somebody's app. So everything that reaches it is made here, from types, and nowhere else:
-//! queries by [`parse_request`], refusals by the one table in [`wire`] (ledger.md L18), queue frames by [`chunk`].
+//! queries by [`parse_request`], refusals by the one table in [`wire`] (L18), queue frames by [`chunk`].
 
 mod answer;
 mod denial;

@@ -1,4 +1,4 @@
-//! What a Space's client asks for: method and request target to a typed [`Request`] (device-api.md A2, A5).
+//! What a Space's client asks for: method and request target to a typed [`Request`] (device API A2, A5).
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,7 +12,7 @@ pub const TARGET_MAX: usize = 16 * 1024;
 pub const CGROUP_PATH_MAX: usize = 4096;
 /// Longest `allowToken` that is looked up, bytes. Ours are far shorter; others are never ours.
 pub const ALLOW_TOKEN_MAX: usize = 256;
-/// What a call is worth that names no duration, as the client itself assumes (accounting.md).
+/// What a call is worth that names no duration, as the client itself assumes (docs/rules.md).
 pub const DEFAULT_DURATION_SECONDS: u64 = 60;
 /// How much of a bad value is shown, characters.
 const EXCERPT_MAX: usize = 64;
@@ -26,7 +26,7 @@ pub enum Request {
     Allow {
         /// From the grant.
         allow_token: Secret,
-        /// The worker, in the PID namespace of its container; above 0, untrusted (node.md N15).
+        /// The worker, in the PID namespace of its container; above 0, untrusted (N15).
         pid: i32,
     },
     /// `POST /release`: the call is over.
@@ -42,7 +42,7 @@ pub enum Request {
     QueueSize,
 }
 
-/// The query of `POST /schedule`. Nothing in it identifies a call or a pod (ledger.md L15, node.md N14).
+/// The query of `POST /schedule`. Nothing in it identifies a call or a pod (L15, N14).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScheduleQuery {
     /// What the client read from its cgroup file, often `/`. Untrusted, at most [`CGROUP_PATH_MAX`] bytes.
@@ -53,7 +53,7 @@ pub struct ScheduleQuery {
     pub enable_queue: bool,
     /// 2 with Gradio 5.16.1 or newer, else 1.
     pub token_version: u32,
-    /// Declared duration in seconds, as sent: already multiplied by the client's factor (ledger.md L19).
+    /// Declared duration in seconds, as sent: already multiplied by the client's factor (L19).
     pub duration_seconds: u64,
     /// Only if the decorator named one.
     pub size: Option<Size>,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A token. `Debug` shows its length only and there is no `Display`: tokens travel in URLs (device-api.md A9) and must
+/// A token. `Debug` shows its length only and there is no `Display`: tokens travel in URLs (device API A9) and must
 /// not be copied from there into a log by accident.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);

@@ -1,4 +1,4 @@
-//! The queue stream (device-api.md A4). The client does not reassemble: one read chunk is one event to it.
+//! The queue stream (device API A4). The client does not reassemble: one read chunk is one event to it.
 
 use super::CallerClass;
 use super::answer::{ScheduleResponse, head};

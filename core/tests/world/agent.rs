@@ -1,4 +1,4 @@
-//! A node agent, as the design wants it: the truth about slots and clocks (ledger.md L7 to L11).
+//! A node agent, as the design wants it: the truth about slots and clocks (L7 to L11).
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -219,7 +219,7 @@ impl Agent {
             return;
         }
         let card = pick(&self.cards, &self.occupancy(), order.size, &[]);
-        if card.is_none() && !self.is_pending(order.after.as_ref()) {
+        if card.is_none() && !self.is_pending(order.after.as_ref()) && !self.will_have_room(order.size, None) {
             self.no_slot += 1;
             return self.refuse(order.lease);
         }
@@ -287,6 +287,26 @@ impl Agent {
         self.begin_waiting(now);
     }
 
+    /// Slots that clear are enough for everybody who waits, `but` one, and for one more of this size. Whose successor takes
+    /// which of them does not matter.
+    fn will_have_room(&self, size: Size, but: Option<&LeaseId>) -> bool {
+        let waiting = self.leases.iter().filter(|(id, held)| held.phase == Phase::Waiting && Some(*id) != but);
+        let sizes: Vec<Size> = waiting.map(|(_, held)| held.order.size).chain([size]).collect();
+        let mut occupancy = Occupancy::default();
+        for held in self.leases.values().filter(|held| !matches!(held.phase, Phase::Ended { .. })) {
+            if let Some(card) = self.cards.iter().find(|card| Some(card.index) == held.card) {
+                occupancy.add(card.index, card.slots_of(held.order.size));
+            }
+        }
+        sizes.into_iter().all(|size| {
+            let card = pick(&self.cards, &occupancy, size, &[]).and_then(|index| self.cards.get(index as usize));
+            if let Some(card) = card {
+                occupancy.add(card.index, card.slots_of(size));
+            }
+            card.is_some()
+        })
+    }
+
     fn begin_waiting(&mut self, now: u64) {
         let waiting: Vec<LeaseId> =
             self.leases.iter().filter(|(_, held)| held.phase == Phase::Waiting).map(|(id, _)| id.clone()).collect();
@@ -299,7 +319,7 @@ impl Agent {
                 }
                 let node = self.name.clone();
                 self.send(Command::Started { node, lease: id, card });
-            } else if !self.is_pending(order.after.as_ref()) {
+            } else if !self.is_pending(order.after.as_ref()) && !self.will_have_room(order.size, Some(&id)) {
                 self.leases.remove(&id);
                 self.refuse(id);
             }

@@ -361,7 +361,7 @@ impl Machine {
         let Some(lease) = self.leases.get_mut(id) else { return };
         let Some(slot) = lease.slot else { return };
         let Some(idle) = self.book.idle.remove(&slot) else { return };
-        // The clock of a reused worker starts at the answer, which is the next step (accounting.md).
+        // The clock of a reused worker starts at the answer, which is the next step (docs/rules.md).
         lease.worker = Some(idle.worker);
         lease.phase = Phase::Running { started_ms: now_ms, reused: true, died_ms: None };
         lease.mark(now_ms, "Reused", format!("worker idle for {} ms", now_ms.saturating_sub(idle.since_ms)));

@@ -1,6 +1,6 @@
 //! Frozen workers that wait for reuse (N11, N12, L16), and when they must go.
 //!
-//! A process in a frozen cgroup runs no handler. A worker of the `spaces` client has one for SIGTERM (device-api.md A7), so
+//! A process in a frozen cgroup runs no handler. A worker of the `spaces` client has one for SIGTERM (device API A7), so
 //! the signal waits, and so does whoever joins the worker: a Python parent at the end of its interpreter, for ever. To thaw
 //! the worker so that it leaves by itself would let it compute outside every lease for as long as its handler likes, and
 //! an idle worker has nothing to finish; so it is killed, as one that must make room.

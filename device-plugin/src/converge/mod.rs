@@ -1,4 +1,4 @@
-//! What the node does about leases, as a pure machine: events in, steps out (architecture.md, "functional core").
+//! What the node does about leases, as a pure machine: events in, steps out (ARCHITECTURE.md, "functional core").
 //!
 //! [`Machine::handle`] is the only way in. It never waits, reads no clock and touches nothing: `now` is BOOTTIME in
 //! milliseconds and comes with every event. The executor carries the steps out in order and feeds their results back as
@@ -47,7 +47,7 @@ pub const BROKER_WAIT_MS: u64 = 2_000;
 /// How long a request that a broker had already taken waits for the next one after a fail-over (L17). Longer than the
 /// leader lease, shorter than the client's read timeout of 60 s.
 pub const FAILOVER_WAIT_MS: u64 = 30_000;
-/// After a worker's death the parent still sends `/release?fail=true` (device-api.md A7) about 20 ms later; whichever
+/// After a worker's death the parent still sends `/release?fail=true` (device API A7) about 20 ms later; whichever
 /// comes first settles, and the release knows more.
 pub const DEATH_GRACE_MS: u64 = 200;
 /// The same for a reused worker that died before its parent noticed: the parent forks anew and sends `/allow`, which

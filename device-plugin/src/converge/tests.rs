@@ -285,7 +285,7 @@ fn allow_that_never_comes_costs_nothing_and_gives_the_slot_back_at_its_limit() {
     let steps = node.seen();
     assert_eq!(Node::ended(&steps), [("l1".to_owned(), link::EndKind::NeverAllowed, 0)]);
     assert_eq!(Node::freed(&steps), [("l1".to_owned(), link::FreedKind::Free)]);
-    // The race of ledger.md: the worker's /allow loses, and finds nothing.
+    // The race of docs/rules.md: the worker's /allow loses, and finds nothing.
     node.allows("l1", &app);
     assert!(node.seen().contains(&Step::ReplyAllow { call: 1, reply: Err(AllowRefusal::TooLate) }));
 }

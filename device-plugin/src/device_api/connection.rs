@@ -170,7 +170,7 @@ impl Connection<'_> {
                 let bytes = chunk(Event::Succeeded(&granted.response));
                 self.deliver(granted, &bytes).await?;
             }
-            // After the head there is no word for the reason; it stands on the lease (ledger.md L18).
+            // After the head there is no word for the reason; it stands on the lease (L18).
             Some(Err(_)) | None => self.write(&chunk(Event::Failed)).await?,
         }
         // The client closes after the verdict and may be gone already: then nobody misses the end.

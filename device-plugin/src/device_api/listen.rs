@@ -1,4 +1,4 @@
-//! A listening socket inside another network namespace (node.md N14).
+//! A listening socket inside another network namespace (N14).
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};

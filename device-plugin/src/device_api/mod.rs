@@ -1,4 +1,4 @@
-//! The device API that a Space's pod sees on its own loopback (node.md N14, device-api.md).
+//! The device API that a Space's pod sees on its own loopback (N14, docs/rules.md).
 //!
 //! `spaceport_core::protocol` knows the words; here they go over sockets. [`serve`] runs one pod's listener, [`listen`]
 //! makes it inside the pod's network namespace, and [`PodBackend`] is what the calls mean to the lease machinery.
@@ -25,7 +25,7 @@ use self::unread::PeerSockets;
 use crate::metrics::Metrics;
 
 /// What the device API asks of the lease machinery. One per pod: which pod it is stands in the implementation, never
-/// in an argument, because the socket on which a call came in is the identity (node.md N14).
+/// in an argument, because the socket on which a call came in is the identity (N14).
 ///
 /// Each future must answer within [`Limits::answer`]; after that, or when the peer has gone, it is **dropped**. So the
 /// work itself belongs to a task of the implementation, and the future only waits for its answer:

@@ -1,9 +1,9 @@
-//! Sees that the peer of a queue stream has stopped reading (device-api.md A4).
+//! Sees that the peer of a queue stream has stopped reading (device API A4).
 //!
 //! A client leaves by closing its socket. But a worker that was forked while its call waited holds a copy of that socket's
 //! descriptor, which nobody reads: the connection stays open and the place in the queue stays taken until that worker
 //! ends. What shows is that the events pile up unread. The kernel acknowledges them all the same, so our own socket does
-//! not know; the peer's socket does. It can be asked because both ends are in the pod's network namespace (node.md N14).
+//! not know; the peer's socket does. It can be asked because both ends are in the pod's network namespace (N14).
 
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4};

@@ -1,4 +1,4 @@
-//! Finds the cgroup v2 tree of the host and the pods' cgroup in it (node.md N8).
+//! Finds the cgroup v2 tree of the host and the pods' cgroup in it (N8).
 
 use std::io;
 use std::path::{Path, PathBuf};

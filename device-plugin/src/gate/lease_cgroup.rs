@@ -1,4 +1,4 @@
-//! The cgroup of one lease: `lease-<ulid>` inside the container's cgroup in the v2 tree (node.md N9, N11).
+//! The cgroup of one lease: `lease-<ulid>` inside the container's cgroup in the v2 tree (N9, N11).
 //!
 //! On a pure v2 host a cgroup that holds processes may have children only while it hands no controllers down to them. We
 //! enable none: the child exists to name a set of processes, their memory and CPU stay accounted to the container.

@@ -1,5 +1,5 @@
 //! The gate: no process of any pod opens an NVIDIA device unless it is in the cgroup of a running lease on that card
-//! (invariant 9, node.md N8-N10).
+//! (invariant 9, N8-N10).
 //!
 //! One device program on the pods' cgroup, its two maps and its link are pinned in bpffs, so the gate stays shut while
 //! the agent restarts. A grant or revocation is a handful of map writes keyed by the lease's cgroup id.

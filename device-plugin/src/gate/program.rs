@@ -1,4 +1,4 @@
-//! The gate's program text: default deny for the NVIDIA majors, driven by two maps (node.md N8).
+//! The gate's program text: default deny for the NVIDIA majors, driven by two maps (N8).
 //!
 //! In words:
 //! ```text

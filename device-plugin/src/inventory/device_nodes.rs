@@ -1,5 +1,5 @@
 //! The driver's character devices as they are on the host: what is there, with the numbers the kernel gave them. The major
-//! of nvidia-uvm is dynamic, so nothing is assumed about numbers (node.md N7, N8).
+//! of nvidia-uvm is dynamic, so nothing is assumed about numbers (N7, N8).
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

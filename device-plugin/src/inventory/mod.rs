@@ -1,4 +1,4 @@
-//! What GPUs this node has, how they are and who uses them (node.md N17, N18, N20, N21).
+//! What GPUs this node has, how they are and who uses them (N17, N18, N20, N21).
 //!
 //! NVML calls hang on a sick card. So all of them are made by one thread, each is watched from outside ([`watchdog`]),
 //! and everybody else talks to that thread through a bounded queue, with a time limit: [`NvmlHandle`]. Who wants to know
@@ -283,7 +283,7 @@ impl NvmlHandle {
 
     /// The largest multiprocessor utilisation, in percent, that any of these processes had in a sample taken after
     /// `after_us` (microseconds since 1970, the clock of NVML's samples); 0 if there is no such sample. For the check of
-    /// node.md N11: a frozen worker whose utilisation is not 0 has a resident kernel.
+    /// N11: a frozen worker whose utilisation is not 0 has a resident kernel.
     ///
     /// # Errors
     /// As [`Self::processes`]; on a card in MIG mode NVML has no utilisation by process.

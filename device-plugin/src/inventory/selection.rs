@@ -1,4 +1,4 @@
-//! Which cards a pool shares in time and which it dedicates: pure (node.md N4).
+//! Which cards a pool shares in time and which it dedicates: pure (N4).
 
 use std::collections::BTreeMap;
 

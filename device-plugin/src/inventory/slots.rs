@@ -1,4 +1,4 @@
-//! The slots that cards are cut into, and whether a slot is as large as the client believes: pure (node.md N17, N18).
+//! The slots that cards are cut into, and whether a slot is as large as the client believes: pure (N17, N18).
 
 use spaceport_core::ids::Size;
 use spaceport_crds::{Isolation, LargeShare, SlicingMode};

@@ -1,4 +1,4 @@
-//! The NVML thread and the watch over it (node.md N20).
+//! The NVML thread and the watch over it (N20).
 //!
 //! One thread at a time owns NVML. Before each call it notes what it is about to do; the supervisor looks at that note
 //! from outside. A call past its limit is given up: its card counts as hung, and a successor takes over the queue and

@@ -1,4 +1,4 @@
-//! The kubelet side (node.md N4, N5): what this node offers as extended resources, served and registered for as long as the
+//! The kubelet side (N4, N5): what this node offers as extended resources, served and registered for as long as the
 //! agent runs, whatever kubelet does to its sockets meanwhile.
 //!
 //! [`offer`] decides, purely, what is offered. [`run`] keeps the CDI spec in step, and a plugin for each resource

@@ -1,4 +1,4 @@
-//! What the node offers to kubelet: pure (node.md N4, N5).
+//! What the node offers to kubelet: pure (N4, N5).
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! Keeps one resource served and registered (node.md N5). Kubelet forgets its plugins when it restarts, deletes every socket
+//! Keeps one resource served and registered (N5). Kubelet forgets its plugins when it restarts, deletes every socket
 //! in its directory, and says nothing about either; so what counts is looked at: is our socket still ours, is kubelet's
 //! socket the one we registered at, and does kubelet listen to us.
 

@@ -1,4 +1,4 @@
-//! Which pods hold our devices, by kubelet's own book (node.md N4, N5: there is no Deallocate).
+//! Which pods hold our devices, by kubelet's own book (N4, N5: there is no Deallocate).
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

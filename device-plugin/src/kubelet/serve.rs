@@ -1,5 +1,5 @@
 //! The device-plugin server of one resource. It knows no pods and keeps no state: what it answers follows from the list of
-//! devices alone (node.md N5).
+//! devices alone (N5).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -1,4 +1,4 @@
-//! Notices that a socket was deleted or made anew (node.md N5). inotify tells at once; a slow poll behind it makes up for
+//! Notices that a socket was deleted or made anew (N5). inotify tells at once; a slow poll behind it makes up for
 //! what inotify misses: a directory that was itself replaced, a full queue, no watches left.
 
 use std::io;

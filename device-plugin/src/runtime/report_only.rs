@@ -1,4 +1,4 @@
-//! The agent on a host without a cgroup v2 tree (node.md N8): there can be no gate, so nothing is registered with kubelet,
+//! The agent on a host without a cgroup v2 tree (N8): there can be no gate, so nothing is registered with kubelet,
 //! no pod gets a device API and no broker hears of the node. The agent stays to say so on its GPUNode.
 
 use super::*;

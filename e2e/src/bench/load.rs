@@ -15,7 +15,7 @@ use crate::world::World;
 const PROGRAM: &str = include_str!("../../clients/grant_load.py");
 /// Python of the app's own environment, in its container.
 const PYTHON: &str = "/opt/environment/venv/bin/python";
-/// Where the node agent listens in every Space's pod (node.md N14).
+/// Where the node agent listens in every Space's pod (N14).
 const ADDRESS: (&str, u16) = ("127.0.0.1", 7999);
 /// What a call declares when it ends at once.
 const SHORT_S: u64 = 5;

@@ -1,6 +1,6 @@
 //! The bare compare-and-swap of a page: what every durable grant pays at least once.
 //!
-//! The same request as the broker's (ledger.md L2): PUT of the status with uid and resourceVersion, as the operator's
+//! The same request as the broker's (L2): PUT of the status with uid and resourceVersion, as the operator's
 //! service account, through the operator's HTTP client, with every admission policy and CEL rule in force. The body is
 //! made before the clock starts and the answer is parsed after it has stopped, so that it is the API server's time and
 //! that of the connection alone.
@@ -33,7 +33,7 @@ const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// Writes of others to one page that a run bears: the broker may settle once what it finds on a page that it did not
 /// write. More means that it works on the page, and then nothing is measured that has a name.
 const DISTURBED_MAX: usize = 10;
-/// A node that never joins: the broker waits for it (ledger.md L7, L9) longer than a benchmark takes.
+/// A node that never joins: the broker waits for it (L7, L9) longer than a benchmark takes.
 const NO_NODE: &str = "bench-no-such-node";
 /// Declared by the holds on the page: for that long nobody gives them up.
 const DECLARED_MS: i64 = 3_600_000;

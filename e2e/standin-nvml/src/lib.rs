@@ -1,7 +1,7 @@
 //! Test equipment: NVML's C interface over a JSON state file.
 //!
 //! Built as `libstandin_nvml.so`, it is loaded in the place of `libnvidia-ml.so.1` on a machine that has no card, so
-//! that the whole agent runs there unchanged (node.md N21). What the cards are and what happens to them stands in a
+//! that the whole agent runs there unchanged (N21). What the cards are and what happens to them stands in a
 //! state file that the library looks at on every call; see [`State`].
 //!
 //! Built as a Rust library, it gives tests and the local cluster's tooling the types of that file:

@@ -269,7 +269,7 @@ pub enum EventKind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Mig {
-    /// Whether the card is in MIG mode. The library never changes it (node.md N17).
+    /// Whether the card is in MIG mode. The library never changes it (N17).
     pub enabled: bool,
     /// What the card can be divided into. None at all: a card without MIG.
     pub profiles: Vec<MigProfile>,

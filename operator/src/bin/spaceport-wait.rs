@@ -1,4 +1,4 @@
-//! Init container of Space pods: waits until the node agent listens on the pod's own loopback (node.md N14).
+//! Init container of Space pods: waits until the node agent listens on the pod's own loopback (N14).
 //!
 //! A Gradio app reports its start to the device API before its port listens, and a refused connection aborts the app; so
 //! the app container starts only once the API is there.

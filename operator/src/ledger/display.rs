@@ -1,5 +1,5 @@
 //! What kubectl's columns and the conditions show of a page. Pure; computed with each write and decided upon by nobody. Nothing that only
-//! the passing of time changes is shown (ledger.md L21): amounts are as of the write, the end of the window is a time.
+//! the passing of time changes is shown (L21): amounts are as of the write, the end of the window is a time.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};

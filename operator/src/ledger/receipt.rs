@@ -1,4 +1,4 @@
-//! Writes receipts, off the critical path (ledger.md, Writes per lease).
+//! Writes receipts, off the critical path (docs/rules.md, Writes per lease).
 //!
 //! A receipt is created when its lease has waited or run for 2 s, updated when the lease gets on, and written with its
 //! end; a lease that is over before that is created once, at its end. Several states of one lease that wait to be written

@@ -21,7 +21,7 @@ pub struct Records {
 }
 
 /// A request that waited longer has a receipt of its own, which then needs an end: what it takes the writer to make one
-/// (ledger.md, Writes per lease).
+/// (docs/rules.md, Writes per lease).
 const RECEIPT_EXISTS_MS: u64 = 2_000;
 
 /// What to do with the receipt of a request that waits no longer.

@@ -318,7 +318,7 @@ impl Controller {
         Ok(status)
     }
 
-    /// `<namespace>-<name>` if it is free and fits, else with six digits of the uid (api.md). A claim is never given up.
+    /// `<namespace>-<name>` if it is free and fits, else with six digits of the uid (docs/rules.md). A claim is never given up.
     fn claim(&self, space: &Space) -> Result<String, String> {
         if let Some(host) = space.status.as_ref().and_then(|status| status.host.clone()) {
             return Ok(host);

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use spaceport_core::stage::Override;
 use spaceport_crds::conditions::SpaceReason;
-use spaceport_crds::{Hardware, Sdk, Source, Space};
+use spaceport_crds::{EgressPolicy, Hardware, Sdk, Source, Space, SpaceSpec, Visibility};
 
 use super::plan::APP_PORT;
 
@@ -115,6 +115,7 @@ struct FrontMatter {
 /// See [`Invalid`].
 pub fn validate(space: &Space) -> Result<ValidSpace, Invalid> {
     let spec = &space.spec;
+    supported(spec)?;
     let source = source(&spec.source)?;
     let front_matter = front_matter(&source)?;
     let sdk = match (spec.sdk, front_matter.sdk.as_deref()) {
@@ -187,6 +188,27 @@ pub fn validate(space: &Space) -> Result<ValidSpace, Invalid> {
         storage: spec.resources.storage.0.clone(),
         restarted_at: spec.restarted_at.as_ref().map(|time| time.0.to_string()),
     })
+}
+
+/// Refuses what this version would not do: an owner who asks for a private Space or a closed network must not get an open
+/// one. (`sleepAfterSeconds` is left alone: a Space that stays awake breaks no promise.)
+fn supported(spec: &SpaceSpec) -> Result<(), Invalid> {
+    let refused =
+        |field: &str, next: &str| Err(invalid(format!("spec.{field} is not supported by this version; {next}")));
+    match () {
+        () if spec.visibility != Visibility::Public => refused(
+            &format!("visibility {}", spec.visibility),
+            "use public, and a NetworkPolicy of your own until there is a gateway",
+        ),
+        () if spec.egress.policy != EgressPolicy::Internet => {
+            refused(&format!("egress.policy {}", spec.egress.policy), "use Internet, and a NetworkPolicy of your own")
+        }
+        () if spec.clamp_to_remaining => refused("clampToRemaining", "remove it, and declare shorter durations"),
+        () if spec.duplicate_of.is_some() => refused("duplicateOf", "copy spec.source instead"),
+        () if !spec.preload.is_empty() => refused("preload", "let the app download at its start"),
+        () if spec.replicas > 1 => refused(&format!("replicas {}", spec.replicas), "use 1"),
+        () => Ok(()),
+    }
 }
 
 fn invalid(message: String) -> Invalid {
@@ -290,6 +312,22 @@ pub(super) mod tests {
         space.metadata.namespace = Some("team".to_owned());
         space.metadata.uid = Some("3e0f7a52-0000-4000-8000-000000000001".to_owned());
         space
+    }
+
+    #[test]
+    fn what_this_version_does_not_do_is_refused_and_not_ignored() {
+        let refused = |field: &str, value: serde_json::Value| {
+            let mut space = serde_json::to_value(inline(&[("app.py", "")])).unwrap();
+            space["spec"][field] = value;
+            let refusal = validate(&serde_json::from_value(space).unwrap()).unwrap_err();
+            assert!(refusal.message.contains("not supported by this version; "), "{}", refusal.message);
+            refusal.message
+        };
+        assert!(refused("visibility", "private".into()).contains("visibility private"));
+        assert!(refused("egress", serde_json::json!({ "policy": "None" })).contains("egress.policy None"));
+        refused("clampToRemaining", true.into());
+        refused("duplicateOf", "team/other".into());
+        assert!(refused("replicas", 2.into()).contains("replicas 2"));
     }
 
     #[test]

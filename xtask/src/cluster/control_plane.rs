@@ -56,7 +56,7 @@ pub fn ensure(workspace: &Workspace) -> Result<()> {
     if ensure_running(workspace, &api_server)? {
         progress("waiting for the API server (about 10 s)");
     }
-    // 12 s on two idle cores (local-cluster.md); a cold disk and a busy machine take a multiple.
+    // 12 s on two idle cores (docs/rules.md); a cold disk and a busy machine take a multiple.
     wait::until("the API server is not ready", Duration::from_secs(180), || {
         check_alive(workspace, "etcd")?;
         check_alive(workspace, "kube-apiserver")?;

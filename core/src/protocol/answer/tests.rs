@@ -7,7 +7,7 @@ use super::super::{DurationLimit, QueueOf, UnauthenticatedReason};
 use super::*;
 use crate::ids::Size;
 
-/// What a person in front of the app reads (device-api.md A8).
+/// What a person in front of the app reads (device API A8).
 #[derive(Debug, PartialEq, Eq)]
 enum Message {
     Granted,

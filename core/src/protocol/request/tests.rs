@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::super::{Answer, refuse};
 use super::*;
 
-/// As observed on the wire (device-api.md A2).
+/// As observed on the wire (device API A2).
 const SCHEDULE: &str = "/schedule?cgroupPath=%2Fkubepods%2Fpod%20a%2Fctr&taskId=140654172626816&enableQueue=true&tokenVersion=2&durationSeconds=45&gpuSize=xlarge&token=a.b%2Bc";
 
 fn post(target: &str) -> Result<Request, BadRequest> {

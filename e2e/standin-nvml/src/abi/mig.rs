@@ -1,6 +1,6 @@
 //! Multi-instance GPU: profiles, instances, and the devices that come of them.
 //!
-//! There is no `nvmlDeviceSetMigMode`: nobody may change the mode of a card under its users (node.md N17).
+//! There is no `nvmlDeviceSetMigMode`: nobody may change the mode of a card under its users (N17).
 #![allow(non_snake_case, reason = "the names are NVML's")]
 
 use nvml_wrapper_sys::bindings::*;

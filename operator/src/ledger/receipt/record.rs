@@ -84,7 +84,7 @@ pub enum Progress {
 /// A boundary that was crossed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Crossing {
-    /// `Requested`, `Queued`, `Reserved`, `Assigned`, `Allowed`, … (api.md).
+    /// `Requested`, `Queued`, `Reserved`, `Assigned`, `Allowed`, … (docs/rules.md).
     pub boundary: String,
     /// When, in ledger time.
     pub at: LedgerTime,

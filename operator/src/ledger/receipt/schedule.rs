@@ -7,7 +7,7 @@ use spaceport_crds::LeasePhase;
 use super::record::LeaseRecord;
 
 /// A lease that is open for this long gets its receipt while it is open: so that everything a person has time to look for
-/// is there (ledger.md, Writes per lease).
+/// is there (docs/rules.md, Writes per lease).
 const OPEN_FOR: Duration = Duration::from_secs(2);
 /// A phase rests for this long before it is written: Reserved and Running follow each other closely.
 const PHASE_RESTS: Duration = Duration::from_secs(1);

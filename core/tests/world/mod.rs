@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod audit;
+mod pools;
 pub mod store;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -10,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use agent::{Agent, Asked, Phase, ToAgent};
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Command, Effect, Event, FreedAs, Limits, Moment, Mutant, NodeSettings, Policy, Priority, Request, State, step,
+    Command, Effect, Event, FreedAs, Limits, Moment, Mutant, Policy, Priority, Request, State, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
@@ -20,10 +21,6 @@ use store::Store;
 pub const ACCOUNTS: [&str; 3] = ["ann", "bob", "eve"];
 pub const NODES: [&str; 2] = ["gpu-1", "gpu-2"];
 const START: i64 = 1_800_000_000_000;
-
-/// The other pool that a node may be put into. No limit is above the defaults, which is what a new leader takes for the
-/// limits of a lease of an earlier term: so they are never too short.
-const QUICK: Limits = Limits { allow_limit_ms: 3_000, grace_ms: 500, clear_limit_ms: 1_000, order_ttl_ms: 4_000 };
 
 /// One leader and all it has done.
 pub struct Leader {
@@ -521,23 +518,6 @@ impl World {
             self.tell(Command::AccountSeen { account, page, policy })?;
         }
         Ok(())
-    }
-
-    /// A node is put into another pool, or its pool is edited; its leases run on, whether it is heard of or not.
-    fn change_pool(&mut self, value: u64) -> Result<(), String> {
-        let node = self.node(value);
-        let limits = if value >> 16 & 3 == 0 { Limits::default() } else { QUICK };
-        self.limits.insert(node.clone(), limits);
-        self.tell_limits(&node)?;
-        if value >> 20 & 1 == 0 {
-            self.cut(value)?;
-        }
-        self.pass((value >> 24) % 30_000)
-    }
-
-    fn tell_limits(&mut self, node: &NodeName) -> Result<(), String> {
-        let settings = NodeSettings { limits: self.limits[node], ..NodeSettings::default() };
-        self.tell(Command::NodeSettings { node: node.clone(), settings })
     }
 
     /// Someone edits the account's spec: another revision, the same page.

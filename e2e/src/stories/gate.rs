@@ -18,17 +18,19 @@ def device():
         return "opened"
     except OSError as error:
         return errno.errorcode[error.errno]
-parent_end, child_end = os.pipe()
+look_from, look_to = os.pipe()
+seen_from, seen_to = os.pipe()
 @spaces.GPU(duration=10)
 def worker():
     seen = device()
-    # The parent answers while the lease runs.
-    os.write(child_end, b"x")
-    import time; time.sleep(0.5)
+    os.write(look_to, b"x")
+    # The parent looks while the lease runs.
+    os.read(seen_from, 1)
     return seen
 def watch(into):
-    os.read(parent_end, 1)
+    os.read(look_from, 1)
     into.append(device())
+    os.write(seen_to, b"x")
 if __name__ == "__main__":
     import threading
     during = []

@@ -1,25 +1,46 @@
 //! Names and numbers that travel through the whole system, each as a type of its own.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+/// A map that is looked into by name and never walked through in an order that matters. The hasher has no random seed, so
+/// the same history gives the same map; names are made by the cluster, not by strangers who could choose them to collide.
+pub type ByName<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
 
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
+        ///
+        /// Cheap to clone: names travel through every command, event and row.
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(transparent)]
-        pub struct $name(String);
+        #[serde(from = "String", into = "String")]
+        pub struct $name(Arc<str>);
 
         impl $name {
             /// Takes the name as it stands on the object it comes from.
-            pub fn new(name: impl Into<String>) -> Self {
-                Self(name.into())
+            pub fn new(name: impl AsRef<str>) -> Self {
+                Self(Arc::from(name.as_ref()))
             }
 
             /// The name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
+            }
+        }
+
+        impl From<String> for $name {
+            fn from(name: String) -> Self {
+                Self(name.into())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.as_str().to_owned()
             }
         }
 
@@ -42,7 +63,7 @@ name_type! {
 impl AccountName {
     /// The account of a Space's own calls, those without a token (docs/rules.md, tier `space`; the prefix is reserved, L4).
     pub fn of_space(uid: &str) -> Self {
-        Self(format!("space-{uid}"))
+        Self(format!("space-{uid}").into())
     }
 }
 

@@ -1,8 +1,6 @@
 //! Which card of a node a lease gets. The broker predicts with it, the node decides with it (L7): one function,
 //! so that the prediction is right unless the broker's picture of the node is old.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
 use crate::ids::Size;
@@ -42,20 +40,22 @@ impl Card {
     }
 }
 
-/// Used slots by card. An idle worker that can be evicted at any time uses none (L16).
+/// Used slots by card, of which a node has a few. An idle worker that can be evicted at any time uses none (L16).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Occupancy(BTreeMap<u32, u32>);
+pub struct Occupancy(Vec<(u32, u32)>);
 
 impl Occupancy {
     /// Counts a lease.
     pub fn add(&mut self, card: u32, slots: u32) {
-        let used = self.0.entry(card).or_default();
-        *used = used.saturating_add(slots);
+        match self.0.iter_mut().find(|(known, _)| *known == card) {
+            Some((_, used)) => *used = used.saturating_add(slots),
+            None => self.0.push((card, slots)),
+        }
     }
 
     /// Slots in use on a card.
     pub fn used(&self, card: u32) -> u32 {
-        self.0.get(&card).copied().unwrap_or_default()
+        self.0.iter().find(|(known, _)| *known == card).map_or(0, |(_, used)| *used)
     }
 }
 
@@ -64,14 +64,24 @@ impl Occupancy {
 /// `large` goes to the fullest card that has room, so that whole cards stay free; among equals, and for `xlarge`, to the
 /// one with the lowest index.
 pub fn pick(cards: &[Card], occupancy: &Occupancy, size: Size, avoid: &[u32]) -> Option<u32> {
-    cards
-        .iter()
-        .filter(|card| !avoid.contains(&card.index) && card.takes(size, occupancy.used(card.index)))
-        .max_by_key(|card| {
-            let filled = occupancy.used(card.index).saturating_add(card.quarantined_slots);
-            (filled, std::cmp::Reverse(card.index))
-        })
-        .map(|card| card.index)
+    pick_by(cards, |_, card| occupancy.used(card.index), size, avoid)
+}
+
+/// The same, where `used` says how many slots of a card are in use; it is given the card's place among `cards` as well.
+pub fn pick_by(cards: &[Card], used: impl Fn(usize, &Card) -> u32, size: Size, avoid: &[u32]) -> Option<u32> {
+    let mut best: Option<(u32, u32)> = None;
+    let grantable = |card: &Card| card.grantable && !avoid.contains(&card.index);
+    for (place, card) in cards.iter().enumerate().filter(|(_, card)| grantable(card)) {
+        let used = used(place, card);
+        if !card.takes(size, used) {
+            continue;
+        }
+        let filled = used.saturating_add(card.quarantined_slots);
+        if best.is_none_or(|(fullest, index)| filled > fullest || (filled == fullest && card.index < index)) {
+            best = Some((filled, card.index));
+        }
+    }
+    best.map(|(_, index)| index)
 }
 
 /// True if a lease of this size has a place on these cards when nothing else runs.

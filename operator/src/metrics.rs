@@ -37,6 +37,8 @@ struct Inner {
     leases: Family<KindLabel, Counter>,
     denials: Family<KindLabel, Counter>,
     queued: Family<NodeLabel, Gauge>,
+    worst_wait_over_bound: Gauge<f64, AtomicU64>,
+    promises_withdrawn: Counter,
     page_write_seconds: Histogram,
     page_writes: Family<KindLabel, Counter>,
     receipts_pending: Gauge,
@@ -81,6 +83,18 @@ impl Metrics {
         registry.register("denials", "Requests that were denied, by kind", denials.clone());
         let queued = Family::default();
         registry.register("queued_requests", "Requests that wait for a slot, by node", queued.clone());
+        let worst_wait_over_bound = Gauge::<f64, AtomicU64>::default();
+        registry.register(
+            "worst_wait_over_bound",
+            "Longest wait of a request for its node in this term, divided by what its caller was told; at most 1",
+            worst_wait_over_bound.clone(),
+        );
+        let promises_withdrawn = Counter::default();
+        registry.register(
+            "promises_withdrawn",
+            "Nodes that came to have fewer slots while requests waited, which were then told a later latest start",
+            promises_withdrawn.clone(),
+        );
         let page_write_seconds = Histogram::new(WRITE_BUCKETS);
         registry.register_with_unit(
             "page_write",
@@ -127,6 +141,8 @@ impl Metrics {
                 leases,
                 denials,
                 queued,
+                worst_wait_over_bound,
+                promises_withdrawn,
                 page_write_seconds,
                 page_writes,
                 receipts_pending,
@@ -165,6 +181,25 @@ impl Metrics {
     /// Requests that wait on a node.
     pub fn set_queued(&self, node: &str, requests: usize) {
         self.inner.queued.get_or_create(&NodeLabel { node: node.to_owned() }).set(gauge(requests));
+    }
+
+    /// A term begins: nobody has waited in it.
+    pub fn reset_waits(&self) {
+        self.inner.worst_wait_over_bound.set(0.0);
+    }
+
+    /// A request began after `waited_ms` of at most `bound_ms`.
+    pub fn waited(&self, waited_ms: u64, bound_ms: u64) {
+        #[allow(clippy::cast_precision_loss)] // Waits that need 53 bits of milliseconds are wrong in any case.
+        let ratio = waited_ms as f64 / bound_ms.max(1) as f64;
+        if ratio > self.inner.worst_wait_over_bound.get() {
+            self.inner.worst_wait_over_bound.set(ratio);
+        }
+    }
+
+    /// Those who wait for a node were told a later latest start.
+    pub fn promises_withdrawn(&self) {
+        self.inner.promises_withdrawn.inc();
     }
 
     /// A compare-and-swap of a page ended after `time`.

@@ -150,16 +150,10 @@ struct LeaderParts {
     space: space::Settings,
 }
 
-/// Waits until this replica leads, then runs the ledger until `stop` or until a part of it ends.
+/// Runs the ledger until `stop` or until a part of it ends. Every replica watches and keeps what it is shown, so that the
+/// one that comes to lead has nothing to list; only the leader decides and writes.
 async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: CancellationToken) -> anyhow::Result<()> {
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
-    tokio::select! {
-        led = leading.wait_for(|leads| *leads) => if led.is_err() {
-            return Ok(());
-        },
-        () = stop.cancelled() => return Ok(()),
-    }
-    metrics.set_leader(true);
     let receipts = Receipts::new();
     let accounts = WorkQueue::default();
     let (retention_sender, retention) = watch::channel(None);
@@ -176,17 +170,39 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
     };
     let watch_objects = watches::run(parts, stop.clone());
     tasks.spawn("watches", watch_objects);
-    let keep_accounts = account::run(api.clone(), accounts, clock_skew_max, stop.clone());
-    tasks.spawn("accounts", keep_accounts);
-    let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), stop.clone());
-    tasks.spawn_fallible("receipts", write_receipts);
-    let run_spaces = space::run(api.clone(), space, stop.clone());
-    tasks.spawn("spaces", run_spaces);
-    let remove_receipts = retention::run(api, retention, stop.clone());
-    tasks.spawn("receipt retention", remove_receipts);
-    let parts = ActorParts { inputs, store, receipts, verifier, metrics, clock_skew_max };
-    let act = actor::run(parts, stop);
+    let parts = ActorParts {
+        inputs,
+        leading: leading.clone(),
+        store,
+        receipts: receipts.clone(),
+        verifier,
+        metrics: metrics.clone(),
+        clock_skew_max,
+    };
+    let act = actor::run(parts, stop.clone());
     tasks.spawn_fallible("broker", act);
+
+    let led = async { leading.wait_for(|leads| *leads).await.is_ok() };
+    let leads = tokio::select! {
+        led = led => led,
+        () = stop.cancelled() => false,
+        // It ended before its time.
+        Some(ended) = tasks.next() => {
+            stop.cancel();
+            return Ok(ended.and(tasks.wait(STOP_LIMIT).await)?);
+        }
+    };
+    if leads {
+        metrics.set_leader(true);
+        let keep_accounts = account::run(api.clone(), accounts, clock_skew_max, stop.clone());
+        tasks.spawn("accounts", keep_accounts);
+        let write_receipts = receipt::run(receipts, api.clone(), metrics, events, stop.clone());
+        tasks.spawn_fallible("receipts", write_receipts);
+        let run_spaces = space::run(api.clone(), space, stop.clone());
+        tasks.spawn("spaces", run_spaces);
+        let remove_receipts = retention::run(api, retention, stop);
+        tasks.spawn("receipt retention", remove_receipts);
+    }
     Ok(tasks.wait(STOP_LIMIT).await?)
 }
 

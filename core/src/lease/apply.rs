@@ -1,11 +1,14 @@
 //! The only writer of the state.
 
+use std::sync::Arc;
+
 use super::change::{Misfit, PageChange, Urgency};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
-use crate::page::{OUTCOMES_MAX, Page};
+use crate::page::{Ending, OUTCOMES_MAX, Page};
+use crate::queue::Function;
 
 impl State {
     /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
@@ -15,12 +18,17 @@ impl State {
     pub fn apply(&mut self, event: &Event) -> Result<(), Misfit> {
         match event {
             Event::AccountTaken { account, page, policy } => {
+                self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
                 self.accounts.insert(account.clone(), Account::new(page, policy.clone()));
+                self.unpark(account);
             }
             Event::PolicyChanged { account, policy } => {
+                self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
                 if let Some(found) = self.accounts.get_mut(account) {
                     found.policy = policy.clone();
                 }
+                self.reschedule(account);
+                self.unpark(account);
             }
             Event::AccountDropped { account } => self.drop_account(account),
             Event::Changed { account, change, at } => self.change(account, change, *at)?,
@@ -36,25 +44,24 @@ impl State {
 
             Event::Queued(waiting) => {
                 self.next_place = self.next_place.max(waiting.place.saturating_add(1));
-                self.queue.insert((**waiting).clone());
+                let settings = self.settings(&waiting.node).lanes;
+                self.queue.insert((**waiting).clone(), settings);
             }
             Event::Confirmed { ticket } => {
-                if let Some(waiting) = self.queue.get_mut(ticket) {
-                    (waiting.unconfirmed, waiting.announced) = (None, false);
-                }
-                let held = self.leases.values_mut().filter_map(|lease| lease.request.as_mut());
-                for waiting in held.filter(|waiting| waiting.ticket == *ticket) {
+                self.queue.confirm(ticket);
+                let lease = self.tickets.get(ticket).and_then(|lease| self.leases.get_mut(lease));
+                if let Some(waiting) = lease.and_then(|lease| lease.request.as_mut()) {
                     waiting.unconfirmed = None;
                 }
             }
             Event::Left { ticket } => {
                 self.queue.remove(ticket);
             }
-            Event::Announced { ticket, lease, .. } => {
-                if let Some(waiting) = self.queue.get_mut(ticket) {
-                    (waiting.announced, waiting.lease) = (true, Some(lease.clone()));
-                }
-            }
+            Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
+            Event::Parked { ticket } => self.queue.park(ticket),
+            Event::Unparked { account } => self.queue.unpark(account),
+            Event::CardKept { ticket } => self.queue.reserve(ticket),
+            Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
             Event::BudgetTaken { root, calls, ms, expires } => {
                 let used =
                     self.roots.entry(root.clone()).or_insert(RootUse { calls: 0, ms: 0, expires: LedgerTime(0) });
@@ -87,6 +94,7 @@ impl State {
             }
             Event::NodeConfigured { node, settings } => {
                 self.nodes.entry(node.clone()).or_default().settings = *settings;
+                self.queue.configure(node, settings.lanes);
             }
             Event::NodeHello { node, agent_instance } => {
                 self.nodes.entry(node.clone()).or_default().agent_instance.clone_from(agent_instance);
@@ -122,6 +130,18 @@ impl State {
         Ok(())
     }
 
+    /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
+    /// after a failed write ends with time, see `expiry`.
+    fn unpark(&mut self, account: &AccountName) {
+        let blocked = self.accounts.get(account).is_some_and(|found| {
+            let page = self.page_of(found);
+            found.is_full(page) || found.retry_at.is_some()
+        });
+        if !blocked {
+            self.queue.unpark(account);
+        }
+    }
+
     fn set_rest(&mut self, node: &NodeName, rests: bool) {
         if let Some(known) = self.nodes.get_mut(node) {
             known.rests = rests;
@@ -129,12 +149,12 @@ impl State {
     }
 
     fn unconfirm(&mut self, node: &NodeName, confirm_by: Steady) {
-        for waiting in self.queue.line_mut(node) {
-            waiting.unconfirmed = Some(confirm_by);
-        }
-        let held = self.leases.values_mut().filter(|lease| lease.node == *node);
-        for waiting in held.filter_map(|lease| lease.request.as_mut()) {
-            waiting.unconfirmed = Some(confirm_by);
+        self.queue.unconfirm(node, confirm_by);
+        let Some(known) = self.nodes.get(node) else { return };
+        for id in &known.leases {
+            if let Some(waiting) = self.leases.get_mut(id).and_then(|lease| lease.request.as_mut()) {
+                waiting.unconfirmed = Some(confirm_by);
+            }
         }
     }
 
@@ -144,9 +164,8 @@ impl State {
         self.unconfirm(node, at.plus(super::expiry::DISCONNECTED_QUEUE_MS));
         // Its slots do not exist until it joins again and says who uses them (L7).
         let gone: Vec<LeaseId> = self
-            .leases
-            .iter()
-            .filter(|(_, lease)| lease.node == *node && (lease.account.is_none() || lease.stage >= Stage::Settling))
+            .leases_on(node)
+            .filter(|(_, lease)| lease.account.is_none() || lease.stage >= Stage::Settling)
             .map(|(id, _)| id.clone())
             .collect();
         for lease in gone {
@@ -157,26 +176,29 @@ impl State {
     // === pages ===
 
     fn drop_account(&mut self, account: &AccountName) {
-        let dropped = self.accounts.remove(account);
-        if let Some(batch) = dropped.and_then(|dropped| dropped.in_flight) {
-            self.write_is_over(&batch);
+        if let Some(dropped) = self.accounts.remove(account) {
+            self.schedule.place(account, None, dropped.scheduled);
+            if let Some(batch) = dropped.in_flight {
+                self.write_is_over(&batch);
+            }
         }
-        self.dirty.remove(account);
-        self.urgent.remove(account);
         let orphans: Vec<LeaseId> = self
-            .leases
-            .iter()
+            .leases()
             .filter(|(_, lease)| lease.account.as_ref() == Some(account))
             .map(|(id, _)| id.clone())
             .collect();
         for id in orphans {
             if let Some(lease) = self.leases.get_mut(&id) {
                 // Nobody can be charged any more; what is left of it is its slot.
-                (lease.account, lease.request) = (None, None);
+                lease.account = None;
+                if let Some(request) = lease.request.take() {
+                    self.tickets.remove(&request.ticket);
+                }
                 if lease.stage == Stage::Reserving {
                     lease.slot = SlotUse::Free;
                 }
             }
+            self.note_holder(&id);
             self.remove_if_over(&id);
         }
     }
@@ -184,10 +206,14 @@ impl State {
     fn change(&mut self, account: &AccountName, change: &PageChange, at: Steady) -> Result<(), Misfit> {
         let twice = self.has(Mutant::SettleTwice);
         let Some(found) = self.accounts.get_mut(account) else { return Ok(()) };
-        let held = found.working.holds.clone();
-        change.make(&mut found.working)?;
+        let held = if twice { found.working.holds.clone() } else { Vec::new() };
+        let learned = found.function_of(change);
+        change.make(Arc::make_mut(&mut found.working))?;
         if twice && matches!(change, PageChange::Settle { .. }) {
-            found.working.holds = held;
+            Arc::make_mut(&mut found.working).holds = held;
+        }
+        if let Some((function, used_ms)) = learned {
+            self.history.learn(&function, used_ms);
         }
         found.coalesce(change);
         found.pending.push(change.clone());
@@ -196,27 +222,17 @@ impl State {
             Urgency::Soon => found.settle_since = found.settle_since.or(Some(at)),
             Urgency::Note | Urgency::Now => {}
         }
-        let note_due = change.urgency() == Urgency::Note
-            && found.noted_at.is_none_or(|noted_at| at.since(noted_at) >= super::begin::NOTE_PERIOD_MS);
-        self.mark_dirty(account);
-        if note_due {
-            self.urgent.insert(account.clone());
-        }
+        self.reschedule(account);
+        self.unpark(account);
         Ok(())
     }
 
-    fn mark_dirty(&mut self, account: &AccountName) {
+    fn reschedule(&mut self, account: &AccountName) {
         let Some(found) = self.accounts.get(account) else { return };
-        let urgency = found.urgency();
-        let set = |names: &mut std::collections::BTreeSet<AccountName>, is_in: bool| {
-            if is_in {
-                names.insert(account.clone());
-            } else {
-                names.remove(account);
-            }
-        };
-        set(&mut self.dirty, urgency.is_some());
-        set(&mut self.urgent, urgency >= Some(Urgency::Soon));
+        let scheduled = self.schedule.place(account, Some(found), found.scheduled);
+        if let Some(found) = self.accounts.get_mut(account) {
+            found.scheduled = scheduled;
+        }
     }
 
     fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
@@ -232,28 +248,35 @@ impl State {
         found.lazy_since = found.lazy_since.filter(|_| still(Urgency::Lazy));
         found.settle_since = found.settle_since.filter(|_| still(Urgency::Soon));
         let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
-        // The header is this write's; the rest of the working page has the batch already.
-        (found.working.seq, found.working.epoch) = (page.seq, page.epoch);
-        found.working.write_id.clone_from(&page.write_id);
-        let batch = Batch { write_id: write_id.to_owned(), changes, page, unknown: false };
+        let page = Arc::new(page);
+        if found.pending.is_empty() {
+            // The working page is what is written.
+            found.working = Arc::clone(&page);
+        } else {
+            // The header is this write's; the rest of the working page has the batch already.
+            let working = Arc::make_mut(&mut found.working);
+            (working.seq, working.epoch) = (page.seq, page.epoch);
+            working.write_id.clone_from(&page.write_id);
+        }
+        let batch = Box::new(Batch { write_id: write_id.to_owned(), changes, page, unknown: false });
         self.writes_in_flight += 1;
         self.holds_in_flight += usize::from(batch.has_hold());
         found.in_flight = Some(batch);
         if stateful {
             self.next_place += u64::try_from(super::mutant::applied()).unwrap_or_default();
         }
-        self.cursor = Some(account.clone());
-        self.mark_dirty(account);
+        self.reschedule(account);
+        self.unpark(account);
     }
 
     fn commit(&mut self, account: &AccountName) {
         let Some(found) = self.accounts.get_mut(account) else { return };
         if let Some(batch) = found.in_flight.take() {
-            found.durable = batch.page.clone();
+            found.durable = Arc::clone(&batch.page);
             found.failures = 0;
             self.write_is_over(&batch);
         }
-        self.mark_dirty(account);
+        self.reschedule(account);
     }
 
     fn write_failed(&mut self, account: &AccountName, aborted: &[LeaseId], retry_at: Steady) {
@@ -265,15 +288,17 @@ impl State {
         let is_aborted =
             |change: &PageChange| matches!(change, PageChange::Hold { hold, .. } if aborted.contains(&hold.lease));
         let kept = batch.changes.iter().filter(|change| !is_aborted(change)).cloned().chain(rest);
-        found.working = found.durable.clone();
+        let mut working = (*found.durable).clone();
         for change in kept {
             // What does not fit without the aborted holds went with them: a window's base, for example.
-            if change.make(&mut found.working).is_ok() {
+            if change.make(&mut working).is_ok() {
                 found.pending.push(change);
             }
         }
+        found.working = Arc::new(working);
         self.write_is_over(&batch);
-        self.mark_dirty(account);
+        self.reschedule(account);
+        self.unpark(account);
     }
 
     fn rebase(&mut self, account: &AccountName, page: &Page, kept: &[PageChange]) -> Result<(), Misfit> {
@@ -283,13 +308,14 @@ impl State {
             change.make(&mut working)?;
         }
         let batch = found.in_flight.take();
-        found.durable = page.clone();
-        found.working = working;
+        found.durable = Arc::new(page.clone());
+        found.working = Arc::new(working);
         found.pending = kept.to_vec();
         if let Some(batch) = batch {
             self.write_is_over(&batch);
         }
-        self.mark_dirty(account);
+        self.reschedule(account);
+        self.unpark(account);
         Ok(())
     }
 
@@ -302,9 +328,10 @@ impl State {
 
     fn apply_lease(&mut self, event: &Event) {
         match event {
-            Event::Reserved { lease, waiting, after } => {
+            Event::Reserved { lease, waiting, after, avoid } => {
                 self.next_reservation += 1;
-                self.queue.remove(&waiting.ticket);
+                self.queue.start(&waiting.ticket);
+                self.tickets.insert(waiting.ticket.clone(), lease.clone());
                 let limits = self.settings(&waiting.node).limits;
                 self.add_lease(
                     lease,
@@ -318,6 +345,7 @@ impl State {
                         card: None,
                         number: self.next_reservation,
                         after: after.clone(),
+                        avoid: avoid.clone(),
                         limits,
                         waits_ms: 0,
                         slot: SlotUse::Taken,
@@ -341,6 +369,7 @@ impl State {
                         card: *card,
                         number: 0,
                         after: None,
+                        avoid: Vec::new(),
                         limits: *limits,
                         waits_ms: *waits_ms,
                         slot: *slot,
@@ -391,35 +420,64 @@ impl State {
             Event::Cancelled { at, .. } => lease.cancelled = Some(*at),
             _ => {}
         }
+        self.note_holder(id);
         self.remove_if_over(id);
+    }
+
+    /// Brings the node's copy of a lease up to date.
+    fn note_holder(&mut self, id: &LeaseId) {
+        let Some(lease) = self.leases.get(id) else { return };
+        let Some(node) = self.nodes.get_mut(&lease.node) else { return };
+        let known = node.holders.iter().position(|holder| holder.lease == *id);
+        match (known, lease.holder(id)) {
+            (Some(index), Some(holder)) => node.holders[index] = holder,
+            (Some(index), None) => drop(node.holders.remove(index)),
+            (None, Some(holder)) => {
+                let index = node.holders.partition_point(|other| other.number <= holder.number);
+                node.holders.insert(index, holder);
+            }
+            (None, None) => {}
+        }
     }
 
     fn add_lease(&mut self, id: &LeaseId, lease: Lease) {
         self.nodes.entry(lease.node.clone()).or_default().leases.insert(id.clone());
         self.leases.insert(id.clone(), lease);
+        self.note_holder(id);
     }
 
     fn remove_lease(&mut self, id: &LeaseId) {
-        if let Some(lease) = self.leases.remove(id)
-            && let Some(node) = self.nodes.get_mut(&lease.node)
+        let Some(lease) = self.leases.remove(id) else { return };
+        if let Some(request) = &lease.request
+            && self.tickets.get(&request.ticket) == Some(id)
         {
-            node.leases.remove(id);
+            self.tickets.remove(&request.ticket);
         }
-        self.release_followers(id);
+        self.release_followers(&lease.node, id);
+        if let Some(node) = self.nodes.get_mut(&lease.node) {
+            node.leases.remove(id);
+            node.holders.retain(|holder| holder.lease != *id);
+        }
     }
 
     fn free_slot(&mut self, id: &LeaseId) {
         if let Some(lease) = self.leases.get_mut(id) {
             lease.slot = SlotUse::Free;
+            let node = lease.node.clone();
+            self.note_holder(id);
+            self.release_followers(&node, id);
         }
-        self.release_followers(id);
         self.remove_if_over(id);
     }
 
     /// Whoever got the slot of this lease has it now (L14).
-    fn release_followers(&mut self, id: &LeaseId) {
-        for lease in self.leases.values_mut().filter(|lease| lease.after.as_ref() == Some(id)) {
-            lease.after = None;
+    fn release_followers(&mut self, node: &NodeName, id: &LeaseId) {
+        let Some(known) = self.nodes.get_mut(node) else { return };
+        for holder in known.holders.iter_mut().filter(|holder| holder.after.as_ref() == Some(id)) {
+            holder.after = None;
+            if let Some(lease) = self.leases.get_mut(&holder.lease) {
+                lease.after = None;
+            }
         }
     }
 
@@ -435,10 +493,11 @@ impl State {
 
 impl Account {
     fn new(page: &Page, policy: super::command::Policy) -> Self {
+        let page = Arc::new(page.clone());
         Self {
             policy,
-            durable: page.clone(),
-            working: page.clone(),
+            durable: Arc::clone(&page),
+            working: page,
             in_flight: None,
             pending: Vec::new(),
             noted_at: None,
@@ -446,6 +505,7 @@ impl Account {
             settle_since: None,
             retry_at: None,
             failures: 0,
+            scheduled: None,
         }
     }
 
@@ -453,7 +513,7 @@ impl Account {
     /// lowered after a hold was admitted under the higher one goes into a write of its own, so that at every revision the
     /// limit that admitted a hold is the one on the page (invariant 1).
     fn take_batch(&mut self) -> (Vec<PageChange>, Page) {
-        let mut page = self.durable.clone();
+        let mut page = (*self.durable).clone();
         let mut changes = Vec::new();
         let mut waiting = std::mem::take(&mut self.pending).into_iter();
         for change in waiting.by_ref() {
@@ -469,6 +529,17 @@ impl Account {
         }
         self.pending.extend(waiting);
         (changes, page)
+    }
+
+    /// How long a call ran to its end, if that is what the change says: from it the queue learns. One that failed or was cut
+    /// short says nothing about the next.
+    fn function_of(&self, change: &PageChange) -> Option<(Function, u64)> {
+        let PageChange::Settle { lease, ending: Ending::Released | Ending::Deadline, used_ms, .. } = change else {
+            return None;
+        };
+        let hold = self.working.holds.iter().find(|hold| hold.lease == *lease)?;
+        let function = Function { space_uid: hold.space.uid.clone(), size: hold.size, declared_ms: hold.declared_ms };
+        Some((function, *used_ms))
     }
 
     /// Of notes that no write carries yet only the newest are kept (L5).

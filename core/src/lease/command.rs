@@ -3,7 +3,7 @@
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
-use crate::queue::QueueBounds;
+use crate::queue::{LaneSettings, Priority, QueueBounds};
 use crate::quota::Allowance;
 use crate::slots::Card;
 
@@ -177,24 +177,12 @@ pub struct Policy {
     pub allowance: Allowance,
     /// Most leases at once.
     pub concurrent: u32,
-    /// Place in the queue. Oldest first does not look at it.
+    /// Place in the queue.
     pub priority: Priority,
     /// What the client is told.
     pub caller: CallerClass,
     /// The object is being deleted: grants answer AccountDeleting (L4).
     pub deleting: bool,
-}
-
-/// Place of a tier in the queue (docs/rules.md).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Priority {
-    /// Guests and Spaces.
-    Low,
-    /// Tier free.
-    #[default]
-    Medium,
-    /// Everyone else.
-    Highest,
 }
 
 /// Limits in time of a lease (L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
@@ -224,6 +212,8 @@ pub struct NodeSettings {
     pub xlarge_weight: u64,
     /// Most waiting requests.
     pub queue: QueueBounds,
+    /// Their order.
+    pub lanes: LaneSettings,
 }
 
 impl Default for Limits {
@@ -263,6 +253,7 @@ impl Default for NodeSettings {
             large_weight: Size::Large.weight(),
             xlarge_weight: Size::Xlarge.weight(),
             queue: QueueBounds::default(),
+            lanes: LaneSettings::default(),
         }
     }
 }

@@ -1,22 +1,21 @@
-//! Who gets the next slot: oldest first for each node, the head blocks (`queue`). At the end of a lease its slot is given
-//! to the next one while it still clears (L14).
-
-use std::collections::BTreeMap;
+//! Who gets the next slot of a node, as its lanes say (`queue`). At the end of a lease its slot is given to the next one
+//! while it still clears (L14).
 
 use super::Moment;
 use super::change::PageChange;
 use super::event::Event;
 use super::mutant::Mutant;
 use super::request::{Refusal, frees_in_ms, give_back};
-use super::state::{Account, Node, SlotUse, State};
-use crate::ids::{IdSeed, LeaseId, NodeName, Size};
+use super::state::{Account, Holder, Node, State};
+use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
 use crate::page::Hold;
 use crate::protocol::Denial;
-use crate::queue::Waiting;
+use crate::queue::{Choice, Lanes, Room, Waiting};
 use crate::quota::{self, Admission};
-use crate::slots::{self, Occupancy};
+use crate::slots;
 
-/// Takes at most one request out of the node's queue: it gets a slot or is refused. Empty when nothing can be done now.
+/// Makes at most one decision about the node's queue: a request gets a slot, is refused, is passed because it waits for its
+/// own account, or has a card kept for it. Empty when nothing can be done now.
 pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) -> Vec<Event> {
     let Some(node) = state.nodes.get(name).filter(|node| node.joined && !node.rests) else { return Vec::new() };
     // Nothing is granted by a wrong clock (L20), nor before the nodes had time to say what they have (L17).
@@ -24,30 +23,49 @@ pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) ->
     if early || state.ended.is_some() || state.clock_off_ms.is_some() {
         return Vec::new();
     }
-    for waiting in state.queue.line(name).filter(|waiting| waiting.unconfirmed.is_none()) {
-        let Some(account) = state.accounts.get(&waiting.account).filter(|account| !account.policy.deleting) else {
-            return refuse(at, state, waiting, Denial::AccountDeleting);
-        };
-        let page = state.page_of(account);
-        if account.is_blocked(page, at.steady) {
-            // It waits for its own account, not for the node: it is passed, and keeps its place.
-            continue;
-        }
-        let Some(slot) = find_slot(state, node, waiting.demand.size) else {
-            if slots::possible(&node.cards, waiting.demand.size) {
-                // The head blocks: whoever is behind it came later.
-                return Vec::new();
-            }
-            return refuse(at, state, waiting, Denial::NoCapacity { size: waiting.demand.size });
-        };
-        let time = page.time(at.wall);
-        let frees_in_ms = frees_in_ms(state, account, time);
-        return match quota::admit(page, &account.policy.allowance, time, &waiting.demand, 0, frees_in_ms) {
-            Ok(admission) => reserve(at, ids, state, account, waiting, slot, admission),
-            Err(denial) => refuse(at, state, waiting, denial),
-        };
+    let Some(lanes) = state.queue.lanes(name).filter(|lanes| !lanes.is_empty()) else { return Vec::new() };
+    if let Some(waiting) = impossible(state, node, name, lanes) {
+        return refuse(at, state, waiting, Denial::NoCapacity { size: waiting.demand.size });
     }
-    Vec::new()
+    // The broker's picture of the node is old, or nobody could start: it is looked again when the node has said more.
+    let Some(found) = Found::on(at.steady, node, lanes.reserved().is_some()) else { return Vec::new() };
+    match lanes.next(&found.room()) {
+        None => Vec::new(),
+        Some(Choice::Reserve { place }) => {
+            let waiting = state.queue.at(name, place);
+            waiting.map(|waiting| Event::CardKept { ticket: waiting.ticket.clone() }).into_iter().collect()
+        }
+        Some(Choice::Start { place, on_reserved }) => match state.queue.at(name, place) {
+            Some(waiting) => start(at, ids, state, waiting, found.of(waiting.demand.size, on_reserved)),
+            None => Vec::new(),
+        },
+    }
+}
+
+/// Somebody who asks for a size that the node can not serve any more: a card was lost or set aside since.
+fn impossible<'a>(state: &'a State, node: &Node, name: &NodeName, lanes: &Lanes) -> Option<&'a Waiting> {
+    let place = [Size::Large, Size::Xlarge]
+        .into_iter()
+        .find_map(|size| lanes.first_of(size).filter(|_| !slots::possible(&node.cards, size)))?;
+    state.queue.at(name, place)
+}
+
+/// A request has its turn.
+fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Waiting, slot: Option<FoundSlot>) -> Vec<Event> {
+    let Some(account) = state.accounts.get(&waiting.account).filter(|account| !account.policy.deleting) else {
+        return refuse(at, state, waiting, Denial::AccountDeleting);
+    };
+    let page = state.page_of(account);
+    if account.is_blocked(page, at.steady) {
+        return vec![Event::Parked { ticket: waiting.ticket.clone() }];
+    }
+    let Some(slot) = slot else { return Vec::new() };
+    let time = page.time(at.wall);
+    let frees_in_ms = frees_in_ms(state, account, time);
+    match quota::admit(page, &account.policy.allowance, time, &waiting.demand, 0, frees_in_ms) {
+        Ok(admission) => reserve(at, ids, state, account, waiting, slot, admission),
+        Err(denial) => refuse(at, state, waiting, denial),
+    }
 }
 
 fn refuse(at: Moment, state: &State, waiting: &Waiting, denial: Denial) -> Vec<Event> {
@@ -72,8 +90,7 @@ fn reserve(
         space: waiting.space.clone(),
         parts: admission.parts,
         node: waiting.node.clone(),
-        // Only the two-lane queue reserves cards for others; oldest first blocks instead.
-        avoid: Vec::new(),
+        avoid: slot.avoid.clone(),
         size: waiting.demand.size,
         weight: waiting.demand.weight,
         declared_ms: waiting.demand.declared_ms,
@@ -86,7 +103,12 @@ fn reserve(
     let change = PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants };
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved { lease: lease.clone(), waiting: Box::new(waiting.clone()), after: slot.after },
+        Event::Reserved {
+            lease: lease.clone(),
+            waiting: Box::new(waiting.clone()),
+            after: slot.after,
+            avoid: slot.avoid,
+        },
     ];
     if state.has(Mutant::OrderEarly) {
         let limits = state.settings(&waiting.node).limits;
@@ -96,12 +118,63 @@ fn reserve(
 }
 
 /// Room for one more lease.
+#[derive(Clone, Default)]
 struct FoundSlot {
+    /// It gets the slot that this lease clears.
     after: Option<LeaseId>,
+    /// Cards that are kept for somebody else.
+    avoid: Vec<u32>,
+}
+
+/// Where leases of each size could begin.
+struct Found {
+    /// A half on a card that is not reserved.
+    large: Option<FoundSlot>,
+    xlarge: Option<FoundSlot>,
+    /// A half on any card, with the time until the reserved one drains.
+    before_drain: Option<(FoundSlot, u64)>,
+}
+
+impl Found {
+    /// None if the picture of the node does not hold.
+    fn on(now: Steady, node: &Node, reserved: bool) -> Option<Self> {
+        let picture = Picture::of(now, node)?;
+        let xlarge = picture.slot(Size::Xlarge, &[]);
+        // With room for a whole card nothing has to be kept.
+        let kept = if reserved && xlarge.is_none() { picture.drains_first() } else { None };
+        let avoid: Vec<u32> = kept.iter().map(|(card, _)| *card).collect();
+        let large = picture.slot(Size::Large, &avoid);
+        let before_drain = match (&large, kept) {
+            (None, Some((card, drained))) => {
+                // There is room on the kept card or nowhere.
+                let elsewhere: Vec<u32> =
+                    node.cards.iter().map(|card| card.index).filter(|index| *index != card).collect();
+                picture.slot(Size::Large, &elsewhere).map(|slot| (slot, drained.since(now)))
+            }
+            _ => None,
+        };
+        Some(Self { large, xlarge, before_drain })
+    }
+
+    fn room(&self) -> Room {
+        Room {
+            large: self.large.is_some(),
+            xlarge: self.xlarge.is_some(),
+            large_for_ms: self.before_drain.as_ref().map(|(_, ms)| *ms),
+        }
+    }
+
+    fn of(self, size: Size, on_reserved: bool) -> Option<FoundSlot> {
+        match size {
+            Size::Large if on_reserved => self.before_drain.map(|(slot, _)| slot),
+            Size::Large => self.large,
+            Size::Xlarge => self.xlarge,
+        }
+    }
 }
 
 /// Use of one card.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct CardUse {
     /// Slots of leases that have theirs, or will have it as soon as their order arrives.
     taken: u32,
@@ -109,6 +182,28 @@ struct CardUse {
     clearing: u32,
     /// Slots of leases that will get one that clears.
     following: u32,
+    /// When all of them have surely given it back.
+    drained: Steady,
+}
+
+/// How a lease uses its slots.
+#[derive(Clone, Copy)]
+enum Use {
+    Taken,
+    Clearing,
+    Following,
+}
+
+impl CardUse {
+    /// What is in use until more is freed.
+    fn now(&self) -> u32 {
+        self.taken.saturating_add(self.clearing.max(self.following))
+    }
+
+    /// What will be in use when all that clears is free.
+    const fn soon(&self) -> u32 {
+        self.taken.saturating_add(self.following)
+    }
 }
 
 /// Every card's use: what the node has said, and then each order that it has not answered yet where the node will put it.
@@ -116,76 +211,79 @@ struct CardUse {
 /// free by then, which never hurts: `large` leases fill what is begun. None if not all of them have a place: the broker's
 /// picture is old, and nothing more is promised.
 struct Picture<'a> {
+    now: Steady,
     node: &'a Node,
-    uses: BTreeMap<u32, CardUse>,
+    /// In the order of the node's cards.
+    uses: Vec<CardUse>,
 }
 
 impl<'a> Picture<'a> {
-    fn of(state: &'a State, node: &'a Node) -> Option<Self> {
-        let mut picture = Self { node, uses: BTreeMap::new() };
-        let mut unplaced = Vec::new();
-        for lease in node.leases.iter().filter_map(|id| state.leases.get(id)) {
-            match (lease.slot, lease.card) {
-                (SlotUse::Free, _) => {}
-                (_, None) => unplaced.push(lease),
-                (SlotUse::Clearing, Some(card)) => picture.entry(card, lease.size, |card_use| &mut card_use.clearing),
-                (SlotUse::Taken, Some(card)) => picture.entry(card, lease.size, |card_use| &mut card_use.taken),
+    fn of(now: Steady, node: &'a Node) -> Option<Self> {
+        let mut picture = Self { now, node, uses: vec![CardUse::default(); node.cards.len()] };
+        for holder in &node.holders {
+            if let Some(card) = holder.card {
+                picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken });
             }
         }
-        unplaced.sort_by_key(|lease| lease.number);
-        for lease in unplaced {
-            if lease.after.is_none()
-                && let Some(card) = slots::pick(&node.cards, &picture.now(), lease.size, &[])
-            {
-                picture.entry(card, lease.size, |card_use| &mut card_use.taken);
-            } else {
-                let card = slots::pick(&node.cards, &picture.soon(), lease.size, &[])?;
-                picture.entry(card, lease.size, |card_use| &mut card_use.following);
+        // In the order in which they were reserved.
+        for holder in node.holders.iter().filter(|holder| holder.card.is_none()) {
+            let now = picture.pick(holder.size, &holder.avoid, CardUse::now).filter(|_| holder.after.is_none());
+            match now {
+                Some(card) => picture.add(card, holder, Use::Taken),
+                None => {
+                    let card = picture.pick(holder.size, &holder.avoid, CardUse::soon)?;
+                    picture.add(card, holder, Use::Following);
+                }
             }
         }
         Some(picture)
     }
 
-    fn entry(&mut self, card: u32, size: Size, field: fn(&mut CardUse) -> &mut u32) {
-        let slots = slots_of(self.node, card, size);
-        let used = field(self.uses.entry(card).or_default());
+    fn add(&mut self, card: u32, holder: &Holder, how: Use) {
+        // A card that is gone from the inventory has no slots to give.
+        let known = self.node.cards.iter().zip(&mut self.uses).find(|(known, _)| known.index == card);
+        let Some((card, card_use)) = known else { return };
+        let slots = card.slots_of(holder.size);
+        card_use.drained = card_use.drained.max(holder.drained_by(self.now));
+        let used = match how {
+            Use::Taken => &mut card_use.taken,
+            Use::Clearing => &mut card_use.clearing,
+            Use::Following => &mut card_use.following,
+        };
         *used = used.saturating_add(slots);
     }
 
-    fn occupancy(&self, used: fn(&CardUse) -> u32) -> Occupancy {
-        let mut occupancy = Occupancy::default();
-        for (card, card_use) in &self.uses {
-            occupancy.add(*card, used(card_use));
+    fn pick(&self, size: Size, avoid: &[u32], used: fn(&CardUse) -> u32) -> Option<u32> {
+        slots::pick_by(&self.node.cards, |place, _| self.uses.get(place).map_or(0, used), size, avoid)
+    }
+
+    /// The card that can be had as a whole first, and when it is surely free. Leases that begin on it meanwhile are over by
+    /// then and others avoid it, so while somebody waits for it that time only comes nearer.
+    fn drains_first(&self) -> Option<(u32, Steady)> {
+        let cards = self.node.cards.iter().zip(&self.uses);
+        cards
+            .filter(|(card, _)| slots::possible(std::slice::from_ref(*card), Size::Xlarge))
+            .map(|(card, card_use)| (card.index, card_use.drained.max(self.now)))
+            .min_by_key(|(index, drained)| (*drained, *index))
+    }
+
+    fn slot(&self, size: Size, avoid: &[u32]) -> Option<FoundSlot> {
+        if self.pick(size, avoid, CardUse::now).is_some() {
+            return Some(FoundSlot { after: None, avoid: avoid.to_vec() });
         }
-        occupancy
-    }
-
-    /// What is in use until more is freed.
-    fn now(&self) -> Occupancy {
-        self.occupancy(|card| card.taken.saturating_add(card.clearing.max(card.following)))
-    }
-
-    /// What will be in use when all that clears is free.
-    fn soon(&self) -> Occupancy {
-        self.occupancy(|card| card.taken.saturating_add(card.following))
-    }
-}
-
-fn find_slot(state: &State, node: &Node, size: Size) -> Option<FoundSlot> {
-    let picture = Picture::of(state, node)?;
-    if slots::pick(&node.cards, &picture.now(), size, &[]).is_some() {
-        return Some(FoundSlot { after: None });
-    }
-    let soon = picture.soon();
-    let mut avoid = Vec::new();
-    // Each round rules one card out.
-    while let Some(card) = slots::pick(&node.cards, &soon, size, &avoid) {
-        if let Some(after) = predecessor(state, node, card, size) {
-            return Some(FoundSlot { after: Some(after) });
+        if !self.uses.iter().any(|card_use| card_use.clearing > 0) {
+            return None;
         }
-        avoid.push(card);
+        let mut passed = avoid.to_vec();
+        // Each round rules one card out.
+        while let Some(card) = self.pick(size, &passed, CardUse::soon) {
+            if let Some(after) = predecessor(self.node, card, size) {
+                return Some(FoundSlot { after: Some(after), avoid: avoid.to_vec() });
+            }
+            passed.push(card);
+        }
+        None
     }
-    None
 }
 
 fn slots_of(node: &Node, card: u32, size: Size) -> u32 {
@@ -196,19 +294,15 @@ fn slots_of(node: &Node, card: u32, size: Size) -> u32 {
 
 /// A lease on this card whose slot clears and is meant for nobody yet. A whole card is only handed over by the one lease
 /// that still clears on it: an order can wait for one.
-fn predecessor(state: &State, node: &Node, card: u32, size: Size) -> Option<LeaseId> {
-    let leases = || node.leases.iter().filter_map(|id| Some((id, state.leases.get(id)?)));
-    let clearing: Vec<_> =
-        leases().filter(|(_, lease)| lease.card == Some(card) && lease.slot == SlotUse::Clearing).collect();
-    if size == Size::Xlarge && clearing.len() != 1 {
+fn predecessor(node: &Node, card: u32, size: Size) -> Option<LeaseId> {
+    let mut clearing = node.holders.iter().filter(|holder| holder.card == Some(card) && holder.clearing);
+    if size == Size::Xlarge && clearing.clone().count() != 1 {
         return None;
     }
-    clearing
-        .into_iter()
-        .find(|(id, lease)| {
-            let followers = leases().filter(|(_, other)| other.after.as_ref() == Some(id));
-            let promised: u32 = followers.map(|(_, other)| slots_of(node, card, other.size)).sum();
-            promised < slots_of(node, card, lease.size)
-        })
-        .map(|(id, _)| id.clone())
+    let is_free = |holder: &&Holder| {
+        let followers = node.holders.iter().filter(|other| other.after.as_ref() == Some(&holder.lease));
+        let promised: u32 = followers.map(|other| slots_of(node, card, other.size)).sum();
+        promised < slots_of(node, card, holder.size)
+    };
+    clearing.find(is_free).map(|holder| holder.lease.clone())
 }

@@ -1,14 +1,16 @@
 //! What the shell has to do because of an event. Derived from the event and the state after it, so that nothing has to be
 //! remembered: what was not done before a crash is derived again from the pages and the nodes' reports.
 
+use std::sync::Arc;
+
 use super::command::Limits;
 use super::event::{Event, TermEnd};
-use super::state::{Lease, SlotUse, State};
+use super::promise;
+use super::state::State;
 use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
 use crate::page::{Closed, Page};
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::Waiting;
-use crate::slots;
+use crate::queue::{Waiting, WaitsFor};
 
 /// Something to do. Messages to nodes without a session are dropped: what they said is derived again when it rejoins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +20,7 @@ pub enum Effect {
         /// Whose.
         account: AccountName,
         /// All of it; its write id names the write.
-        page: Box<Page>,
+        page: Arc<Page>,
     },
     /// Read the page, seeing every acknowledged write, and try until it is read. The answer is `PageRead` or
     /// `AccountGone`.
@@ -89,6 +91,8 @@ pub struct Order {
     pub declared_ms: u64,
     /// Begin when this lease is freed (L14).
     pub after: Option<LeaseId>,
+    /// On none of these cards (L7).
+    pub avoid: Vec<u32>,
     /// For the wording.
     pub caller: CallerClass,
     /// Limits of the lease, also if its pool changes while it runs.
@@ -108,8 +112,8 @@ pub struct Place {
     pub position: u32,
     /// Expected wait, if everybody ahead uses what they declared.
     pub eta_ms: u64,
-    /// Longest wait for the node: everybody ahead and everybody running uses every limit (invariant 11).
-    pub latest_start_ms: u64,
+    /// Longest wait for the node, whoever comes later (invariant 11); None while it waits for its account.
+    pub latest_start_ms: Option<u64>,
     /// `(epoch, n)` of L17.
     pub place: (Epoch, u64),
     /// For the wording.
@@ -121,8 +125,7 @@ pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
     match event {
         Event::WriteBegun { account, .. } | Event::WriteRepeated { account } => {
             let batch = state.accounts.get(account).and_then(|found| found.in_flight.as_ref());
-            let write =
-                batch.map(|batch| Effect::Write { account: account.clone(), page: Box::new(batch.page.clone()) });
+            let write = batch.map(|batch| Effect::Write { account: account.clone(), page: Arc::clone(&batch.page) });
             write.into_iter().collect()
         }
         Event::WriteUnknown { account } | Event::WriteContested { account } => {
@@ -172,45 +175,20 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
         declared_ms: lease.declared_ms,
         after: lease.after.clone(),
         caller: waiting.caller,
+        avoid: lease.avoid.clone(),
         limits: lease.limits,
     })))
 }
 
 fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
-    let limits = state.settings(&waiting.node).limits;
-    let cards = state.nodes.get(&waiting.node).map(|node| node.cards.as_slice()).unwrap_or_default();
-    let slots = slots::capacity(cards, Size::Large).max(1);
-    let slots_of = |size| match size {
-        Size::Large => 1,
-        Size::Xlarge => cards.iter().map(|card| u64::from(card.large_slots)).max().unwrap_or(1),
-    };
-    let (mut expected, mut bound, mut longest_ms) = (0_u64, 0_u64, limits.held_ms(waiting.demand.declared_ms));
-    let mut add = |size, expected_ms: u64, bound_ms: u64| {
-        expected = expected.saturating_add(expected_ms.saturating_mul(slots_of(size)));
-        bound = bound.saturating_add(bound_ms.saturating_mul(slots_of(size)));
-        longest_ms = longest_ms.max(bound_ms);
-    };
-    let holds_slot = |lease: &&Lease| lease.node == waiting.node && lease.slot != SlotUse::Free;
-    for lease in state.leases.values().filter(holds_slot) {
-        let held_ms = now.since(lease.sent);
-        let order_ms = lease.limits.order_ttl_ms.saturating_add(lease.limits.held_ms(lease.declared_ms));
-        add(lease.size, lease.declared_ms.saturating_sub(held_ms), order_ms.saturating_sub(held_ms));
-    }
-    let mut position = 1_u32;
-    for ahead in state.queue.line(&waiting.node).take_while(|ahead| ahead.place < waiting.place) {
-        position = position.saturating_add(1);
-        let declared_ms = ahead.demand.declared_ms;
-        add(ahead.demand.size, declared_ms, limits.held_ms(declared_ms));
-    }
-    let account = state.accounts.get(&waiting.account);
+    let (position, eta_ms) = promise::position(now, state, waiting);
     Place {
         ticket: waiting.ticket.clone(),
         node: waiting.node.clone(),
-        concurrency: account.is_some_and(|account| account.is_blocked(state.page_of(account), now)),
+        concurrency: waiting.waits_for == WaitsFor::Account,
         position,
-        eta_ms: expected / slots,
-        // Work of others spread over all slots, plus what list scheduling can leave idle while a whole card drains.
-        latest_start_ms: (bound / slots).saturating_add(longest_ms.saturating_mul(2)),
+        eta_ms,
+        latest_start_ms: waiting.promise.map(|promise| promise.latest_start.since(now)),
         place: (state.epoch, waiting.place),
         caller: waiting.caller,
     }

@@ -6,7 +6,7 @@ use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::Waiting;
+use crate::queue::{Promise, Waiting};
 use crate::slots::Card;
 
 /// Why a term ends.
@@ -60,7 +60,15 @@ pub enum Event {
     /// It waits no longer.
     Left { ticket: Ticket },
     /// Its agent is told of its place, and its lease has a name.
-    Announced { ticket: Ticket, lease: LeaseId, at: Steady },
+    Announced { ticket: Ticket, lease: LeaseId, at: Steady, promise: Option<Promise> },
+    /// It has its turn, but waits for its own account.
+    Parked { ticket: Ticket },
+    /// The requests of an account need not wait for it any more.
+    Unparked { account: AccountName },
+    /// It has its turn, and the card that drains first is kept for it.
+    CardKept { ticket: Ticket },
+    /// The node has fewer slots than when those who wait for it were told when they begin at the latest.
+    PromisesWithdrawn { node: NodeName },
     /// It is refused.
     Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
     /// A call took of its budget.
@@ -70,7 +78,7 @@ pub enum Event {
 
     // Leases.
     /// A slot is meant for a request; its hold is not durable yet.
-    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId> },
+    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId>, avoid: Vec<u32> },
     /// The hold is aborted.
     Unreserved { lease: LeaseId },
     /// The hold is durable: the order leaves.

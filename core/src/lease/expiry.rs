@@ -7,7 +7,7 @@ use super::mutant::Mutant;
 use super::report;
 use super::request;
 use super::state::{Lease, SlotUse, State};
-use crate::ids::{LeaseId, Steady};
+use crate::ids::{AccountName, LeaseId, Steady};
 use crate::page::Ending;
 
 /// How long the requests of a node without a session keep their place. Its agent tells its visitors after 30 s that there
@@ -23,9 +23,15 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     for waiting in state.queue.iter().filter(|waiting| is_late(waiting.unconfirmed)) {
         events.extend(request::left(at, state, waiting, "its node did not present the request again"));
     }
-    for (id, lease) in &state.leases {
+    for (id, lease) in state.leases() {
         events.extend(overdue(at, state, id, lease));
     }
+    // What blocks an account may end by time alone: the pause after a failed write.
+    let is_free = |name: &&AccountName| {
+        let account = state.accounts.get(*name);
+        account.is_none_or(|account| !account.is_blocked(state.page_of(account), at.steady))
+    };
+    events.extend(state.queue.parked_accounts().filter(is_free).map(|name| Event::Unparked { account: name.clone() }));
     let stale_budget = state.roots.values().any(|used| used.expires <= at.wall);
     let stale_count = state.no_device.values().any(|(since, _)| at.steady.since(*since) >= report::NO_DEVICE_PERIOD_MS);
     if stale_budget || stale_count {
@@ -34,12 +40,13 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     events
 }
 
-/// When a lease must have ended even if its order arrived at the last moment and its worker used every limit (L9). The
-/// limits are those that its order carried, for its node obeys no others.
+/// When a silent node's lease is given up (L9).
 fn end_by(state: &State, lease: &Lease) -> Steady {
-    let present = state.has(Mutant::PresentLimits);
-    let limits = if present { state.settings(&lease.node).limits } else { lease.limits };
-    lease.sent.plus(limits.order_ttl_ms).plus(limits.held_ms(lease.declared_ms)).plus(lease.waits_ms)
+    if state.has(Mutant::PresentLimits) {
+        let limits = state.settings(&lease.node).limits;
+        return Lease { limits, ..lease.clone() }.drained_by();
+    }
+    lease.drained_by()
 }
 
 /// L9: only the node ends a granted lease. A node that is there is told; one that is silent is given up at the bound.

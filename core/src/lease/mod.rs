@@ -22,15 +22,16 @@ mod expiry;
 mod mutant;
 mod node;
 mod pages;
+mod promise;
 mod report;
 mod request;
+mod schedule;
 mod state;
 
+pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
-pub use command::{
-    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Priority, Request,
-};
+pub use command::{AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request};
 pub use decide::decide;
 pub use dispatch::dispatch;
 pub use effect::{Effect, Order, Place, effects};
@@ -41,7 +42,9 @@ pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::ATTEMPTS_MAX;
 pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, WRITES_IN_FLIGHT_MAX};
 
-use crate::ids::{IdSeed, LedgerTime, Steady};
+use std::collections::BTreeSet;
+
+use crate::ids::{IdSeed, LedgerTime, NodeName, Steady, Ticket};
 
 /// When a command is decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +65,8 @@ pub struct Outcome {
     /// An event did not fit the state, and the events of its decision after it were dropped. A bug of ours: nothing
     /// was granted or charged by it, and whatever it was about is derived again later.
     pub violations: Vec<Misfit>,
+    /// Nodes whose queue has to be looked at.
+    stirred: BTreeSet<NodeName>,
 }
 
 /// Takes one command all the way.
@@ -79,9 +84,12 @@ pub fn step(state: &mut State, at: Moment, mut ids: IdSeed, command: Command) ->
     if state.ended.is_some() {
         return outcome;
     }
-    let nodes: Vec<_> = state.queue.nodes().cloned().collect();
-    for node in nodes {
-        // Each round takes one request out of the queue, so there are no more rounds than requests.
+    // Where something has changed that somebody waits for; on a tick also where only time has.
+    if tick {
+        outcome.stirred.extend(state.queue.nodes().cloned());
+    }
+    // Each decision takes a request out of the lanes of its node or gives it the one reservation there, so it ends.
+    while let Some(node) = outcome.stirred.pop_first() {
         loop {
             let events = dispatch(at, &mut ids, state, &node);
             if events.is_empty() || !outcome.take(state, events) {
@@ -100,6 +108,7 @@ impl Outcome {
     /// False if an event did not fit.
     fn take(&mut self, state: &mut State, events: Vec<Event>) -> bool {
         for event in events {
+            stir(state, &event, &mut self.stirred);
             if let Err(misfit) = state.apply(&event) {
                 self.violations.push(misfit);
                 return false;
@@ -108,5 +117,38 @@ impl Outcome {
             self.events.push(event);
         }
         true
+    }
+}
+
+/// Nodes where the event lets somebody begin who waits. `state` is the state before it.
+fn stir(state: &State, event: &Event, stirred: &mut BTreeSet<NodeName>) {
+    let waits_at = |ticket: &Ticket| state.queue.get(ticket).map(|waiting| waiting.node.clone());
+    match event {
+        Event::Queued(waiting) => {
+            stirred.insert(waiting.node.clone());
+        }
+        // Who leaves may have had the reservation, or have stood before others who fit.
+        Event::Confirmed { ticket } | Event::Left { ticket } => stirred.extend(waits_at(ticket)),
+        Event::Unreserved { lease }
+        | Event::Assigned { lease, .. }
+        | Event::Ended { lease, .. }
+        | Event::Settled { lease, .. }
+        | Event::SlotFreed { lease } => stirred.extend(state.leases.get(lease).map(|found| found.node.clone())),
+        Event::NodeConfigured { node, .. }
+        | Event::InventoryTaken { node, .. }
+        | Event::NodeHeard { node }
+        | Event::Adopted { node, .. } => {
+            stirred.insert(node.clone());
+        }
+        // The last one that was waited for lets all the others begin (L17).
+        Event::NodeJoined { .. } | Event::ClockJudged { .. } => stirred.extend(state.queue.nodes().cloned()),
+        Event::AccountTaken { account, .. }
+        | Event::PolicyChanged { account, .. }
+        | Event::Changed { account, .. }
+        | Event::WriteBegun { account, .. }
+        | Event::WriteFailed { account, .. }
+        | Event::Rebased { account, .. }
+        | Event::Unparked { account } => stirred.extend(state.queue.parked_on(account).cloned()),
+        _ => {}
     }
 }

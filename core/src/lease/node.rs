@@ -8,9 +8,9 @@ use super::event::Event;
 use super::report;
 use super::request;
 use super::state::{Lease, SlotUse, Stage, State};
-use crate::ids::{LeaseId, NodeName};
+use crate::ids::{LeaseId, NodeName, Size};
 use crate::page::Ending;
-use crate::slots::Card;
+use crate::slots::{self, Card};
 
 /// An agent presents its waiting requests again right behind Joined; one that is not there by then is gone.
 const CONFIRM_MS: u64 = 2_000;
@@ -24,9 +24,9 @@ pub(super) fn hello(at: Moment, state: &State, node: NodeName, agent_instance: S
         for waiting in state.queue.line(&node).filter(|waiting| waiting.ticket.agent_instance != agent_instance) {
             events.extend(request::left(at, state, waiting, "the node agent restarted"));
         }
-        let stale = state.leases.iter().filter(|(_, lease)| {
+        let stale = state.leases_on(&node).filter(|(_, lease)| {
             let request = lease.request.as_ref();
-            lease.node == node && request.is_some_and(|waiting| waiting.ticket.agent_instance != agent_instance)
+            request.is_some_and(|waiting| waiting.ticket.agent_instance != agent_instance)
         });
         events.extend(stale.map(|(id, _)| Event::Abandoned { lease: id.clone() }));
     }
@@ -45,7 +45,7 @@ pub(super) fn joined(
     let confirm_by = at.steady.plus(CONFIRM_MS);
     let mut events = vec![Event::NodeJoined { node: node.clone(), cards, confirm_by }];
     let on_node: BTreeMap<LeaseId, AgentLease> = leases.into_iter().map(|lease| (lease.lease.clone(), lease)).collect();
-    for (id, lease) in state.leases.iter().filter(|(_, lease)| lease.node == node) {
+    for (id, lease) in state.leases_on(&node) {
         if !on_node.contains_key(id) {
             events.extend(missing(at, state, id, lease));
         }
@@ -143,7 +143,11 @@ fn stranger(at: Moment, state: &State, node: &NodeName, lease: &AgentLease) -> V
 pub(super) fn heartbeat(state: &State, node: NodeName, cards: Option<Vec<Card>>) -> Vec<Event> {
     let Some(known) = state.nodes.get(&node).filter(|known| known.joined) else { return Vec::new() };
     match cards {
-        Some(cards) if cards != known.cards => vec![Event::InventoryTaken { node, cards }],
+        Some(cards) if cards != known.cards => {
+            let fewer = slots::capacity(&cards, Size::Large) < slots::capacity(&known.cards, Size::Large);
+            let withdrawn = fewer.then(|| Event::PromisesWithdrawn { node: node.clone() });
+            std::iter::once(Event::InventoryTaken { node, cards }).chain(withdrawn).collect()
+        }
         _ if known.rests => vec![Event::NodeHeard { node }],
         _ => Vec::new(),
     }

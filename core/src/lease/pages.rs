@@ -96,7 +96,7 @@ pub(super) fn gone(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
         events.push(Event::Left { ticket: waiting.ticket.clone() });
         events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
     }
-    for (id, lease) in state.leases.iter().filter(|(_, lease)| lease.account.as_ref() == Some(&name)) {
+    for (id, lease) in state.leases().filter(|(_, lease)| lease.account.as_ref() == Some(&name)) {
         match (&lease.request, lease.stage) {
             (Some(waiting), Stage::Reserving) => {
                 events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
@@ -257,7 +257,7 @@ fn rebase(at: Moment, state: &State, name: &AccountName, account: &Account, page
     let aborted: Vec<&LeaseId> = misfits.iter().filter_map(hold_of).collect();
     let reserved: Vec<&LeaseId> = kept.iter().filter_map(hold_of).collect();
     let mut follow = Vec::new();
-    for (id, lease) in state.leases.iter().filter(|(_, lease)| lease.account.as_ref() == Some(name)) {
+    for (id, lease) in state.leases().filter(|(_, lease)| lease.account.as_ref() == Some(name)) {
         let on_page = page.holds.iter().any(|hold| hold.lease == *id);
         if aborted.contains(&id) {
             follow.extend(unreserve(at, state, id));

@@ -4,11 +4,12 @@ use super::Moment;
 use super::change::PageChange;
 use super::command::{Budget, Request};
 use super::event::Event;
+use super::promise;
 use super::state::{Account, Stage, State};
-use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, SpaceKey, Ticket};
+use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{DenialRow, Outcome};
 use crate::protocol::{CallerClass, Denial, QueueOf, UnauthenticatedReason, human_message};
-use crate::queue::Waiting;
+use crate::queue::{Function, Turn, Waiting, WaitsFor};
 use crate::quota::{self, Demand};
 use crate::slots;
 
@@ -42,6 +43,8 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
     match check(at, state, &request) {
         Err(denial) => refusal.events(at, state, denial),
         Ok((account, name, demand)) => {
+            let turn = turn(at, state, account, &request, &demand);
+            let blocked = account.is_blocked(state.page_of(account), at.steady);
             let mut events = Vec::new();
             if let Some(budget) = &request.budget {
                 let (root, expires) = (budget.root.clone(), budget.expires);
@@ -54,13 +57,16 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 account: name,
                 space: request.space,
                 demand,
+                turn,
                 caller: account.policy.caller,
                 via: if request.budget.is_some() { "token" } else { "space" }.to_owned(),
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
                 arrived: at.steady,
                 attempts: 0,
-                announced: false,
+                told: None,
+                promise: None,
+                waits_for: if blocked { WaitsFor::Account } else { WaitsFor::Node },
                 lease: None,
                 unconfirmed: None,
             })));
@@ -77,9 +83,37 @@ fn known(state: &State, ticket: &Ticket) -> Option<Vec<Event>> {
 }
 
 fn lease_of<'a>(state: &'a State, ticket: &Ticket) -> Option<&'a LeaseId> {
-    let is_same = |waiting: &Waiting| waiting.ticket == *ticket;
-    let mut leases = state.leases.iter().filter(|(_, lease)| lease.stage < Stage::Settling);
-    leases.find(|(_, lease)| lease.request.as_ref().is_some_and(is_same)).map(|(id, _)| id)
+    let lease = state.tickets.get(ticket)?;
+    let found = state.leases.get(lease)?;
+    (found.stage < Stage::Settling).then_some(lease)
+}
+
+/// What decides when it is its turn.
+fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand: &Demand) -> Turn {
+    let settings = state.settings(&request.node);
+    let function =
+        Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.declared_ms };
+    let expected_ms = state.history.expected_ms(&function);
+    let page = state.page_of(account);
+    let standing = page.standing(&account.policy.allowance, page.time(at.wall));
+    let used_ms = standing.limit_ms.saturating_sub(standing.left_ms);
+    let class = account.policy.priority;
+    Turn {
+        class,
+        key: settings.lanes.key(class, expected_ms, demand.weight, used_ms, standing.limit_ms),
+        expected_ms,
+        held_ms: settings.limits.held_ms(demand.declared_ms),
+        slots: slots_of(state, &request.node, demand.size),
+    }
+}
+
+/// How many slots of the node's cards a lease takes.
+pub(super) fn slots_of(state: &State, node: &NodeName, size: Size) -> u64 {
+    let cards = state.nodes.get(node).map(|node| node.cards.as_slice()).unwrap_or_default();
+    match size {
+        Size::Large => 1,
+        Size::Xlarge => cards.iter().map(|card| u64::from(card.large_slots)).max().unwrap_or(1),
+    }
 }
 
 fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Account, AccountName, Demand), Denial> {
@@ -168,8 +202,8 @@ pub(super) fn give_back(waiting: &Waiting, ms: u64, call: bool) -> Option<Event>
 
 /// The request returns to its place, unless it can not be served any more.
 pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) -> Vec<Event> {
-    let waiting =
-        Waiting { attempts: waiting.attempts.saturating_add(1), announced: false, lease: None, ..waiting.clone() };
+    let attempts = waiting.attempts.saturating_add(1);
+    let waiting = Waiting { attempts, told: None, lease: None, waits_for: WaitsFor::Node, ..waiting.clone() };
     if !wanted || waiting.unconfirmed.is_some_and(|confirm_by| confirm_by <= at.steady) {
         return left(at, state, &waiting, "the visitor left before the GPU was ready");
     }
@@ -230,13 +264,16 @@ impl<'a> Refusal<'a> {
     }
 }
 
-/// Those who wait and have not been told so.
+/// Those who wait and have not been told so, or for what.
 pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event> {
-    let untold = state.queue.iter().filter(|waiting| !waiting.announced && waiting.unconfirmed.is_none());
-    untold
-        .map(|waiting| {
-            let lease = waiting.lease.clone().unwrap_or_else(|| LeaseId::new(ids.draw()));
-            Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady }
-        })
-        .collect()
+    let mut announce = |waiting: &Waiting| {
+        let lease = waiting.lease.clone().unwrap_or_else(|| LeaseId::new(ids.draw()));
+        let promise = match waiting.waits_for {
+            // Told once, it stays: a request that returns to its place keeps what it was promised.
+            WaitsFor::Node => Some(waiting.promise.unwrap_or_else(|| promise::promise(at.steady, state, waiting))),
+            WaitsFor::Account => None,
+        };
+        Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady, promise }
+    };
+    state.queue.untold().map(&mut announce).collect()
 }

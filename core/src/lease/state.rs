@@ -1,14 +1,16 @@
 //! What the ledger knows. Only [`State::apply`] changes it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::change::{PageChange, Urgency};
 use super::command::{Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
-use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady};
+use super::schedule::{Schedule, Scheduled};
+use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
 use crate::page::{CLOSED_MAX, Page};
-use crate::queue::{Queue, Waiting};
+use crate::queue::{History, Queue, Waiting};
 use crate::slots::Card;
 
 /// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
@@ -28,13 +30,15 @@ pub struct State {
     /// The clock is this far off: nothing is granted (L20).
     pub clock_off_ms: Option<u64>,
     /// Pages.
-    pub accounts: BTreeMap<AccountName, Account>,
+    pub accounts: ByName<AccountName, Account>,
     /// Nodes that were ever heard of in this term.
     pub nodes: BTreeMap<NodeName, Node>,
     /// Every lease that has an open hold or a slot.
-    pub leases: BTreeMap<LeaseId, Lease>,
+    pub leases: ByName<LeaseId, Lease>,
     /// Who waits.
     pub queue: Queue,
+    /// How long calls really ran, for the order of the queue.
+    pub history: History,
     /// What was taken of each call's budget.
     pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
@@ -45,12 +49,12 @@ pub struct State {
     pub next_reservation: u64,
     /// Nodes whose rejoining is waited for until [`REJOIN_WAIT_MS`].
     pub awaited: BTreeSet<NodeName>,
+    /// Which lease was made for which request.
+    pub(super) tickets: ByName<Ticket, LeaseId>,
+    /// The longest call that any account of the term could make: an upper bound of what may come before anybody.
+    pub(super) longest_call_ms: u64,
     /// Accounts with changes that no write carries yet.
-    pub(super) dirty: BTreeSet<AccountName>,
-    /// Those of them that have one to be written at once.
-    pub(super) urgent: BTreeSet<AccountName>,
-    /// Whose write began last; the next is looked for behind it, so that none waits forever.
-    pub(super) cursor: Option<AccountName>,
+    pub(super) schedule: Schedule,
     pub(super) writes_in_flight: usize,
     /// Those of them that carry a hold: somebody waits for each.
     pub(super) holds_in_flight: usize,
@@ -64,11 +68,11 @@ pub struct Account {
     /// What it may do.
     pub policy: Policy,
     /// As last acknowledged by the store.
-    pub durable: Page,
+    pub durable: Arc<Page>,
     /// Durable, and all that is in flight or waits for the next write: decisions see this one (L3).
-    pub working: Page,
+    pub working: Arc<Page>,
     /// The write in flight.
-    pub in_flight: Option<Batch>,
+    pub in_flight: Option<Box<Batch>>,
     /// Changes for the next write.
     pub pending: Vec<PageChange>,
     /// When a write last carried a note (L5).
@@ -81,6 +85,8 @@ pub struct Account {
     pub(super) retry_at: Option<Steady>,
     /// Failed writes in a row.
     pub(super) failures: u32,
+    /// When its next write begins.
+    pub(super) scheduled: Option<Scheduled>,
 }
 
 /// A group commit: the changes that one write carries.
@@ -92,7 +98,7 @@ pub struct Batch {
     /// What it changes.
     pub changes: Vec<PageChange>,
     /// What it writes.
-    pub page: Page,
+    pub page: Arc<Page>,
     /// An attempt had an unknown outcome: a later refusal does not prove that it failed.
     pub unknown: bool,
 }
@@ -110,6 +116,8 @@ pub struct Node {
     pub cards: Vec<Card>,
     /// Leases on it.
     pub leases: BTreeSet<LeaseId>,
+    /// Those of them that use a slot, by their numbers.
+    pub(super) holders: Vec<Holder>,
     /// It refused an order that should have fitted: our picture of it is old. No orders until it is heard again.
     pub rests: bool,
     /// Since when its session is gone.
@@ -137,6 +145,8 @@ pub struct Lease {
     pub number: u64,
     /// It gets the slot of this lease (L14).
     pub after: Option<LeaseId>,
+    /// Cards that it may not use: they are kept for others (L7).
+    pub avoid: Vec<u32>,
     /// Limits that its order carried, or carries if it leaves now. Of a lease of an earlier term the longest that it can
     /// be expected to have carried.
     pub limits: Limits,
@@ -150,6 +160,24 @@ pub struct Lease {
     pub abandoned: bool,
     /// When it was cancelled last.
     pub cancelled: Option<Steady>,
+}
+
+/// What the packing of a node's cards has to know of a lease; a copy, kept side by side for all leases of a node, because
+/// every decision looks at all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub lease: LeaseId,
+    pub number: u64,
+    pub size: Size,
+    pub card: Option<u32>,
+    pub clearing: bool,
+    pub after: Option<LeaseId>,
+    pub avoid: Vec<u32>,
+    /// When its order left; None if it has not.
+    pub sent: Option<Steady>,
+    /// How long it can hold its slot from then on, milliseconds.
+    pub longest_ms: u64,
+    pub declared_ms: u64,
 }
 
 /// How far a lease is.
@@ -200,18 +228,19 @@ impl State {
             epoch,
             ended: None,
             clock_off_ms: None,
-            accounts: BTreeMap::new(),
+            accounts: ByName::default(),
             nodes: BTreeMap::new(),
-            leases: BTreeMap::new(),
+            leases: ByName::default(),
             queue: Queue::default(),
+            history: History::default(),
+            tickets: ByName::default(),
+            longest_call_ms: 0,
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
             next_place: 1,
             next_reservation: 1,
             awaited,
-            dirty: BTreeSet::new(),
-            urgent: BTreeSet::new(),
-            cursor: None,
+            schedule: Schedule::default(),
             writes_in_flight: 0,
             holds_in_flight: 0,
             #[cfg(feature = "mutants")]
@@ -268,9 +297,21 @@ impl State {
         if self.has(Mutant::DecideOnDurable) { &account.durable } else { &account.working }
     }
 
+    /// All leases, node by node, in the order of their names.
+    pub fn leases(&self) -> impl Iterator<Item = (&LeaseId, &Lease)> {
+        let names = self.nodes.values().flat_map(|node| &node.leases);
+        names.filter_map(|id| Some((id, self.leases.get(id)?)))
+    }
+
+    /// Those of a node.
+    pub fn leases_on(&self, node: &NodeName) -> impl Iterator<Item = (&LeaseId, &Lease)> {
+        let names = self.nodes.get(node).into_iter().flat_map(|node| &node.leases);
+        names.filter_map(|id| Some((id, self.leases.get(id)?)))
+    }
+
     /// Leases that have a hold or a settlement that is not durable.
     pub fn unsettled(&self) -> impl Iterator<Item = (&LeaseId, &Lease)> {
-        self.leases.iter().filter(|(_, lease)| lease.account.is_some() && lease.stage < Stage::Settled)
+        self.leases().filter(|(_, lease)| lease.account.is_some() && lease.stage < Stage::Settled)
     }
 }
 
@@ -280,10 +321,14 @@ impl Account {
     /// True while a new hold has to wait for something of the account's own: its concurrency limit, its outbox, or its
     /// failing writes. On the wire all three are the queueing reason `concurrency`.
     pub(super) fn is_blocked(&self, page: &Page, now: Steady) -> bool {
+        self.is_full(page) || self.retry_at.is_some_and(|retry_at| now < retry_at)
+    }
+
+    /// True while the page takes no more holds.
+    pub(super) fn is_full(&self, page: &Page) -> bool {
         page.holds.len() >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
             // L10: a full outbox pauses this account only. Every open hold will need a row in it.
             || page.holds.len() + page.closed.len() >= CLOSED_MAX
-            || self.retry_at.is_some_and(|retry_at| now < retry_at)
     }
 
     /// The most urgent of the changes that no write carries yet.
@@ -295,6 +340,15 @@ impl Account {
     /// company may wait for much longer ([`Urgency::Lazy`]).
     pub fn is_written_soon(&self) -> bool {
         self.in_flight.is_some() || self.urgency() >= Some(Urgency::Note)
+    }
+}
+
+// === impl Holder ===
+
+impl Holder {
+    /// When it has surely given its slot back. An order that has not left leaves now at the earliest.
+    pub fn drained_by(&self, now: Steady) -> Steady {
+        self.sent.unwrap_or(now).plus(self.longest_ms)
     }
 }
 
@@ -310,6 +364,36 @@ impl Batch {
 // === impl Lease ===
 
 impl Lease {
+    /// When it must have ended even if its order arrived at the last moment and its worker used every limit (L9). The limits
+    /// are those that its order carried, for its node obeys no others.
+    pub(super) const fn drained_by(&self) -> Steady {
+        self.sent.plus(self.longest_ms())
+    }
+
+    const fn longest_ms(&self) -> u64 {
+        let held_ms = self.limits.held_ms(self.declared_ms);
+        self.limits.order_ttl_ms.saturating_add(held_ms).saturating_add(self.waits_ms)
+    }
+
+    /// None if it uses no slot.
+    pub(super) fn holder(&self, id: &LeaseId) -> Option<Holder> {
+        if self.slot == SlotUse::Free {
+            return None;
+        }
+        Some(Holder {
+            lease: id.clone(),
+            number: self.number,
+            size: self.size,
+            card: self.card,
+            clearing: self.slot == SlotUse::Clearing,
+            after: self.after.clone(),
+            avoid: self.avoid.clone(),
+            sent: (self.stage != Stage::Reserving).then_some(self.sent),
+            longest_ms: self.longest_ms(),
+            declared_ms: self.declared_ms,
+        })
+    }
+
     /// Granted, and not over as far as we know.
     pub const fn is_open(&self) -> bool {
         self.account.is_some() && matches!(self.stage, Stage::Ordered | Stage::Assigned | Stage::Running)

@@ -13,11 +13,11 @@ pub fn look(world: &World) -> Result<(), String> {
     let Some(leader) = &world.leader else { return Ok(()) };
     for (name, account) in &leader.state.accounts {
         let expected = account.in_flight.as_ref().map_or(&account.durable, |batch| &batch.page);
-        let mut working: Page = expected.clone();
+        let mut working: Page = Page::clone(expected);
         for change in &account.pending {
             change.make(&mut working).map_err(|misfit| format!("L3: {name}'s pending change: {misfit}"))?;
         }
-        if working != account.working {
+        if working != *account.working {
             return Err(format!("L3: {name}'s working page is not what is durable and in flight"));
         }
         for hold in &account.working.holds {

@@ -186,7 +186,7 @@ impl World {
             Effect::Write { account, page } => {
                 let revision = self.leader.as_ref().and_then(|leader| leader.revisions.get(&account).copied());
                 let revision = revision.unwrap_or_default();
-                self.writes.push(Write { leader, account, page: *page, revision });
+                self.writes.push(Write { leader, account, page: Page::clone(&page), revision });
             }
             Effect::Read { account } => self.reads.push_back((leader, account)),
             Effect::Receipt { account, closed } => {

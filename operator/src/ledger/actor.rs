@@ -5,6 +5,7 @@
 //! [`Actor`] lives for one term. A node that has seen a later one makes us begin another above it; another leader ends us.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Steady, Ticket};
@@ -13,8 +14,9 @@ use spaceport_core::lease::{
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
+use spaceport_core::queue::Promise;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -91,13 +93,16 @@ struct Actor<P> {
 /// # Errors
 /// [`TermOver`]: the process should end, and begin a new term when it leads again.
 pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Result<(), TermOver> {
-    let ActorParts { mut inputs, store, receipts, verifier, metrics, clock_skew_max } = parts;
+    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, clock_skew_max } = parts;
     let mut known = Known::new(clock_skew_max);
     let mut above = Epoch(0);
     loop {
-        let Some(term) = begin(&mut inputs, &store, &mut known, above, &stop).await? else { return Ok(()) };
+        let Some(term) = begin(&mut inputs, &mut leading, &store, &mut known, above, &stop).await? else {
+            return Ok(());
+        };
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
         metrics.set_epoch(term.epoch.0);
+        metrics.reset_waits();
         let mut actor = Actor {
             state: fault::in_ledger(State::new(term.epoch, known.awaited())),
             begun: clock::monotonic(),
@@ -127,10 +132,11 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
     }
 }
 
-/// Waits until everything was listed, begins a term above every epoch seen in pages and hellos, and waits until our own
+/// Waits until this replica leads and everything was listed, begins a term above every epoch seen in pages and hellos, and waits until our own
 /// watch shows it: every page written before is in our hands then (L6). None if it is time to stop.
 async fn begin<P: Pages>(
     inputs: &mut mpsc::Receiver<Input>,
+    leading: &mut watch::Receiver<bool>,
     store: &P,
     known: &mut Known,
     above: Epoch,
@@ -139,12 +145,18 @@ async fn begin<P: Pages>(
     let mut above = above;
     let mut begun: Option<TermBegun> = None;
     loop {
-        if begun.is_none() && known.unlisted.is_empty() {
+        let leads = *leading.borrow_and_update();
+        if leads && begun.is_none() && known.unlisted.is_empty() {
             let term = store.begin_term(above.max(known.highest_epoch())).await.map_err(TermOver::NotBegun)?;
             begun = Some(term);
         }
         let input = tokio::select! {
             () = stop.cancelled() => return Ok(None),
+            changed = leading.changed(), if !leads => match changed {
+                Ok(()) => continue,
+                // The election has ended, and with it the process.
+                Err(_) => return Ok(None),
+            },
             input = inputs.recv() => input.ok_or(TermOver::InputClosed)?,
         };
         match input {
@@ -218,7 +230,7 @@ impl<P: Pages> Actor<P> {
     }
 
     fn carry_out(&mut self, at: Moment, outcome: Outcome) {
-        let Outcome { events, effects, violations } = outcome;
+        let Outcome { events, effects, violations, .. } = outcome;
         for violation in violations {
             error!(%violation, "An event did not fit the ledger; nothing was granted or charged by it");
         }
@@ -265,7 +277,16 @@ impl<P: Pages> Actor<P> {
                     self.receipt(record);
                 }
             }
-            Event::Reserved { lease, waiting, .. } => self.records.reserved(lease, waiting, self.state.epoch),
+            Event::Reserved { lease, waiting, .. } => {
+                self.records.reserved(lease, waiting, self.state.epoch);
+                if let Some(Promise { given, latest_start }) = waiting.promise {
+                    self.metrics.waited(at.steady.since(given), latest_start.since(given));
+                }
+            }
+            Event::PromisesWithdrawn { node } => {
+                warn!(%node, "The node has fewer slots than when those who wait for it were told when they begin at the latest");
+                self.metrics.promises_withdrawn();
+            }
             Event::Unreserved { lease } => {
                 let message = "the reservation could not be written; nothing was granted".to_owned();
                 let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at.wall);
@@ -293,7 +314,7 @@ impl<P: Pages> Actor<P> {
 
     fn effect(&mut self, effect: Effect) {
         match effect {
-            Effect::Write { account, page } => self.write(account, *page),
+            Effect::Write { account, page } => self.write(account, page),
             Effect::Read { account } => {
                 self.tasks.spawn(pages::read(self.store.clone(), account, self.stop.clone()));
             }
@@ -356,11 +377,11 @@ impl<P: Pages> Actor<P> {
 
     // === pages ===
 
-    fn write(&mut self, account: AccountName, page: Page) {
+    fn write(&mut self, account: AccountName, page: Arc<Page>) {
         let Some(target) = self.targets.get(&account).cloned() else {
             // Every account in the ledger was seen once, with its revision.
             error!(%account, "A page without a known revision is to be written; it is read first");
-            self.command(Command::PageConflict { account, write_id: page.write_id });
+            self.command(Command::PageConflict { account, write_id: page.write_id.clone() });
             return;
         };
         let display = self.display(&account, &page);

@@ -134,8 +134,7 @@ pub fn start(order: &Order, boottime_ms: u64) -> Outgoing {
         clear_limit_ms: order.limits.clear_limit_ms,
         order_ttl_ms: order.limits.order_ttl_ms,
         after: order.after.as_ref().map(ToString::to_string).unwrap_or_default(),
-        // Only the two-lane queue keeps cards for others; oldest first blocks instead.
-        avoid: Vec::new(),
+        avoid: order.avoid.clone(),
         caller: caller(order.caller).into(),
     })
 }
@@ -175,7 +174,7 @@ pub fn queued(place: &Place) -> Outgoing {
         concurrency: place.concurrency,
         position: place.position,
         eta_ms: place.eta_ms,
-        latest_start_ms: place.latest_start_ms,
+        latest_start_ms: place.latest_start_ms.unwrap_or(0),
         place_epoch: place.place.0.0,
         place_number: place.place.1,
         caller: caller(place.caller).into(),

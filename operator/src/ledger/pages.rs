@@ -1,6 +1,7 @@
 //! Pages as the broker's actor uses them: in tasks of its own, so that it never waits. A trait, so that the actor can be
 //! tried against a store that loses answers.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use spaceport_core::ids::{AccountName, Epoch};
@@ -83,7 +84,7 @@ pub enum Done {
 }
 
 /// Writes a page, once: what an unknown outcome means is the ledger's to decide (L2).
-pub async fn write<P: Pages>(store: P, target: PageTarget, page: Page, display: Display) -> Done {
+pub async fn write<P: Pages>(store: P, target: PageTarget, page: Arc<Page>, display: Display) -> Done {
     let outcome = store.write(&target, &page, display).await;
     match &outcome {
         WriteOutcome::Refused { reason } => error!(account = %target.name, reason, "A page write was refused"),
@@ -92,7 +93,7 @@ pub async fn write<P: Pages>(store: P, target: PageTarget, page: Page, display: 
         }
         WriteOutcome::Written { .. } | WriteOutcome::Conflict | WriteOutcome::Gone => {}
     }
-    Done::Written { account: target.name.clone(), write_id: page.write_id, target, outcome }
+    Done::Written { account: target.name.clone(), write_id: page.write_id.clone(), target, outcome }
 }
 
 /// Reads a page until it is read. One that cannot be used is read again too: an admin has to repair it, and until then

@@ -135,5 +135,6 @@ pub fn settings_of(pool: &PoolSeen) -> NodeSettings {
             space: bound(pool.queue_per_space),
             account: bound(pool.queue_per_account),
         },
+        lanes: pool.lanes,
     }
 }

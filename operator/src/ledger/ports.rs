@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::receipt::{ReceiptEvent, Receipts};
 use super::store::PageStore;
@@ -45,6 +45,8 @@ impl From<ReceiptEvent> for Input {
 pub struct ActorParts<P = PageStore> {
     /// Everything that happens.
     pub inputs: mpsc::Receiver<Input>,
+    /// Whether this replica leads. Until it does, the broker only takes in what it is shown.
+    pub leading: watch::Receiver<bool>,
     /// Pages: written and read by tasks of the actor's own, never awaited by it.
     pub store: P,
     /// Takes records of leases without waiting.

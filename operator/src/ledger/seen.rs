@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName};
 use spaceport_core::page::Page;
 use spaceport_core::protocol::CallerClass;
+use spaceport_core::queue::LaneSettings;
 use spaceport_crds as crds;
 use spaceport_crds::conditions::{ConditionStatus, GPUAccountCondition};
 use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
@@ -119,6 +120,8 @@ pub struct PoolSeen {
     pub queue_per_space: u64,
     /// Of one account.
     pub queue_per_account: u64,
+    /// Their order.
+    pub lanes: LaneSettings,
     /// From the grant to `/allow`, milliseconds (L9).
     pub allow_limit_ms: u64,
     /// From the declared end to the kill, milliseconds.
@@ -258,6 +261,23 @@ impl TryFrom<&crds::GPUTier> for TierSeen {
     }
 }
 
+fn lanes(queue: &crds::QueueBounds) -> Result<LaneSettings, OutOfRange> {
+    let crds::PriorityClasses { low, medium, highest } = &queue.priorities;
+    Ok(LaneSettings {
+        age_percent: natural("queue.ageLanePercent", queue.age_lane_percent)?,
+        weights: [
+            natural("queue.priorities.low.weight", low.weight)?,
+            natural("queue.priorities.medium.weight", medium.weight)?,
+            natural("queue.priorities.highest.weight", highest.weight)?,
+        ],
+        floors: [
+            natural("queue.priorities.low.floorPercent", low.floor_percent)?,
+            natural("queue.priorities.medium.floorPercent", medium.floor_percent)?,
+            natural("queue.priorities.highest.floorPercent", highest.floor_percent)?,
+        ],
+    })
+}
+
 impl TryFrom<&crds::GPUPool> for PoolSeen {
     type Error = OutOfRange;
 
@@ -275,6 +295,7 @@ impl TryFrom<&crds::GPUPool> for PoolSeen {
             queue_per_pool: natural("queue.perPool", spec.queue.per_pool)?,
             queue_per_space: natural("queue.perSpace", spec.queue.per_space)?,
             queue_per_account: natural("queue.perAccount", spec.queue.per_account)?,
+            lanes: lanes(&spec.queue)?,
             allow_limit_ms: milliseconds("allowLimitSeconds", spec.allow_limit_seconds)?,
             grace_ms: milliseconds("graceSeconds", spec.grace_seconds)?,
             clear_limit_ms: milliseconds("clearLimitSeconds", spec.clear_limit_seconds)?,

@@ -52,7 +52,7 @@ impl<P: Pages> Actor<P> {
         let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
         self.metrics.set_nodes_without_pool(without_pool);
         for node in self.state.nodes.keys() {
-            self.metrics.set_queued(node.as_str(), self.state.queue.line(node).count());
+            self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
         }
     }
 

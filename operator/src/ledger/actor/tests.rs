@@ -173,6 +173,7 @@ impl Story {
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
         let parts = ActorParts {
             inputs: receiver,
+            leading: watch::channel(true).1,
             store: memory.clone(),
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),

@@ -1,0 +1,541 @@
+//! Who waits for a GPU, in which order, and how many may (docs/rules.md, Queue). For each node: a pod can only use the cards
+//! of its own node.
+//!
+//! [`Lanes`] says who is next. This module keeps who waits, by whom they can be found: request, node, Space, account. Every
+//! operation takes O(log n) steps of the number of requests that wait.
+
+mod history;
+mod lanes;
+mod ranked;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
+pub use lanes::{BACKFILL_LOOK_MAX, Choice, Job, LaneSettings, Lanes, Priority, Room};
+pub use ranked::{Ahead, Ranked};
+
+use crate::ids::{AccountName, ByName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
+use crate::protocol::{CallerClass, QueueOf};
+use crate::quota::Demand;
+
+/// A request that waits, or that a lease was made for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// Its idempotency key (L15).
+    pub ticket: Ticket,
+    /// Its place: requests of one term are numbered as they come. It keeps the number when a grant fails, and so returns
+    /// to where it was.
+    pub place: u64,
+    /// Node of its pod.
+    pub node: NodeName,
+    /// Who pays.
+    pub account: AccountName,
+    /// The Space that asks.
+    pub space: SpaceKey,
+    /// What it asks for.
+    pub demand: Demand,
+    /// What its turn depends on.
+    pub turn: Turn,
+    /// What the client is told about its caller.
+    pub caller: CallerClass,
+    /// Id of the token that the visitor's call began with; None without a token.
+    pub root: Option<String>,
+    /// How its caller was known, for the row: `token` or `space`.
+    pub via: String,
+    /// When it came, wall clock, for people.
+    pub since: LedgerTime,
+    /// When it came.
+    pub arrived: Steady,
+    /// Orders for it that a node refused or a store did not take.
+    pub attempts: u32,
+    /// What it waits for, as its agent was told.
+    pub told: Option<WaitsFor>,
+    /// What its caller was told about its wait for the node; None while it waits for its account.
+    pub promise: Option<Promise>,
+    /// What it waits for.
+    pub waits_for: WaitsFor,
+    /// The lease it will get, named when it has to wait, so that people can see it from then on. None again after a hold
+    /// that failed: ids are never used twice.
+    pub lease: Option<LeaseId>,
+    /// Its agent's stream was cut since: dropped at this time unless the agent presents it again. Its visitor may have
+    /// left meanwhile, of which nobody told us.
+    pub unconfirmed: Option<Steady>,
+}
+
+/// Most requests that wait at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueBounds {
+    /// On one node. The pool's bound applies to each of its nodes, for queues are per node.
+    pub node: usize,
+    /// Of one Space.
+    pub space: usize,
+    /// Of one account.
+    pub account: usize,
+}
+
+impl Default for QueueBounds {
+    /// The chart's defaults.
+    fn default() -> Self {
+        Self { node: 1000, space: 200, account: 16 }
+    }
+}
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WaitsFor {
+    /// A slot of its node.
+    #[default]
+    Node,
+    /// Something of its own account, mostly its concurrency limit: it is passed, and keeps its place.
+    Account,
+}
+
+/// When a request begins at the latest (invariant 11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promise {
+    /// When it was given.
+    pub given: Steady,
+    /// What was promised.
+    pub latest_start: Steady,
+}
+
+/// What the turn of a request depends on, as it was when it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Turn {
+    /// Class of its tier.
+    pub class: Priority,
+    /// Its key in the fast lane.
+    pub key: u64,
+    /// How long it is expected to run, milliseconds; never more than declared.
+    pub expected_ms: u64,
+    /// How long it can hold its slots: H of docs/rules.md, milliseconds.
+    pub held_ms: u64,
+    /// How many slots it takes.
+    pub slots: u64,
+}
+
+/// All queues.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Queue {
+    lines: BTreeMap<NodeName, Line>,
+    tickets: ByName<Ticket, (NodeName, u64)>,
+    spaces: ByName<SpaceKey, usize>,
+    accounts: ByName<AccountName, AccountLoad>,
+    /// Who waits for its account.
+    parked: BTreeMap<AccountName, BTreeSet<(NodeName, u64)>>,
+    /// Who has not been told where it stands.
+    untold: BTreeSet<Ticket>,
+}
+
+/// The queue of one node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Line {
+    waiting: BTreeMap<u64, Waiting>,
+    /// Of those who wait, who could start now if there were room.
+    lanes: Lanes,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct AccountLoad {
+    requests: usize,
+    needed_ms: u64,
+}
+
+impl Waiting {
+    fn job(&self) -> Job {
+        let Turn { class, key, expected_ms, held_ms, slots } = self.turn;
+        Job { place: self.place, size: self.demand.size, class, key, expected_ms, held_ms, slots }
+    }
+
+    /// It can start as soon as there is room.
+    const fn is_ready(&self) -> bool {
+        matches!(self.waits_for, WaitsFor::Node) && self.unconfirmed.is_none()
+    }
+
+    /// Its agent does not know what it waits for.
+    fn is_untold(&self) -> bool {
+        self.told != Some(self.waits_for) && self.unconfirmed.is_none()
+    }
+}
+
+impl Queue {
+    /// Takes a request in at its place. One that is here already stays as it is. `settings` are those of its node.
+    pub fn insert(&mut self, waiting: Waiting, settings: LaneSettings) {
+        if self.tickets.contains_key(&waiting.ticket) {
+            return;
+        }
+        self.tickets.insert(waiting.ticket.clone(), (waiting.node.clone(), waiting.place));
+        *self.spaces.entry(waiting.space.clone()).or_default() += 1;
+        let load = self.accounts.entry(waiting.account.clone()).or_default();
+        load.requests += 1;
+        load.needed_ms = load.needed_ms.saturating_add(waiting.demand.needed_ms());
+        if waiting.waits_for == WaitsFor::Account {
+            self.parked.entry(waiting.account.clone()).or_default().insert((waiting.node.clone(), waiting.place));
+        }
+        if waiting.is_untold() {
+            self.untold.insert(waiting.ticket.clone());
+        }
+        let line = self.lines.entry(waiting.node.clone()).or_default();
+        line.lanes.configure(settings);
+        if waiting.is_ready() {
+            line.lanes.insert(waiting.job());
+        }
+        line.waiting.insert(waiting.place, waiting);
+    }
+
+    /// Takes a request out that starts now.
+    pub fn start(&mut self, ticket: &Ticket) -> Option<Waiting> {
+        let (node, place) = self.tickets.get(ticket)?;
+        if let Some(line) = self.lines.get_mut(node) {
+            line.lanes.started(*place);
+        }
+        self.remove(ticket)
+    }
+
+    /// Takes a request out.
+    pub fn remove(&mut self, ticket: &Ticket) -> Option<Waiting> {
+        let (node, place) = self.tickets.remove(ticket)?;
+        self.untold.remove(ticket);
+        let line = self.lines.get_mut(&node)?;
+        line.lanes.remove(place);
+        let waiting = line.waiting.remove(&place)?;
+        if line.waiting.is_empty() {
+            self.lines.remove(&node);
+        }
+        if let Some(count) = self.spaces.get_mut(&waiting.space) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.spaces.remove(&waiting.space);
+            }
+        }
+        if let Some(load) = self.accounts.get_mut(&waiting.account) {
+            load.requests = load.requests.saturating_sub(1);
+            load.needed_ms = load.needed_ms.saturating_sub(waiting.demand.needed_ms());
+            if load.requests == 0 {
+                self.accounts.remove(&waiting.account);
+            }
+        }
+        if waiting.waits_for == WaitsFor::Account {
+            self.forget_parked(&waiting.account, node, place);
+        }
+        Some(waiting)
+    }
+
+    /// The request of this ticket, if it waits.
+    pub fn get(&self, ticket: &Ticket) -> Option<&Waiting> {
+        let (node, place) = self.tickets.get(ticket)?;
+        self.lines.get(node)?.waiting.get(place)
+    }
+
+    /// Changes a request in place, and what is known of it with it.
+    fn change(&mut self, ticket: &Ticket, change: impl FnOnce(&mut Waiting)) {
+        let Some((node, place)) = self.tickets.get(ticket) else { return };
+        let Some(line) = self.lines.get_mut(node) else { return };
+        let Some(waiting) = line.waiting.get_mut(place) else { return };
+        let (was_ready, waited_for) = (waiting.is_ready(), waiting.waits_for);
+        change(waiting);
+        match (was_ready, waiting.is_ready()) {
+            (false, true) => line.lanes.insert(waiting.job()),
+            (true, false) => drop(line.lanes.remove(*place)),
+            (true, true) | (false, false) => {}
+        }
+        if waiting.is_untold() {
+            self.untold.insert(ticket.clone());
+        } else {
+            self.untold.remove(ticket);
+        }
+        match (waited_for, waiting.waits_for) {
+            (WaitsFor::Node, WaitsFor::Account) => {
+                self.parked.entry(waiting.account.clone()).or_default().insert((node.clone(), *place));
+            }
+            (WaitsFor::Account, WaitsFor::Node) => {
+                let (account, node, place) = (waiting.account.clone(), node.clone(), *place);
+                self.forget_parked(&account, node, place);
+            }
+            (WaitsFor::Node, WaitsFor::Node) | (WaitsFor::Account, WaitsFor::Account) => {}
+        }
+    }
+
+    fn forget_parked(&mut self, account: &AccountName, node: NodeName, place: u64) {
+        let Some(parked) = self.parked.get_mut(account) else { return };
+        parked.remove(&(node, place));
+        if parked.is_empty() {
+            self.parked.remove(account);
+        }
+    }
+
+    /// Its agent presented it again; it is told its place anew.
+    pub fn confirm(&mut self, ticket: &Ticket) {
+        self.change(ticket, |waiting| (waiting.unconfirmed, waiting.told) = (None, None));
+    }
+
+    /// The agent of these has to present them again until then.
+    pub fn unconfirm(&mut self, node: &NodeName, confirm_by: Steady) {
+        let tickets: Vec<Ticket> = self.line(node).map(|waiting| waiting.ticket.clone()).collect();
+        for ticket in tickets {
+            self.change(&ticket, |waiting| waiting.unconfirmed = Some(confirm_by));
+        }
+    }
+
+    /// Its agent was told what it waits for and where it stands.
+    pub fn announce(&mut self, ticket: &Ticket, lease: &LeaseId, promise: Option<Promise>) {
+        self.change(ticket, |waiting| {
+            (waiting.told, waiting.lease) = (Some(waiting.waits_for), Some(lease.clone()));
+            waiting.promise = promise;
+        });
+    }
+
+    /// What was promised to those who wait for this node does not hold any more: they are told anew.
+    pub fn withdraw_promises(&mut self, node: &NodeName) {
+        let tickets: Vec<Ticket> = self.line(node).map(|waiting| waiting.ticket.clone()).collect();
+        for ticket in tickets {
+            self.change(&ticket, |waiting| (waiting.told, waiting.promise) = (None, None));
+        }
+    }
+
+    /// It waits for its own account. What it was told about its wait for the node is over with that.
+    pub fn park(&mut self, ticket: &Ticket) {
+        self.change(ticket, |waiting| (waiting.waits_for, waiting.promise) = (WaitsFor::Account, None));
+    }
+
+    /// The account has changed: its requests may start, or are parked again when their turn comes.
+    pub fn unpark(&mut self, account: &AccountName) {
+        // No more than the account's queue bound.
+        for (node, place) in self.parked.get(account).cloned().unwrap_or_default() {
+            let ticket = self.at(&node, place).map(|waiting| waiting.ticket.clone());
+            if let Some(ticket) = ticket {
+                self.change(&ticket, |waiting| waiting.waits_for = WaitsFor::Node);
+            }
+        }
+    }
+
+    /// Nodes that requests of this account wait for which are parked.
+    pub fn parked_on(&self, account: &AccountName) -> impl Iterator<Item = &NodeName> {
+        self.parked.get(account).into_iter().flatten().map(|(node, _)| node)
+    }
+
+    /// Accounts with parked requests.
+    pub fn parked_accounts(&self) -> impl Iterator<Item = &AccountName> {
+        self.parked.keys()
+    }
+
+    /// A card is kept for it.
+    pub fn reserve(&mut self, ticket: &Ticket) {
+        let Some((node, place)) = self.tickets.get(ticket) else { return };
+        if let Some(line) = self.lines.get_mut(node) {
+            line.lanes.reserve(*place);
+        }
+    }
+
+    /// What the pool of a node says about its queue.
+    pub fn configure(&mut self, node: &NodeName, settings: LaneSettings) {
+        if let Some(line) = self.lines.get_mut(node) {
+            line.lanes.configure(settings);
+        }
+    }
+
+    /// The order in which those who wait for a node are served.
+    pub fn lanes(&self, node: &NodeName) -> Option<&Lanes> {
+        self.lines.get(node).map(|line| &line.lanes)
+    }
+
+    /// The request at a place of a node.
+    pub fn at(&self, node: &NodeName, place: u64) -> Option<&Waiting> {
+        self.lines.get(node)?.waiting.get(&place)
+    }
+
+    /// Who has not been told where it stands.
+    pub fn untold(&self) -> impl Iterator<Item = &Waiting> {
+        self.untold.iter().filter_map(|ticket| self.get(ticket))
+    }
+
+    /// Nodes that somebody waits for.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeName> {
+        self.lines.keys()
+    }
+
+    /// Who waits for a node, oldest first.
+    pub fn line(&self, node: &NodeName) -> impl Iterator<Item = &Waiting> {
+        self.lines.get(node).into_iter().flat_map(|line| line.waiting.values())
+    }
+
+    /// How many wait for a node.
+    pub fn waiting_for(&self, node: &NodeName) -> usize {
+        self.lines.get(node).map_or(0, |line| line.waiting.len())
+    }
+
+    /// Everybody who waits.
+    pub fn iter(&self) -> impl Iterator<Item = &Waiting> {
+        self.lines.values().flat_map(|line| line.waiting.values())
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.tickets.len()
+    }
+
+    /// True if nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.tickets.is_empty()
+    }
+
+    /// What the account's waiting requests will need together, weighted milliseconds.
+    pub fn needed_ms(&self, account: &AccountName) -> u64 {
+        self.accounts.get(account).map_or(0, |load| load.needed_ms)
+    }
+
+    /// The bound that another request would break, if any, with its number.
+    pub fn full(
+        &self,
+        node: &NodeName,
+        space: &SpaceKey,
+        account: &AccountName,
+        bounds: &QueueBounds,
+    ) -> Option<(QueueOf, u64)> {
+        let of_account = self.accounts.get(account).map_or(0, |load| load.requests);
+        let of_space = self.spaces.get(space).copied().unwrap_or_default();
+        let of_node = self.waiting_for(node);
+        [
+            (of_account, bounds.account, QueueOf::Account),
+            (of_space, bounds.space, QueueOf::Space),
+            (of_node, bounds.node, QueueOf::Pool),
+        ]
+        .into_iter()
+        .find(|(waiting, bound, _)| waiting >= bound)
+        .map(|(_, bound, of)| (of, bound as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Size;
+
+    fn waiting(place: u64, node: &str, account: &str) -> Waiting {
+        Waiting {
+            ticket: Ticket { agent_instance: node.to_owned(), number: place },
+            place,
+            node: NodeName::new(node),
+            account: AccountName::new(account),
+            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100 },
+            turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
+            caller: CallerClass::Regular,
+            root: None,
+            via: "token".into(),
+            since: LedgerTime(0),
+            arrived: Steady(0),
+            attempts: 0,
+            told: None,
+            promise: None,
+            waits_for: WaitsFor::Node,
+            lease: None,
+            unconfirmed: None,
+        }
+    }
+
+    fn insert(queue: &mut Queue, waiting: Waiting) {
+        queue.insert(waiting, LaneSettings::default());
+    }
+
+    #[test]
+    fn a_request_returns_to_its_place() {
+        let mut queue = Queue::default();
+        for place in 1..=3 {
+            insert(&mut queue, waiting(place, "a", "bob"));
+        }
+        insert(&mut queue, waiting(4, "b", "bob"));
+        let first = queue.remove(&waiting(1, "a", "bob").ticket).unwrap();
+        insert(&mut queue, first.clone());
+        insert(&mut queue, Waiting { place: 9, ..first });
+        let node = NodeName::new("a");
+        assert_eq!(queue.line(&node).map(|waiting| waiting.place).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!((queue.len(), queue.needed_ms(&AccountName::new("bob"))), (4, 40));
+    }
+
+    #[test]
+    fn bounds_name_whose_queue_is_full() {
+        let mut queue = Queue::default();
+        let bounds = QueueBounds { node: 3, space: 2, account: 1 };
+        let full = |queue: &Queue, account| {
+            let sample = waiting(0, "a", account);
+            queue.full(&sample.node, &sample.space, &sample.account, &bounds)
+        };
+        assert_eq!(full(&queue, "bob"), None);
+        insert(&mut queue, waiting(1, "a", "bob"));
+        assert_eq!(full(&queue, "bob"), Some((QueueOf::Account, 1)));
+        assert_eq!(full(&queue, "eve"), None);
+        insert(&mut queue, waiting(2, "a", "eve"));
+        assert_eq!(full(&queue, "joe"), Some((QueueOf::Space, 2)));
+        queue.remove(&waiting(1, "a", "bob").ticket);
+        queue.remove(&waiting(2, "a", "eve").ticket);
+        assert_eq!(queue, Queue::default());
+    }
+
+    /// Whoever is next on a node with room for a half.
+    fn next(queue: &Queue) -> Option<u64> {
+        let room = Room { large: true, ..Room::default() };
+        match queue.lanes(&NodeName::new("a"))?.next(&room)? {
+            Choice::Start { place, .. } => Some(place),
+            Choice::Reserve { .. } => None,
+        }
+    }
+
+    #[test]
+    fn a_parked_request_is_passed_until_its_account_changes() {
+        let mut queue = Queue::default();
+        insert(&mut queue, waiting(1, "a", "bob"));
+        insert(&mut queue, waiting(2, "a", "eve"));
+        queue.park(&waiting(1, "a", "bob").ticket);
+        assert_eq!((next(&queue), queue.len()), (Some(2), 2));
+        assert_eq!(queue.parked_accounts().collect::<Vec<_>>(), [&AccountName::new("bob")]);
+        queue.unpark(&AccountName::new("eve"));
+        assert_eq!(next(&queue), Some(2));
+        assert_eq!(queue.parked_on(&AccountName::new("bob")).count(), 1);
+        queue.unpark(&AccountName::new("bob"));
+        assert_eq!((next(&queue), queue.parked_accounts().count()), (Some(1), 0));
+    }
+
+    #[test]
+    fn what_it_waits_for_is_told_when_that_changes() {
+        let mut queue = Queue::default();
+        let first = waiting(1, "a", "bob");
+        let untold = |queue: &Queue| queue.untold().count();
+        let tell = |queue: &mut Queue| queue.announce(&first.ticket, &LeaseId::new("7"), None);
+        insert(&mut queue, first.clone());
+        tell(&mut queue);
+        queue.park(&first.ticket);
+        assert_eq!(untold(&queue), 1);
+        tell(&mut queue);
+        queue.unpark(&first.account);
+        queue.park(&first.ticket);
+        assert_eq!(untold(&queue), 0, "it waits for what it was told");
+        queue.unpark(&first.account);
+        assert_eq!(untold(&queue), 1);
+        tell(&mut queue);
+        queue.withdraw_promises(&first.node);
+        assert_eq!(untold(&queue), 1);
+    }
+
+    #[test]
+    fn who_is_not_confirmed_is_passed_and_told_anew_afterwards() {
+        let mut queue = Queue::default();
+        let first = waiting(1, "a", "bob");
+        insert(&mut queue, first.clone());
+        insert(&mut queue, waiting(2, "b", "bob"));
+        queue.announce(&first.ticket, &LeaseId::new("7"), None);
+        assert_eq!(queue.untold().map(|waiting| waiting.place).collect::<Vec<_>>(), [2]);
+        queue.unconfirm(&first.node, Steady(5));
+        assert_eq!((next(&queue), queue.untold().count()), (None, 1));
+        queue.park(&first.ticket);
+        queue.confirm(&first.ticket);
+        assert_eq!((next(&queue), queue.untold().count()), (None, 2), "it waits for its account still");
+        queue.unpark(&AccountName::new("bob"));
+        assert_eq!(next(&queue), Some(1));
+        queue.start(&first.ticket);
+        queue.remove(&waiting(2, "b", "bob").ticket);
+        assert_eq!(queue, Queue::default());
+    }
+}

@@ -1,15 +1,55 @@
 //! Names and numbers that travel through the whole system, each as a type of its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::fmt;
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash};
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// A map that is looked into by name and never walked through in an order that matters. The hasher has no random seed, so
-/// the same history gives the same map; names are made by the cluster, not by strangers who could choose them to collide.
-pub type ByName<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
+/// A map that is looked into by name. The hasher has no random seed, so the same history gives the same map; names are made
+/// by the cluster, not by strangers who could choose them to collide. Its text is in the order of the names, so that two maps
+/// with the same entries have the same text, whatever their histories.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ByName<K: Eq + Hash, V>(HashMap<K, V, BuildHasherDefault<DefaultHasher>>);
+
+impl<K: Eq + Hash, V> Default for ByName<K, V> {
+    fn default() -> Self {
+        Self(HashMap::default())
+    }
+}
+
+impl<K: Eq + Hash, V> Deref for ByName<K, V> {
+    type Target = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl<K: Eq + Hash, V> DerefMut for ByName<K, V> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl<'a, K: Eq + Hash, V> IntoIterator for &'a ByName<K, V> {
+    type Item = (&'a K, &'a V);
+    type IntoIter = hash_map::Iter<'a, K, V>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
+}
+
+impl<K: Eq + Hash + Ord + fmt::Debug, V: fmt::Debug> fmt::Debug for ByName<K, V> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut entries: Vec<(&K, &V)> = self.0.iter().collect();
+        entries.sort_by_key(|(name, _)| *name);
+        formatter.debug_map().entries(entries).finish()
+    }
+}
 
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident) => {

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment, NO_DEVICE_FREE_PER_HOUR,
-    NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, SETTLE_PATIENCE_MS, State, TermEnd, step,
+    AgentLease, AgentPhase, Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment,
+    NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, SETTLE_PATIENCE_MS, State,
+    TermEnd, step,
 };
 use spaceport_core::page::{CLOSED_MAX, Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
@@ -183,6 +184,43 @@ fn the_next_one_is_held_while_the_slot_still_clears() {
     }
     // The card is spoken for.
     assert!(matches!(story.ask(BOB, Size::Large, 10_000)[..], [Effect::Queue(_)]));
+}
+
+/// Invariant 6: two leases end, and the first one's successor gets the second one's slot, which is back earlier.
+#[test]
+fn a_successor_on_another_slot_than_its_predecessors_keeps_it_until_it_is_clear() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let first = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    let second = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    story.started(&first, 0);
+    story.started(&second, 0);
+    story.ask(BOB, Size::Large, 10_000);
+    let successor = order(&story.end(&first, Ending::Released, 5_000)).lease;
+    story.end(&second, Ending::Released, 5_000);
+    story.free(&second);
+    story.started(&successor, 0);
+    story.end(&successor, Ending::Released, 100);
+    // Nothing of the card is clear: the first one's slot and the successor's both are not.
+    assert!(order(&story.ask(BOB, Size::Large, 10_000)).after.is_some());
+}
+
+/// Invariant 6: the node is away while its lease is being settled, and says that the slot still clears.
+#[test]
+fn a_slot_that_still_clears_when_its_node_is_back_is_not_free() {
+    let mut story = Story::begin(1, 600_000, 9);
+    story.account("carol", policy(600_000, 9));
+    let first = order(&story.ask(BOB, Size::Xlarge, 10_000)).lease;
+    story.started(&first, 0);
+    let node = || NodeName::new(NODE);
+    let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
+    story.tell_unanswered(Command::Ended { node: node(), lease: first.clone(), report });
+    story.tell(Command::NodeDisconnected { node: node() });
+    story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
+    let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
+    let phase = AgentPhase::Ended { report, freed: false };
+    let lease = AgentLease { lease: first.clone(), size: Size::Xlarge, card: 0, phase };
+    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: vec![lease] });
+    assert_eq!(order(&story.ask("carol", Size::Xlarge, 10_000)).after, Some(first));
 }
 
 /// A lease of bob's ends, and carol's call has waited for its slot.
@@ -513,6 +551,42 @@ fn an_account_that_is_gone_leaves_nothing_behind() {
     story.end(&lease, Ending::Cancelled, 0);
     story.free(&lease);
     assert!(story.state.leases.is_empty() && story.state.queue.is_empty() && story.state.accounts.is_empty());
+}
+
+/// Invariant 11: what was just reserved will hold its slot as long as if the term had begun a moment ago.
+#[test]
+fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
+    let mut story = Story::begin(1, 600_000, 9);
+    story.account("carol", policy(600_000, 9));
+    story.pass(100_000);
+    let request = Request {
+        ticket: Ticket { agent_instance: "a".into(), number: 100 },
+        node: NodeName::new(NODE),
+        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        size: Size::Xlarge,
+        declared_ms: 10_000,
+        caller: Ok(AccountName::new(BOB)),
+        budget: None,
+    };
+    story.tell_unanswered(Command::Request(Box::new(request)));
+    let effects = story.ask("carol", Size::Xlarge, 10_000);
+    let [Effect::Queue(place)] = &effects[..] else { panic!("{effects:?}") };
+    let limits = Limits::default();
+    let latest_start_ms = place.latest_start_ms.unwrap_or(0);
+    assert!(latest_start_ms >= limits.order_ttl_ms + limits.held_ms(10_000) * 3, "{latest_start_ms}");
+}
+
+/// Its order has left, and the node refuses it or never gets it: the call is not left without an answer.
+#[test]
+fn a_call_whose_order_is_under_way_when_its_account_goes_is_answered() {
+    let mut story = Story::begin(1, 600_000, 1);
+    let lease = order(&story.ask(BOB, Size::Large, 10_000)).lease;
+    let effects = story.tell(Command::AccountGone { account: AccountName::new(BOB) });
+    assert_eq!(denial(&effects), Some(Denial::AccountDeleting));
+    story.tell(Command::Refused { node: NodeName::new(NODE), lease: lease.clone() });
+    story.end(&lease, Ending::Cancelled, 0);
+    story.free(&lease);
+    assert!(story.state.leases.is_empty() && story.state.queue.is_empty());
 }
 
 #[test]

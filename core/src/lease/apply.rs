@@ -8,7 +8,7 @@ use super::mutant::Mutant;
 use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
 use crate::page::{Ending, OUTCOMES_MAX, Page};
-use crate::queue::Function;
+use crate::queue::{Function, Lane};
 
 impl State {
     /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
@@ -60,7 +60,8 @@ impl State {
             Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
             Event::Parked { ticket } => self.queue.park(ticket),
             Event::Unparked { account } => self.queue.unpark(account),
-            Event::CardKept { ticket } => self.queue.reserve(ticket),
+            Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
+            Event::CardReleased { node } => self.queue.release_card(node),
             Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
             Event::BudgetTaken { root, calls, ms, expires } => {
                 let used =
@@ -212,9 +213,6 @@ impl State {
         if twice && matches!(change, PageChange::Settle { .. }) {
             Arc::make_mut(&mut found.working).holds = held;
         }
-        if let Some((function, used_ms)) = learned {
-            self.history.learn(&function, used_ms);
-        }
         found.coalesce(change);
         found.pending.push(change.clone());
         match change.urgency() {
@@ -224,7 +222,24 @@ impl State {
         }
         self.reschedule(account);
         self.unpark(account);
+        if let Some((function, used_ms)) = learned {
+            self.history.learn(&function, used_ms);
+        }
+        if let PageChange::Settle { lease, .. } = change {
+            self.owe_rest(lease, at);
+        }
         Ok(())
+    }
+
+    /// What a lease that had its turn by key has held beyond what was expected of it when it began. All that it held, not
+    /// only what it ran: a promise to those who wait counts time in use.
+    fn owe_rest(&mut self, id: &LeaseId, now: Steady) {
+        let Some(lease) = self.leases.get(id).filter(|lease| lease.lane == Some(Lane::Fast)) else { return };
+        let Some(turn) = lease.request.as_ref().map(|request| request.turn) else { return };
+        let rest_ms = now.since(lease.sent).saturating_sub(turn.expected_ms).saturating_mul(turn.slots);
+        if rest_ms > 0 {
+            self.queue.owe(&lease.node, rest_ms);
+        }
     }
 
     fn reschedule(&mut self, account: &AccountName) {
@@ -330,7 +345,7 @@ impl State {
         match event {
             Event::Reserved { lease, waiting, after, avoid } => {
                 self.next_reservation += 1;
-                self.queue.start(&waiting.ticket);
+                let lane = self.queue.start(&waiting.ticket);
                 self.tickets.insert(waiting.ticket.clone(), lease.clone());
                 let limits = self.settings(&waiting.node).limits;
                 self.add_lease(
@@ -341,10 +356,12 @@ impl State {
                         size: waiting.demand.size,
                         declared_ms: waiting.demand.declared_ms,
                         request: Some((**waiting).clone()),
+                        lane,
                         stage: Stage::Reserving,
                         card: None,
                         number: self.next_reservation,
                         after: after.clone(),
+                        follows: after.is_some(),
                         avoid: avoid.clone(),
                         limits,
                         waits_ms: 0,
@@ -365,10 +382,12 @@ impl State {
                         size: *size,
                         declared_ms: *declared_ms,
                         request: None,
+                        lane: None,
                         stage: *stage,
                         card: *card,
                         number: 0,
                         after: None,
+                        follows: false,
                         avoid: Vec::new(),
                         limits: *limits,
                         waits_ms: *waits_ms,

@@ -10,7 +10,7 @@ use super::state::{Account, Holder, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
 use crate::page::Hold;
 use crate::protocol::Denial;
-use crate::queue::{Choice, Lanes, Room, Waiting};
+use crate::queue::{Choice, Fit, Lanes, Room, Waiting};
 use crate::quota::{self, Admission};
 use crate::slots;
 
@@ -31,14 +31,18 @@ pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) ->
     let Some(found) = Found::on(at.steady, node, lanes.reserved().is_some()) else { return Vec::new() };
     match lanes.next(&found.room()) {
         None => Vec::new(),
-        Some(Choice::Reserve { place }) => {
-            let waiting = state.queue.at(name, place);
-            waiting.map(|waiting| Event::CardKept { ticket: waiting.ticket.clone() }).into_iter().collect()
+        Some(Choice::Reserve { place, lane }) => {
+            let kept = |waiting: &Waiting| Event::CardKept { ticket: waiting.ticket.clone(), lane };
+            state.queue.at(name, place).map(kept).into_iter().collect()
         }
-        Some(Choice::Start { place, on_reserved }) => match state.queue.at(name, place) {
-            Some(waiting) => start(at, ids, state, waiting, found.of(waiting.demand.size, on_reserved)),
-            None => Vec::new(),
-        },
+        Some(Choice::Start { place, fit }) => {
+            let Some(waiting) = state.queue.at(name, place) else { return Vec::new() };
+            let mut events = start(at, ids, state, waiting, found.of(waiting.demand.size, fit));
+            if fit == Fit::InsteadOfReserved {
+                events.insert(0, Event::CardReleased { node: name.clone() });
+            }
+            events
+        }
     }
 }
 
@@ -131,8 +135,8 @@ struct Found {
     /// A half on a card that is not reserved.
     large: Option<FoundSlot>,
     xlarge: Option<FoundSlot>,
-    /// A half on any card, with the time until the reserved one drains.
-    before_drain: Option<(FoundSlot, u64)>,
+    /// A half on the reserved card, with the time until that drains.
+    on_reserved: Option<(FoundSlot, u64)>,
 }
 
 impl Found {
@@ -144,31 +148,26 @@ impl Found {
         let kept = if reserved && xlarge.is_none() { picture.drains_first() } else { None };
         let avoid: Vec<u32> = kept.iter().map(|(card, _)| *card).collect();
         let large = picture.slot(Size::Large, &avoid);
-        let before_drain = match (&large, kept) {
-            (None, Some((card, drained))) => {
-                // There is room on the kept card or nowhere.
-                let elsewhere: Vec<u32> =
-                    node.cards.iter().map(|card| card.index).filter(|index| *index != card).collect();
-                picture.slot(Size::Large, &elsewhere).map(|slot| (slot, drained.since(now)))
-            }
-            _ => None,
-        };
-        Some(Self { large, xlarge, before_drain })
+        let on_reserved = kept.and_then(|(card, drained)| {
+            let others: Vec<u32> = node.cards.iter().map(|card| card.index).filter(|index| *index != card).collect();
+            picture.slot(Size::Large, &others).map(|slot| (slot, drained.since(now)))
+        });
+        Some(Self { large, xlarge, on_reserved })
     }
 
     fn room(&self) -> Room {
         Room {
             large: self.large.is_some(),
             xlarge: self.xlarge.is_some(),
-            large_for_ms: self.before_drain.as_ref().map(|(_, ms)| *ms),
+            reserved_for_ms: self.on_reserved.as_ref().map(|(_, ms)| *ms),
         }
     }
 
-    fn of(self, size: Size, on_reserved: bool) -> Option<FoundSlot> {
-        match size {
-            Size::Large if on_reserved => self.before_drain.map(|(slot, _)| slot),
-            Size::Large => self.large,
-            Size::Xlarge => self.xlarge,
+    fn of(self, size: Size, fit: Fit) -> Option<FoundSlot> {
+        match (size, fit) {
+            (Size::Large, Fit::BeforeDrain | Fit::InsteadOfReserved) => self.on_reserved.map(|(slot, _)| slot),
+            (Size::Large, Fit::Open) => self.large,
+            (Size::Xlarge, _) => self.xlarge,
         }
     }
 }
@@ -215,11 +214,14 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
+    /// A half was ordered that was to wait for one to clear, and its node has not said where it is. If another card was clear
+    /// first, it went there.
+    half_follows: bool,
 }
 
 impl<'a> Picture<'a> {
     fn of(now: Steady, node: &'a Node) -> Option<Self> {
-        let mut picture = Self { now, node, uses: vec![CardUse::default(); node.cards.len()] };
+        let mut picture = Self { now, node, uses: vec![CardUse::default(); node.cards.len()], half_follows: false };
         for holder in &node.holders {
             if let Some(card) = holder.card {
                 picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken });
@@ -227,6 +229,7 @@ impl<'a> Picture<'a> {
         }
         // In the order in which they were reserved.
         for holder in node.holders.iter().filter(|holder| holder.card.is_none()) {
+            picture.half_follows |= holder.follows && holder.size == Size::Large;
             let now = picture.pick(holder.size, &holder.avoid, CardUse::now).filter(|_| holder.after.is_none());
             match now {
                 Some(card) => picture.add(card, holder, Use::Taken),
@@ -268,6 +271,10 @@ impl<'a> Picture<'a> {
     }
 
     fn slot(&self, size: Size, avoid: &[u32]) -> Option<FoundSlot> {
+        if size == Size::Xlarge && self.half_follows {
+            // A whole card that is clear, or will be, may be that half's by then.
+            return None;
+        }
         if self.pick(size, avoid, CardUse::now).is_some() {
             return Some(FoundSlot { after: None, avoid: avoid.to_vec() });
         }

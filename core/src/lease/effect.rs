@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::command::Limits;
 use super::event::{Event, TermEnd};
+use super::mutant::Mutant;
 use super::promise;
 use super::state::State;
 use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
@@ -141,7 +142,7 @@ pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
             let row = page.and_then(|page| page.closed.iter().find(|closed| closed.hold.lease == *lease));
             let receipt =
                 |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
-            row.map(receipt).into_iter().collect()
+            row.filter(|_| !state.has(Mutant::NoReceipt)).map(receipt).into_iter().collect()
         }
         Event::Ordered { lease, .. } => start(state, lease).into_iter().collect(),
         Event::Cancelled { lease, reason, .. } => {

@@ -6,7 +6,7 @@ use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::{Promise, Waiting};
+use crate::queue::{Lane, Promise, Waiting};
 use crate::slots::Card;
 
 /// Why a term ends.
@@ -66,7 +66,9 @@ pub enum Event {
     /// The requests of an account need not wait for it any more.
     Unparked { account: AccountName },
     /// It has its turn, and the card that drains first is kept for it.
-    CardKept { ticket: Ticket },
+    CardKept { ticket: Ticket, lane: Lane },
+    /// The card that was kept is given to somebody whose turn it is by age.
+    CardReleased { node: NodeName },
     /// The node has fewer slots than when those who wait for it were told when they begin at the latest.
     PromisesWithdrawn { node: NodeName },
     /// It is refused.

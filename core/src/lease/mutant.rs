@@ -1,5 +1,5 @@
-//! Deliberate faults, one for each property, so that the tests can show that their checks see them. Without the feature
-//! `mutants`, which only the crate's own tests turn on, no fault can be set and the compiler removes the switches.
+//! Deliberate faults, one for each property, so that the simulation can show that its checks see them (`sim/`,
+//! docs/simulation.md). Without the feature `mutants` no fault can be set and the compiler removes the switches.
 
 /// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,6 +8,8 @@ pub enum Mutant {
     DecideOnDurable,
     /// Against invariant 2: orders leave when the hold is decided.
     OrderEarly,
+    /// Against invariant 2 and L10: an end is acknowledged before its settlement is durable.
+    AcknowledgeEarly,
     /// Against invariant 3: a hold stays open when it is settled.
     SettleTwice,
     /// Against invariant 3: what a rebase has to carry over is dropped.
@@ -20,12 +22,24 @@ pub enum Mutant {
     ChargeDeclared,
     /// Against invariant 6: a slot counts as free when its lease ends, before the node says so.
     FreeAtEnd,
+    /// Against invariant 10: the budget of a call is not looked at.
+    BudgetIgnored,
+    /// Against invariant 11: a request whose order failed is forgotten.
+    ForgetsReturned,
+    /// Against invariant 12: a request that dies leaves no row.
+    NoOutcome,
+    /// Against invariant 12: a lease leaves no receipt.
+    NoReceipt,
+    /// Against L2 and L6: a leader goes on when it is shown a page of a later term.
+    NeverDeposed,
     /// Against L2: a read that does not show our write is taken for a failure.
     ReadProvesFailure,
     /// Against L9: a silent node's lease expires at once.
     ExpireAtOnce,
     /// Against L9: the limits of a lease are those that its node has now, not those of its order.
     PresentLimits,
+    /// Against L20: a settlement is dated by the wall clock, wherever it stands.
+    TimeGoesBack,
     /// Against the replay: applying looks at how often it was called.
     Stateful,
 }

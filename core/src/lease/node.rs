@@ -100,6 +100,9 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
             if *freed {
                 events.push(Event::SlotFreed { lease: id() });
                 events.push(Event::Acknowledged { node: node.clone(), lease: id(), ended: false, freed: true });
+            } else if known.account.is_some() && known.stage >= Stage::Settling {
+                // Its slot did not exist while the node was away; it does again, and is not clear (invariant 6).
+                events.push(Event::Ended { lease: id(), slot: SlotUse::Clearing });
             }
         }
     }

@@ -18,7 +18,7 @@ const RETRY_FIRST_MS: u64 = 1_000;
 const RETRY_LONGEST_MS: u64 = 30_000;
 
 pub(super) fn seen(at: Moment, state: &State, name: AccountName, page: Box<Page>, policy: Policy) -> Vec<Event> {
-    if page.epoch > state.epoch {
+    if is_later(state, &page) {
         return deposed(page.epoch);
     }
     let Some(account) = state.accounts.get(&name) else {
@@ -97,15 +97,13 @@ pub(super) fn gone(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
         events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
     }
     for (id, lease) in state.leases().filter(|(_, lease)| lease.account.as_ref() == Some(&name)) {
-        match (&lease.request, lease.stage) {
-            (Some(waiting), Stage::Reserving) => {
-                events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
-            }
-            _ if lease.is_open() => {
-                let reason = "the account is gone";
-                events.push(Event::Cancelled { lease: id.clone(), at: at.steady, reason });
-            }
-            _ => {}
+        // Also of one whose order has left: its node may still refuse it, and then nobody else answers the call.
+        if let Some(waiting) = lease.request.as_ref().filter(|_| lease.stage <= Stage::Ordered) {
+            events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
+        }
+        if lease.is_open() {
+            let reason = "the account is gone";
+            events.push(Event::Cancelled { lease: id.clone(), at: at.steady, reason });
         }
     }
     events.push(Event::AccountDropped { account: name });
@@ -150,7 +148,7 @@ pub(super) fn failed(at: Moment, state: &State, name: AccountName, write_id: &st
 }
 
 pub(super) fn read(at: Moment, state: &State, name: AccountName, page: Box<Page>) -> Vec<Event> {
-    if page.epoch > state.epoch {
+    if is_later(state, &page) {
         return deposed(page.epoch);
     }
     let Some(account) = state.accounts.get(&name) else { return Vec::new() };
@@ -168,6 +166,10 @@ pub(super) fn read(at: Moment, state: &State, name: AccountName, page: Box<Page>
         None if page.seq > account.durable.seq => rebase(at, state, &name, account, page),
         None => Vec::new(),
     }
+}
+
+fn is_later(state: &State, page: &Page) -> bool {
+    page.epoch > state.epoch && !state.has(Mutant::NeverDeposed)
 }
 
 fn deposed(by: Epoch) -> Vec<Event> {

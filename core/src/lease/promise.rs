@@ -4,7 +4,7 @@
 use super::command::Limits;
 use super::state::State;
 use crate::ids::{NodeName, Size, Steady};
-use crate::queue::{Ahead, Promise, Waiting};
+use crate::queue::{Ahead, Lanes, Promise, Waiting};
 use crate::slots;
 
 /// What its leases still hold of a node.
@@ -46,25 +46,31 @@ fn longest_ms(state: &State, limits: &Limits, waiting: &Waiting) -> u64 {
     limits.order_ttl_ms.saturating_add(limits.held_ms(longest_call_ms.max(waiting.demand.declared_ms)))
 }
 
-/// When a request that comes now begins at the latest, whoever comes after it:
-/// (R + A/(phi s) + d (1 - phi)/phi + 2 H)/C + H, see docs/rules.md.
+/// When a request that comes now begins at the latest, whoever comes after it (docs/rules.md, Queue):
+/// (R + (A + d) / (phi s) + 6 H) / (C - 1) + H, and B more for a whole card.
+///
+/// A class that earns phi s / (1 - phi) for each slot-second out of turn can pay for those before it and for itself when
+/// the lanes have used (A + d) / (phi s). 6 H is what can be under way when its turn comes: what the other two classes may
+/// have saved, two slots for H each, and the start that makes up the last of it. One half idles at most while a card
+/// drains, hence C - 1. The last H is that drain, which a half too may have to sit out. Whole cards pass one reservation,
+/// one after the other, whatever their class: B is what all of them can hold.
 pub(super) fn promise(now: Steady, state: &State, waiting: &Waiting) -> Promise {
     let settings = state.settings(&waiting.node);
     let held = held(now, state, &waiting.node);
     let (phi, class) = (settings.lanes.age_percent.clamp(1, 100), waiting.turn.class);
     let floor = settings.lanes.floors[class as usize].max(1);
-    let own_ms = waiting.turn.held_ms.saturating_mul(waiting.turn.slots);
-    // All of its class that wait are before it, and it is among them itself.
-    let of_class_ms = state.queue.lanes(&waiting.node).map_or(0, |lanes| lanes.held_by_class_ms(class));
-    let before_ms = of_class_ms.saturating_sub(own_ms).saturating_mul(100 * 100) / (phi * floor);
-    let earned_ms = own_ms.saturating_mul(100 - phi) / phi;
+    let lanes = state.queue.lanes(&waiting.node);
+    // All of its class that wait are before it, and it is among them itself: A + d.
+    let of_class_ms = lanes.map_or(0, |lanes| lanes.held_by_class_ms(class));
+    let lanes_ms = of_class_ms.saturating_mul(100 * 100) / (phi * floor);
     let longest_ms = longest_ms(state, &settings.limits, waiting).max(held.drain_ms);
-    let work_ms = held
-        .longest_ms
-        .saturating_add(before_ms)
-        .saturating_add(earned_ms)
-        .saturating_add(longest_ms.saturating_mul(2));
-    let latest_start = now.plus(work_ms / slots_on(state, &waiting.node)).plus(longest_ms);
+    let work_ms = held.longest_ms.saturating_add(lanes_ms).saturating_add(longest_ms.saturating_mul(6));
+    let slots = slots_on(state, &waiting.node).saturating_sub(1).max(1);
+    let in_line_ms = match waiting.demand.size {
+        Size::Large => 0,
+        Size::Xlarge => lanes.map_or(0, Lanes::whole_cards_hold_ms),
+    };
+    let latest_start = now.plus(work_ms / slots).plus(longest_ms).plus(in_line_ms);
     Promise { given: now, latest_start }
 }
 

@@ -66,14 +66,20 @@ pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId,
         // It is acknowledged when it is durable (invariant 2). A hold that is not durable no node can know of.
         (Some(_), Stage::Settling | Stage::Reserving) => Vec::new(),
         (Some(_), Stage::Ordered | Stage::Assigned | Stage::Running) => {
-            settle(at, state, lease, report, clearing(found))
+            let mut events = settle(at, state, lease, report, clearing(found));
+            if state.has(Mutant::AcknowledgeEarly) {
+                events.push(acknowledged(node, lease, true, false));
+            }
+            events
         }
     }
 }
 
-/// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none.
+/// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none. One that got
+/// another slot than its predecessor's, which still clears, has a card.
 fn clearing(lease: &Lease) -> SlotUse {
-    if lease.slot == SlotUse::Free || lease.after.is_some() { SlotUse::Free } else { SlotUse::Clearing }
+    let waits = lease.after.is_some() && lease.card.is_none();
+    if lease.slot == SlotUse::Free || waits { SlotUse::Free } else { SlotUse::Clearing }
 }
 
 pub(super) fn freed(state: &State, node: &NodeName, lease: LeaseId, how: FreedAs) -> Vec<Event> {
@@ -94,7 +100,7 @@ pub(super) fn settle(at: Moment, state: &State, lease: &LeaseId, report: EndRepo
     let Some(account) = state.accounts.get(name) else { return Vec::new() };
     let Some(hold) = account.working.holds.iter().find(|hold| hold.lease == *lease) else { return Vec::new() };
     let (ending, charged_ms) = charge(state, hold, report, at.steady);
-    let time = account.working.time(at.wall);
+    let time = if state.has(Mutant::TimeGoesBack) { at.wall } else { account.working.time(at.wall) };
     let change = PageChange::Settle { lease: lease.clone(), ending, used_ms: report.used_ms, charged_ms, at: time };
     let mut events = vec![
         Event::Changed { account: name.clone(), change, at: at.steady },

@@ -4,6 +4,7 @@ use super::Moment;
 use super::change::PageChange;
 use super::command::{Budget, Request};
 use super::event::Event;
+use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
 use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
@@ -158,6 +159,9 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
 
 /// Invariant 10: a Space can spend its caller's quota only within the budget of the call.
 fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), Denial> {
+    if state.has(Mutant::BudgetIgnored) {
+        return Ok(());
+    }
     let exhausted = Err(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted });
     match state.roots.get(&budget.root) {
         None if state.roots.len() >= ROOTS_MAX => Err(Denial::QueueFull { bound: ROOTS_MAX as u64, of: QueueOf::Pool }),
@@ -212,6 +216,9 @@ pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) 
         events.extend(Refusal::of(&waiting).events(at, state, Denial::PlatformFault));
         return events;
     }
+    if state.has(Mutant::ForgetsReturned) {
+        return Vec::new();
+    }
     vec![Event::Queued(Box::new(waiting))]
 }
 
@@ -224,7 +231,7 @@ fn outcome(
     boundary: &str,
     message: String,
 ) -> Option<Event> {
-    let found = state.accounts.get(account)?;
+    let found = state.accounts.get(account).filter(|_| !state.has(Mutant::NoOutcome))?;
     let outcome = Outcome {
         id: format!("{}/{}", ticket.agent_instance, ticket.number),
         kind: kind.to_owned(),

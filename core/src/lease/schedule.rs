@@ -2,6 +2,7 @@
 //! without a look at the others.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use super::begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS};
 use super::change::{PageChange, Urgency};
@@ -10,7 +11,7 @@ use crate::ids::{AccountName, Steady};
 
 /// Accounts with something to write and none under way, each in one line. First come, first served within a line, so that
 /// a busy account does not keep others waiting.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Schedule {
     /// Somebody waits for these.
     now: BTreeSet<Turn>,
@@ -24,7 +25,7 @@ pub(super) struct Schedule {
 type Turn = (Steady, u64, AccountName);
 
 /// An account's turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Scheduled {
     line: Line,
     not_before: Steady,
@@ -36,6 +37,21 @@ enum Line {
     Now,
     Soon,
     Later,
+}
+
+/// Without the numbers of the turns: schedules with the same order do the same.
+impl fmt::Debug for Schedule {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines = [&self.now, &self.soon, &self.later];
+        let turns = lines.map(|line| line.iter().map(|(not_before, _, name)| (not_before, name)).collect::<Vec<_>>());
+        formatter.debug_list().entries(turns).finish()
+    }
+}
+
+impl fmt::Debug for Scheduled {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (self.line, self.not_before).fmt(formatter)
+    }
 }
 
 impl Schedule {

@@ -10,7 +10,7 @@ use super::mutant::Mutant;
 use super::schedule::{Schedule, Scheduled};
 use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
 use crate::page::{CLOSED_MAX, Page};
-use crate::queue::{History, Queue, Waiting};
+use crate::queue::{History, Lane, Queue, Waiting};
 use crate::slots::Card;
 
 /// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
@@ -137,6 +137,8 @@ pub struct Lease {
     pub declared_ms: u64,
     /// The request it was made for; None after a fail-over.
     pub request: Option<Waiting>,
+    /// By which lane of its queue it had its turn; None after a fail-over.
+    pub lane: Option<Lane>,
     /// How far it is.
     pub stage: Stage,
     /// Card, once the node has said it.
@@ -145,6 +147,8 @@ pub struct Lease {
     pub number: u64,
     /// It gets the slot of this lease (L14).
     pub after: Option<LeaseId>,
+    /// It was to get a slot that still cleared. Which one it gets in the end only its node knows.
+    pub follows: bool,
     /// Cards that it may not use: they are kept for others (L7).
     pub avoid: Vec<u32>,
     /// Limits that its order carried, or carries if it leaves now. Of a lease of an earlier term the longest that it can
@@ -172,6 +176,7 @@ pub(super) struct Holder {
     pub card: Option<u32>,
     pub clearing: bool,
     pub after: Option<LeaseId>,
+    pub follows: bool,
     pub avoid: Vec<u32>,
     /// When its order left; None if it has not.
     pub sent: Option<Steady>,
@@ -387,6 +392,7 @@ impl Lease {
             card: self.card,
             clearing: self.slot == SlotUse::Clearing,
             after: self.after.clone(),
+            follows: self.follows,
             avoid: self.avoid.clone(),
             sent: (self.stage != Stage::Reserving).then_some(self.sent),
             longest_ms: self.longest_ms(),

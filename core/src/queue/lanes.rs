@@ -2,11 +2,13 @@
 //!
 //! The fast lane takes the smallest key first: what the call is expected to cost, dearer for accounts that have used much
 //! and cheaper for higher tiers. The age lane takes the oldest of a tier class. Every start out of turn earns the age lane
-//! its share, split among the classes that wait by their floors; when a class has earned what its oldest request can cost,
+//! its share, split among the classes that wait by their floors; when a class has earned what its oldest request declared,
 //! that one is next whatever its key. So the average wait is that of shortest first, and the longest is bounded.
 //!
 //! A whole card does not get free by itself while halves come and go. So one blocked whole-card request has a reservation:
-//! the card that drains first is kept for it, and a half may use that card only if it is surely over before.
+//! the card that drains first is kept for it, and a half may use that card only if it is surely over before. A reservation
+//! of the fast lane gives way to whoever has its turn by age, or else whole cards, one reservation after the other, could
+//! keep it waiting for ever. The fast lane makes one only where that is worth the half that idles meanwhile.
 //!
 //! Pure, and without identity: requests are places, as they are numbered when they come. The ledger, the simulation and the
 //! replay of traces use the same code.
@@ -21,6 +23,12 @@ use crate::ids::Size;
 /// Requests of the fast lane that are looked at for one that fits before the reserved card drains. They are looked at in
 /// the order of their keys, and small keys go with short calls, so whoever fits is mostly among the first.
 pub const BACKFILL_LOOK_MAX: usize = 64;
+
+/// What is best in replays of demand in the shape of real demand (docs/figures).
+pub const RESERVE_PERCENT: u64 = 70;
+
+/// Credit is kept in hundredths of a millisecond, so that shares lose nothing that matters.
+const CREDIT_UNITS: u64 = 100;
 
 /// Place of a tier in the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -43,6 +51,9 @@ pub struct LaneSettings {
     pub weights: [u64; 3],
     /// Share of the age lane that a class has for itself while it waits, in percent, lowest class first.
     pub floors: [u64; 3],
+    /// The fast lane keeps a card for a whole-card request only if its key is at most so much of the smallest key of a half,
+    /// percent: while a card drains, a half of it idles.
+    pub reserve_percent: u64,
 }
 
 /// A request, as far as its turn depends on it.
@@ -58,10 +69,21 @@ pub struct Job {
     pub key: u64,
     /// How long it is expected to run, milliseconds.
     pub expected_ms: u64,
+    /// How long it may run, milliseconds.
+    pub declared_ms: u64,
     /// How long it can hold its slots: H of docs/rules.md, milliseconds.
     pub held_ms: u64,
     /// How many slots it takes.
     pub slots: u64,
+}
+
+/// By which lane a request has its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// By its key.
+    Fast,
+    /// By its age.
+    Age,
 }
 
 /// What is free on the node.
@@ -71,8 +93,19 @@ pub struct Room {
     pub large: bool,
     /// A whole card.
     pub xlarge: bool,
-    /// A half on the reserved card, for a call that is surely over in so many milliseconds.
-    pub large_for_ms: Option<u64>,
+    /// A half on the reserved card, which surely drains in so many milliseconds.
+    pub reserved_for_ms: Option<u64>,
+}
+
+/// Where a request fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// Beside the reserved card.
+    Open,
+    /// On the reserved card, over before that drains.
+    BeforeDrain,
+    /// On the reserved card, which is not kept any more then.
+    InsteadOfReserved,
 }
 
 /// What is to be done next.
@@ -82,13 +115,15 @@ pub enum Choice {
     Start {
         /// Which.
         place: u64,
-        /// It fits on the reserved card only.
-        on_reserved: bool,
+        /// Where.
+        fit: Fit,
     },
     /// This one has its turn, and a card is to be kept for it.
     Reserve {
         /// Which.
         place: u64,
+        /// By which lane.
+        lane: Lane,
     },
 }
 
@@ -101,8 +136,10 @@ pub struct Lanes {
     fast: [Ranked<(u64, u64)>; 2],
     /// By age, for each class.
     age: [Aged; 3],
-    /// Who has the reservation.
-    reserved: Option<u64>,
+    /// Who has the reservation, and by which lane.
+    reserved: Option<(u64, Lane)>,
+    /// What all who wait for a whole card can hold, milliseconds.
+    whole_cards_ms: u64,
 }
 
 /// One class of the age lane.
@@ -111,8 +148,10 @@ struct Aged {
     places: BTreeSet<u64>,
     /// What all of them can hold, slot-milliseconds.
     held_ms: u64,
-    /// What the class has earned, slot-milliseconds.
-    credit_ms: u64,
+    /// What all of them declared, slot-milliseconds.
+    declared_ms: u64,
+    /// What the class has earned: slot-milliseconds, times [`CREDIT_UNITS`].
+    credit: u64,
 }
 
 // === impl LaneSettings ===
@@ -120,7 +159,7 @@ struct Aged {
 impl Default for LaneSettings {
     /// The chart's defaults.
     fn default() -> Self {
-        Self { age_percent: 25, weights: [1, 2, 4], floors: [20, 30, 50] }
+        Self { age_percent: 25, weights: [1, 2, 4], floors: [20, 30, 50], reserve_percent: RESERVE_PERCENT }
     }
 }
 
@@ -135,20 +174,18 @@ impl LaneSettings {
         let weighted = expected_ms.saturating_mul(weight).saturating_mul(1000 + used_permille);
         weighted / self.weights[class as usize].max(1)
     }
-
-    /// What the age lane earns from a start out of turn: phi / (1 - phi) of its cost.
-    fn earned_ms(&self, cost_ms: u64) -> u64 {
-        let rest = 100_u64.saturating_sub(self.age_percent);
-        // At 100 percent nothing is ever out of turn, see `Lanes::is_due`.
-        cost_ms.saturating_mul(self.age_percent).checked_div(rest).unwrap_or(u64::MAX)
-    }
 }
 
 // === impl Job ===
 
 impl Job {
-    /// What it can cost: slots x H, slot-milliseconds.
+    /// What a turn by age costs its class: slots x declared, slot-milliseconds.
     pub const fn cost_ms(&self) -> u64 {
+        self.declared_ms.saturating_mul(self.slots)
+    }
+
+    /// What it can hold: slots x H, slot-milliseconds.
+    const fn holds_ms(&self) -> u64 {
         self.held_ms.saturating_mul(self.slots)
     }
 }
@@ -158,6 +195,11 @@ impl Job {
 impl Aged {
     fn oldest(&self) -> Option<u64> {
         self.places.first().copied()
+    }
+
+    /// Nobody saves for later: what a class has earned is for those who wait now, and never more than they declared.
+    fn cap(&mut self) {
+        self.credit = self.credit.min(self.declared_ms.saturating_mul(CREDIT_UNITS));
     }
 }
 
@@ -172,7 +214,14 @@ impl Default for Lanes {
 impl Lanes {
     /// Nobody waits.
     pub fn new(settings: LaneSettings) -> Self {
-        Self { settings, jobs: BTreeMap::new(), fast: Default::default(), age: Default::default(), reserved: None }
+        Self {
+            settings,
+            jobs: BTreeMap::new(),
+            fast: Default::default(),
+            age: Default::default(),
+            reserved: None,
+            whole_cards_ms: 0,
+        }
     }
 
     /// From now on these apply. Keys were made under the settings of their time and stay.
@@ -186,7 +235,11 @@ impl Lanes {
         self.fast[job.size as usize].insert((job.key, job.place), job.expected_ms.saturating_mul(job.slots));
         let class = &mut self.age[job.class as usize];
         class.places.insert(job.place);
-        class.held_ms = class.held_ms.saturating_add(job.cost_ms());
+        class.held_ms = class.held_ms.saturating_add(job.holds_ms());
+        class.declared_ms = class.declared_ms.saturating_add(job.cost_ms());
+        if job.size == Size::Xlarge {
+            self.whole_cards_ms = self.whole_cards_ms.saturating_add(job.held_ms);
+        }
         self.jobs.insert(job.place, job);
     }
 
@@ -196,119 +249,136 @@ impl Lanes {
         self.fast[job.size as usize].remove(&(job.key, place));
         let class = &mut self.age[job.class as usize];
         class.places.remove(&place);
-        class.held_ms = class.held_ms.saturating_sub(job.cost_ms());
-        // Nobody saves for later: what a class has earned is for those who wait now, and never more than they can cost.
-        class.credit_ms = class.credit_ms.min(class.held_ms);
-        if self.reserved == Some(place) {
+        class.held_ms = class.held_ms.saturating_sub(job.holds_ms());
+        class.declared_ms = class.declared_ms.saturating_sub(job.cost_ms());
+        class.cap();
+        if job.size == Size::Xlarge {
+            self.whole_cards_ms = self.whole_cards_ms.saturating_sub(job.held_ms);
+        }
+        if self.reserved() == Some(place) {
             self.reserved = None;
         }
         Some(job)
     }
 
-    /// Takes a request out that starts, and keeps the books of the lanes: in turn it spends what its class has earned, out
-    /// of turn it earns the age lane its share.
-    pub fn started(&mut self, place: u64) -> Option<Job> {
+    /// Takes a request out that starts, and keeps the books of the lanes: by age it spends what its class has earned; by
+    /// key it earns the age lane its share of what it is expected to take. The rest is earned at its end, see
+    /// [`Self::owe`].
+    pub fn started(&mut self, place: u64) -> Option<(Job, Lane)> {
         let job = *self.jobs.get(&place)?;
-        let in_turn = self.is_due(job.class).is_some_and(|due| due.place == place);
-        if in_turn {
+        let by_age = self.due(job.class).is_some_and(|due| due.place == place);
+        if by_age {
             let class = &mut self.age[job.class as usize];
-            class.credit_ms = class.credit_ms.saturating_sub(job.cost_ms());
+            class.credit = class.credit.saturating_sub(job.cost_ms().saturating_mul(CREDIT_UNITS));
         }
         self.remove(place);
-        if !in_turn {
-            self.earn(self.settings.earned_ms(job.cost_ms()));
+        if job.size == Size::Xlarge && self.reserved.is_some_and(|(_, lane)| lane == Lane::Fast) {
+            // It had the card that was kept.
+            self.reserved = None;
         }
-        Some(job)
+        if by_age {
+            return Some((job, Lane::Age));
+        }
+        self.owe(job.expected_ms.saturating_mul(job.slots));
+        Some((job, Lane::Fast))
     }
 
-    /// Splits earnings among the classes that wait: those of the others flow to them.
-    fn earn(&mut self, earned_ms: u64) {
-        let floors = self.settings.floors;
-        let waiting = |class: &Aged| !class.places.is_empty();
-        let shares: u64 = self.age.iter().zip(floors).filter(|(class, _)| waiting(class)).map(|(_, floor)| floor).sum();
-        for (class, floor) in self.age.iter_mut().zip(floors).filter(|(class, _)| waiting(class)) {
-            let share_ms = earned_ms.saturating_mul(floor).checked_div(shares).unwrap_or_default();
-            class.credit_ms = class.credit_ms.saturating_add(share_ms).min(class.held_ms);
+    /// Somebody who had its turn by key takes so many slot-milliseconds, or that many more than expected: phi / (1 - phi)
+    /// of them are the age lane's, shared by the classes that wait.
+    pub fn owe(&mut self, slot_ms: u64) {
+        let LaneSettings { age_percent, floors, .. } = self.settings;
+        let waits = |class: &Aged| !class.places.is_empty();
+        let shares: u64 = self.age.iter().zip(floors).filter(|(class, _)| waits(class)).map(|(_, floor)| floor).sum();
+        // With all of the capacity for the age lane nobody has a turn by key.
+        let Some(rest) = 100_u64.checked_sub(age_percent).filter(|rest| *rest > 0 && shares > 0) else { return };
+        let earned = slot_ms.saturating_mul(CREDIT_UNITS).saturating_mul(age_percent).div_ceil(rest);
+        for (class, floor) in self.age.iter_mut().zip(floors).filter(|(class, _)| waits(class)) {
+            class.credit = class.credit.saturating_add(earned.saturating_mul(floor).div_ceil(shares));
+            class.cap();
         }
     }
 
-    /// A card is kept for this request from now on.
-    pub fn reserve(&mut self, place: u64) {
+    /// A card is kept for this request from now on, and for no other.
+    pub fn reserve(&mut self, place: u64, lane: Lane) {
         if self.jobs.contains_key(&place) {
-            self.reserved = Some(place);
+            self.reserved = Some((place, lane));
         }
+    }
+
+    /// No card is kept any more.
+    pub fn release(&mut self) {
+        self.reserved = None;
     }
 
     /// Who has the reservation.
-    pub const fn reserved(&self) -> Option<u64> {
-        self.reserved
+    pub fn reserved(&self) -> Option<u64> {
+        self.reserved.map(|(place, _)| place)
     }
 
-    /// The oldest of a class, if the class has earned what it can cost.
-    fn is_due(&self, class: Priority) -> Option<&Job> {
+    /// The oldest of a class, if the class has earned what it declared.
+    fn due(&self, class: Priority) -> Option<&Job> {
         let aged = &self.age[class as usize];
         let oldest = self.jobs.get(&aged.oldest()?)?;
-        let due = self.settings.age_percent >= 100 || aged.credit_ms >= oldest.cost_ms();
+        let due = self.settings.age_percent >= 100 || aged.credit >= oldest.cost_ms().saturating_mul(CREDIT_UNITS);
         due.then_some(oldest)
     }
 
     /// What is to be done with this room. None: nothing, until there is more of it or somebody else comes.
     pub fn next(&self, room: &Room) -> Option<Choice> {
-        if let Some(place) = self.reserved.filter(|_| room.xlarge) {
-            return Some(Choice::Start { place, on_reserved: false });
-        }
-        self.next_by_age(room).or_else(|| self.next_by_key(room))
+        let reserved = |by| self.reserved.filter(|(_, lane)| *lane == by && room.xlarge);
+        let start = |place| Choice::Start { place, fit: Fit::Open };
+        reserved(Lane::Age)
+            .map(|(place, _)| start(place))
+            .or_else(|| self.next_by_age(room))
+            // What is kept by key is for whoever is first by key when it is free.
+            .or_else(|| reserved(Lane::Fast).and_then(|_| self.first_of(Size::Xlarge)).map(start))
+            .or_else(|| self.next_by_key(room))
     }
 
     fn next_by_age(&self, room: &Room) -> Option<Choice> {
         let classes = [Priority::Highest, Priority::Medium, Priority::Low];
-        let mut due: Vec<&Job> = classes.into_iter().filter_map(|class| self.is_due(class)).collect();
+        let mut due: Vec<&Job> = classes.into_iter().filter_map(|class| self.due(class)).collect();
         due.sort_by_key(|job| job.place);
-        due.into_iter().find_map(|job| self.choice(job, room))
-    }
-
-    /// What can be done for this one.
-    fn choice(&self, job: &Job, room: &Room) -> Option<Choice> {
-        let place = job.place;
-        let fits = match job.size {
-            Size::Large => room.large,
-            Size::Xlarge => room.xlarge,
-        };
-        if fits {
-            return Some(Choice::Start { place, on_reserved: false });
-        }
-        match job.size {
-            Size::Large => {
-                let before_drain = room.large_for_ms.is_some_and(|ms| job.held_ms <= ms);
-                before_drain.then_some(Choice::Start { place, on_reserved: true })
+        let gives_way = self.reserved.is_none_or(|(_, lane)| lane == Lane::Fast);
+        due.into_iter().find_map(|job| {
+            let place = job.place;
+            match job.size {
+                Size::Large => {
+                    let instead = gives_way && room.reserved_for_ms.is_some();
+                    let fit = fit_large(job, room).or(instead.then_some(Fit::InsteadOfReserved))?;
+                    Some(Choice::Start { place, fit })
+                }
+                Size::Xlarge if room.xlarge => Some(Choice::Start { place, fit: Fit::Open }),
+                Size::Xlarge => gives_way.then_some(Choice::Reserve { place, lane: Lane::Age }),
             }
-            Size::Xlarge => self.reserved.is_none().then_some(Choice::Reserve { place }),
-        }
+        })
     }
 
     fn next_by_key(&self, room: &Room) -> Option<Choice> {
-        let first = |size: Size| self.fast[size as usize].first();
-        let (large, xlarge) = (first(Size::Large), first(Size::Xlarge));
-        let whole_card_first = match (large, xlarge) {
-            (Some(large), Some(xlarge)) => xlarge < large,
-            (large, _) => large.is_none(),
-        };
-        let whole_card = || xlarge.and_then(|(_, place)| self.choice(self.jobs.get(&place)?, room));
-        if whole_card_first {
-            whole_card().or_else(|| self.next_large(room))
-        } else {
-            self.next_large(room).or_else(whole_card)
+        if self.settings.age_percent >= 100 {
+            return None;
         }
+        let first = |size: Size| self.fast[size as usize].first();
+        let half_key = first(Size::Large).map_or(u64::MAX, |(key, _)| key);
+        if let Some((key, place)) = first(Size::Xlarge) {
+            if room.xlarge && key < half_key {
+                return Some(Choice::Start { place, fit: Fit::Open });
+            }
+            let worth_a_drain = key <= half_key / 100 * self.settings.reserve_percent;
+            if !room.xlarge && self.reserved.is_none() && worth_a_drain {
+                return Some(Choice::Reserve { place, lane: Lane::Fast });
+            }
+        }
+        self.next_large(room)
     }
 
     fn next_large(&self, room: &Room) -> Option<Choice> {
-        // With room for any the first fits; with room until the drain alone it may be one behind it.
-        let look = if room.large { 1 } else { BACKFILL_LOOK_MAX };
-        if !room.large && room.large_for_ms.is_none() {
+        if !room.large && room.reserved_for_ms.is_none() {
             return None;
         }
-        let jobs = self.fast[Size::Large as usize].iter().take(look).filter_map(|(_, place)| self.jobs.get(&place));
-        jobs.into_iter().find_map(|job| self.choice(job, room))
+        let jobs = self.fast[Size::Large as usize].iter().take(BACKFILL_LOOK_MAX);
+        jobs.filter_map(|(_, place)| self.jobs.get(&place))
+            .find_map(|job| Some(Choice::Start { place: job.place, fit: fit_large(job, room)? }))
     }
 
     /// The first of a size by key, for whoever finds that the node can never serve that size.
@@ -327,6 +397,11 @@ impl Lanes {
         self.age[class as usize].held_ms
     }
 
+    /// What all who wait for a whole card can hold, milliseconds.
+    pub const fn whole_cards_hold_ms(&self) -> u64 {
+        self.whole_cards_ms
+    }
+
     /// The request at this place, if it waits.
     pub fn get(&self, place: u64) -> Option<&Job> {
         self.jobs.get(&place)
@@ -343,13 +418,21 @@ impl Lanes {
     }
 }
 
+/// Where a half fits without taking anything from who has the reservation.
+fn fit_large(job: &Job, room: &Room) -> Option<Fit> {
+    if room.large {
+        return Some(Fit::Open);
+    }
+    room.reserved_for_ms.filter(|ms| job.held_ms <= *ms).map(|_| Fit::BeforeDrain)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const ALL: Room = Room { large: true, xlarge: true, large_for_ms: None };
-    const HALF: Room = Room { large: true, xlarge: false, large_for_ms: None };
-    const NONE: Room = Room { large: false, xlarge: false, large_for_ms: None };
+    const ALL: Room = Room { large: true, xlarge: true, reserved_for_ms: None };
+    const HALF: Room = Room { large: true, xlarge: false, reserved_for_ms: None };
+    const NONE: Room = Room { large: false, xlarge: false, reserved_for_ms: None };
 
     fn job(place: u64, size: Size, seconds: u64) -> Job {
         let ms = seconds * 1000;
@@ -359,6 +442,7 @@ mod tests {
             class: Priority::Medium,
             key: ms,
             expected_ms: ms,
+            declared_ms: ms,
             held_ms: ms,
             slots: if size == Size::Large { 1 } else { 2 },
         }
@@ -371,7 +455,7 @@ mod tests {
     }
 
     fn start(place: u64) -> Option<Choice> {
-        Some(Choice::Start { place, on_reserved: false })
+        Some(Choice::Start { place, fit: Fit::Open })
     }
 
     #[test]
@@ -417,46 +501,77 @@ mod tests {
     fn earnings_go_by_floors_to_the_classes_that_wait() {
         let of = |class, place| Job { class, key: u64::MAX, ..job(place, Size::Large, 1000) };
         let mut lanes = lanes(&[of(Priority::Highest, 1), of(Priority::Low, 2), job(3, Size::Large, 210)]);
-        lanes.started(3);
+        let earned = |lanes: &Lanes| lanes.age.each_ref().map(|class| class.credit / CREDIT_UNITS);
+        assert_eq!(lanes.started(3).map(|(_, lane)| lane), Some(Lane::Fast));
         // 70 s for two classes with floors of 50 and 20.
-        assert_eq!(lanes.age.each_ref().map(|class| class.credit_ms), [20_000, 0, 50_000]);
+        assert_eq!(earned(&lanes), [20_000, 0, 50_000]);
+        lanes.owe(21_000);
+        assert_eq!(earned(&lanes), [22_000, 0, 55_000], "it ran longer than was expected");
         lanes.remove(2);
-        assert_eq!(lanes.age[Priority::Low as usize].credit_ms, 0, "nobody is left to use it");
+        assert_eq!(earned(&lanes), [0, 0, 55_000], "nobody is left to use it");
     }
 
     #[test]
     fn a_blocked_whole_card_gets_a_reservation_and_the_first_card() {
-        let mut lanes = lanes(&[job(1, Size::Xlarge, 5), job(2, Size::Large, 10), job(3, Size::Xlarge, 1)]);
-        lanes.remove(3);
-        assert_eq!(lanes.next(&HALF), Some(Choice::Reserve { place: 1 }));
-        lanes.reserve(1);
+        let mut lanes = lanes(&[job(1, Size::Xlarge, 5), job(2, Size::Large, 10)]);
+        assert_eq!(lanes.next(&HALF), Some(Choice::Reserve { place: 1, lane: Lane::Fast }));
+        lanes.reserve(1, Lane::Fast);
         assert_eq!(lanes.next(&HALF), start(2), "others go on beside it");
         lanes.insert(job(3, Size::Xlarge, 1));
         assert_eq!(lanes.next(&NONE), None, "one reservation at a time");
-        assert_eq!(lanes.next(&ALL), start(1), "a shorter one that came later does not take its card");
-        lanes.started(1);
-        assert_eq!((lanes.reserved(), lanes.next(&ALL)), (None, start(3)));
+        assert_eq!(lanes.next(&ALL), start(3), "the card is for whoever is first by then");
+        lanes.started(3);
+        assert_eq!((lanes.reserved(), lanes.next(&ALL)), (None, start(1)));
+    }
+
+    #[test]
+    fn a_card_is_drained_by_key_only_where_that_is_worth_it() {
+        let mut lanes = lanes(&[job(1, Size::Xlarge, 8), job(2, Size::Large, 10)]);
+        assert_eq!(lanes.next(&NONE), None, "eight is more than seven tenths of ten");
+        lanes.insert(job(3, Size::Xlarge, 7));
+        assert_eq!(lanes.next(&NONE), Some(Choice::Reserve { place: 3, lane: Lane::Fast }));
     }
 
     #[test]
     fn only_what_is_surely_over_uses_the_reserved_card() {
         let mut lanes = lanes(&[job(1, Size::Xlarge, 1), job(2, Size::Large, 10), job(3, Size::Large, 20)]);
-        lanes.reserve(1);
-        let until = |seconds: u64| Room { large_for_ms: Some(seconds * 1000), ..NONE };
+        lanes.reserve(1, Lane::Fast);
+        let until = |seconds: u64| Room { reserved_for_ms: Some(seconds * 1000), ..NONE };
+        let before_drain = Some(Choice::Start { place: 2, fit: Fit::BeforeDrain });
         assert_eq!(lanes.next(&until(9)), None);
-        assert_eq!(lanes.next(&until(10)), Some(Choice::Start { place: 2, on_reserved: true }));
+        assert_eq!(lanes.next(&until(10)), before_drain);
         // The one with the smaller key is too long; the one behind it fits.
         lanes.insert(Job { key: 1, ..job(4, Size::Large, 60) });
-        assert_eq!(lanes.next(&until(10)), Some(Choice::Start { place: 2, on_reserved: true }));
+        assert_eq!(lanes.next(&until(10)), before_drain);
+    }
+
+    /// Or else whole cards, one reservation after the other, would keep the oldest waiting for ever.
+    #[test]
+    fn a_reservation_by_key_gives_way_to_who_is_due_by_age() {
+        let due = |size| {
+            let oldest = Job { class: Priority::Low, key: u64::MAX, ..job(1, size, 20) };
+            let mut lanes = lanes(&[oldest, job(2, Size::Xlarge, 1), job(3, Size::Large, 300)]);
+            lanes.reserve(2, Lane::Fast);
+            lanes.started(3);
+            lanes
+        };
+        let drains = Room { reserved_for_ms: Some(5_000), ..NONE };
+        let half = due(Size::Large);
+        assert_eq!(half.next(&drains), Some(Choice::Start { place: 1, fit: Fit::InsteadOfReserved }));
+        let mut whole = due(Size::Xlarge);
+        assert_eq!(whole.next(&drains), Some(Choice::Reserve { place: 1, lane: Lane::Age }));
+        whole.reserve(1, Lane::Age);
+        assert_eq!((whole.next(&drains), whole.next(&ALL)), (None, start(1)));
+        assert_eq!(whole.started(1).map(|(_, lane)| lane), Some(Lane::Age));
     }
 
     #[test]
     fn who_leaves_takes_the_reservation_along() {
         let mut lanes = lanes(&[job(1, Size::Xlarge, 1)]);
-        lanes.reserve(1);
+        lanes.reserve(1, Lane::Fast);
         lanes.remove(1);
         assert_eq!((lanes.reserved(), lanes.is_empty()), (None, true));
-        lanes.reserve(1);
+        lanes.reserve(1, Lane::Fast);
         assert_eq!(lanes.reserved(), None);
     }
 

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
-pub use lanes::{BACKFILL_LOOK_MAX, Choice, Job, LaneSettings, Lanes, Priority, Room};
+pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
 pub use ranked::{Ahead, Ranked};
 
 use crate::ids::{AccountName, ByName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
@@ -146,7 +146,8 @@ struct AccountLoad {
 impl Waiting {
     fn job(&self) -> Job {
         let Turn { class, key, expected_ms, held_ms, slots } = self.turn;
-        Job { place: self.place, size: self.demand.size, class, key, expected_ms, held_ms, slots }
+        let declared_ms = self.demand.declared_ms;
+        Job { place: self.place, size: self.demand.size, class, key, expected_ms, declared_ms, held_ms, slots }
     }
 
     /// It can start as soon as there is room.
@@ -185,13 +186,26 @@ impl Queue {
         line.waiting.insert(waiting.place, waiting);
     }
 
-    /// Takes a request out that starts now.
-    pub fn start(&mut self, ticket: &Ticket) -> Option<Waiting> {
+    /// Takes a request out that starts now, and says by which lane it had its turn.
+    pub fn start(&mut self, ticket: &Ticket) -> Option<Lane> {
         let (node, place) = self.tickets.get(ticket)?;
+        let started = self.lines.get_mut(node).and_then(|line| line.lanes.started(*place));
+        self.remove(ticket);
+        started.map(|(_, lane)| lane)
+    }
+
+    /// Somebody who had its turn by key takes so many slot-milliseconds more of the node than was expected of it.
+    pub fn owe(&mut self, node: &NodeName, slot_ms: u64) {
         if let Some(line) = self.lines.get_mut(node) {
-            line.lanes.started(*place);
+            line.lanes.owe(slot_ms);
         }
-        self.remove(ticket)
+    }
+
+    /// No card of the node is kept any more.
+    pub fn release_card(&mut self, node: &NodeName) {
+        if let Some(line) = self.lines.get_mut(node) {
+            line.lanes.release();
+        }
     }
 
     /// Takes a request out.
@@ -322,10 +336,10 @@ impl Queue {
     }
 
     /// A card is kept for it.
-    pub fn reserve(&mut self, ticket: &Ticket) {
+    pub fn reserve(&mut self, ticket: &Ticket, lane: Lane) {
         let Some((node, place)) = self.tickets.get(ticket) else { return };
         if let Some(line) = self.lines.get_mut(node) {
-            line.lanes.reserve(*place);
+            line.lanes.reserve(*place, lane);
         }
     }
 

@@ -4,13 +4,14 @@
 //! the members alone, and every operation takes O(log n) steps on average whatever the order in which they come.
 
 use std::cmp::Ordering;
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher as _};
 
 /// No node.
 const NIL: usize = usize::MAX;
 
 /// Members with amounts, in the order of their keys.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Ranked<K> {
     nodes: Vec<Node<K>>,
     /// Places in `nodes` that can be used again.
@@ -236,6 +237,21 @@ impl<K: Ord + Copy + Hash> PartialEq for Ranked<K> {
 }
 
 impl<K: Ord + Copy + Hash> Eq for Ranked<K> {}
+
+/// Its members, in order.
+impl<K: fmt::Debug> fmt::Debug for Ranked<K> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut iter = Iter { ranked: self, open: Vec::new() };
+        iter.descend(self.root);
+        let members = std::iter::from_fn(|| {
+            let at = iter.open.pop()?;
+            let node = &self.nodes[at];
+            iter.descend(node.right);
+            Some((&node.key, node.amount))
+        });
+        formatter.debug_map().entries(members).finish()
+    }
+}
 
 // === impl Iter ===
 

@@ -275,6 +275,7 @@ fn lanes(queue: &crds::QueueBounds) -> Result<LaneSettings, OutOfRange> {
             natural("queue.priorities.medium.floorPercent", medium.floor_percent)?,
             natural("queue.priorities.highest.floorPercent", highest.floor_percent)?,
         ],
+        ..LaneSettings::default()
     })
 }
 

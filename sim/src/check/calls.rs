@@ -1,0 +1,182 @@
+//! Calls: who pays, who was answered, and what is left of those who were not served.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Ticket};
+use spaceport_core::lease::{Event, Order, Outcome, PageChange, Place, State};
+use spaceport_core::page::Page;
+use spaceport_core::protocol::{CallerClass, Denial, wire};
+
+use crate::plan::Plan;
+use crate::violation::{Checked, Rule};
+use crate::world::World;
+
+/// What the checks remember of calls.
+#[derive(Default)]
+pub struct CallsSeen {
+    /// Outcomes that must be on the page of an account in the end, with the term that decided them.
+    pub outcomes: Vec<(Epoch, AccountName, String)>,
+    /// Requests that wait, with the world time at which they must be served at the latest, and their account.
+    pub promised: BTreeMap<Ticket, Promise>,
+    /// Leases by the token that their call began with, for each term: a new one counts anew (docs/status.md).
+    pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
+    /// Reservations of each term whose order has not left, by node, in the order in which they were made.
+    pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
+    /// Nodes where an order left behind one that was reserved later: such a node may place that one where the other was to
+    /// go, and refuse the other.
+    pub overtaken: BTreeSet<NodeName>,
+}
+
+/// What a waiting request was told.
+#[derive(Clone, Debug)]
+pub struct Promise {
+    /// World time.
+    pub latest: u64,
+    /// Who waits.
+    pub account: AccountName,
+}
+
+/// Looks at what a command did.
+///
+/// # Errors
+/// What must not be.
+pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
+    for event in &outcome.events {
+        match event {
+            Event::Denied { ticket, denial, caller, .. } => {
+                worded(denial, *caller)?;
+                evidence(world, number, outcome, ticket)?;
+                world.seen_calls.promised.remove(ticket);
+            }
+            Event::Left { ticket } => {
+                evidence(world, number, outcome, ticket)?;
+                world.seen_calls.promised.remove(ticket);
+            }
+            Event::Reserved { waiting, lease, .. } => {
+                let Some(epoch) = world.state(number).map(|state| state.epoch) else { continue };
+                let reserved = world.seen_calls.reserved.entry((epoch, waiting.node.clone())).or_default();
+                reserved.push(lease.clone());
+                if let Some(root) = &waiting.root {
+                    let leases = world.seen_calls.by_token.entry((epoch, root.clone())).or_default();
+                    leases.insert(lease.clone());
+                    budget(world, number, root)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// L18: a refusal for quota says when to try again, and that is not now.
+fn worded(denial: &Denial, caller: CallerClass) -> Checked {
+    if !matches!(denial, Denial::QuotaExceeded { .. } | Denial::PendingOverquota { .. }) {
+        return Ok(());
+    }
+    let body: serde_json::Value = serde_json::from_slice(&wire(denial, caller).body).unwrap_or_default();
+    let wait = body.get("wait").and_then(serde_json::Value::as_i64).unwrap_or_default();
+    Rule::L(18).check(wait >= 1, || format!("{} waits {wait} s", denial.kind()))
+}
+
+/// Invariant 12: a request that dies leaves a row of its account, if it has one.
+fn evidence(world: &mut World, number: u64, outcome: &Outcome, ticket: &Ticket) -> Checked {
+    let id = format!("{}/{}", ticket.agent_instance, ticket.number);
+    let Some(account) = world.clients.calls.get(ticket).and_then(|call| call.request.caller.clone().ok()) else {
+        return Ok(());
+    };
+    // Of an account that is not there, or is going at this moment, there is no page to write on.
+    let dropped = outcome.events.iter().any(|event| matches!(event, Event::AccountDropped { .. }));
+    let epoch = world.state(number).filter(|state| state.accounts.contains_key(&account)).map(|state| state.epoch);
+    let Some(epoch) = epoch.filter(|_| !dropped) else { return Ok(()) };
+    // One that goes while its hold is on the way is answered by its lease's row instead.
+    let is_row =
+        |event: &Event| matches!(event, Event::Changed { change: PageChange::Outcome(row), .. } if row.id == id);
+    let found = outcome.events.iter().any(is_row);
+    Rule::Invariant(12).check(found, || format!("{id} died without a row on the page of {account}"))?;
+    world.seen_calls.outcomes.push((epoch, account, id));
+    Ok(())
+}
+
+/// Invariant 10: calls of one token take no more than it is worth, as far as one broker knows.
+fn budget(world: &World, number: u64, root: &str) -> Checked {
+    let Some(token) = world.plan.tokens.iter().find(|token| token.root == root) else { return Ok(()) };
+    let Some(state) = world.state(number) else { return Ok(()) };
+    let Some(leases) = world.seen_calls.by_token.get(&(state.epoch, root.to_owned())) else { return Ok(()) };
+    let (mut ms, mut calls) = (0, 0);
+    for lease in leases {
+        let page = token_page(state, &world.plan, token.account);
+        let held = page.and_then(|page| page.holds.iter().find(|hold| hold.lease == *lease));
+        let closed = page.and_then(|page| page.closed.iter().find(|closed| closed.hold.lease == *lease));
+        let taken = match (held, closed.or(world.store.settled.get(lease))) {
+            (Some(hold), _) => hold.weight * hold.declared_ms,
+            (None, Some(closed)) => closed.charged_ms,
+            // Never durable.
+            (None, None) => 0,
+        };
+        ms += taken;
+        calls += u64::from(taken > 0);
+    }
+    let fits = ms <= token.max_ms && calls <= token.max_calls;
+    Rule::Invariant(10)
+        .check(fits, || format!("{root} has {calls} calls of {} and {ms} ms of {} ms", token.max_calls, token.max_ms))
+}
+
+fn token_page<'a>(state: &'a State, plan: &Plan, account: usize) -> Option<&'a Page> {
+    let name = &plan.accounts.get(account)?.name;
+    state.accounts.get(name).map(|found| &*found.working)
+}
+
+/// An order leaves: invariant 10, who pays is who asked, for what was asked.
+///
+/// # Errors
+/// What must not be.
+pub fn ordered(world: &World, order: &Order) -> Checked {
+    let lease = &order.lease;
+    let Some(call) = world.clients.calls.get(&order.ticket) else {
+        return Err(Rule::Invariant(10).broken(format!("{lease} was ordered for a call that nobody made")));
+    };
+    let payer = world.store.held_ever.get(lease);
+    let asked = &call.request;
+    let same = payer == asked.caller.as_ref().ok()
+        && (order.size, order.declared_ms, &order.node) == (asked.size, asked.declared_ms, &asked.node);
+    Rule::Invariant(10).check(same, || format!("{lease} is paid by {payer:?} and was asked for by {:?}", asked.caller))
+}
+
+/// Writes of different accounts are acknowledged in any order, and so their orders leave.
+pub fn order_left(world: &mut World, order: &Order) {
+    let Some(reserved) = world.seen_calls.reserved.get_mut(&(order.epoch, order.node.clone())) else { return };
+    let Some(place) = reserved.iter().position(|lease| *lease == order.lease) else { return };
+    let open = |lease: &LeaseId| *lease != order.lease && !world.store.settled.contains_key(lease);
+    if reserved.drain(..=place).any(|lease| open(&lease)) {
+        world.seen_calls.overtaken.insert(order.node.clone());
+    }
+}
+
+/// A request is told its place: invariant 11, where nothing goes wrong the latest start is kept. Not of requests that wait
+/// for their own account, now or later: how long that takes nobody promises.
+pub fn queued(world: &mut World, place: &Place) {
+    let Some(account) = world.clients.calls.get(&place.ticket).and_then(|call| call.request.caller.clone().ok()) else {
+        return;
+    };
+    let Some(latest_start_ms) = place.latest_start_ms else {
+        world.seen_calls.promised.retain(|_, promise| promise.account != account);
+        return;
+    };
+    let promise = Promise { latest: world.now + latest_start_ms, account };
+    world.seen_calls.promised.entry(place.ticket.clone()).or_insert(promise);
+}
+
+/// Invariant 11: nobody waits beyond the latest start that was promised.
+///
+/// # Errors
+/// Who does.
+pub fn on_time(world: &World) -> Checked {
+    match world.seen_calls.promised.iter().find(|(_, promise)| promise.latest < world.now) {
+        Some((ticket, promise)) if world.plan.weather.is_calm() => {
+            let number = ticket.number;
+            let late_ms = world.now - promise.latest;
+            Err(Rule::Invariant(11).broken(format!("request {number} waits {late_ms} ms beyond its latest start")))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,138 @@
+//! Nodes, after each of their steps: what the hardware would show.
+
+use std::collections::BTreeMap;
+
+use spaceport_core::ids::{Epoch, LeaseId, NodeName};
+use spaceport_core::lease::SlotUse;
+use spaceport_core::page::{Ending, Page};
+
+use crate::agent::{Agent, Held, Phase};
+use crate::coverage::Scenario;
+use crate::violation::{Checked, Rule};
+use crate::world::World;
+
+/// Invariant 4.
+const SETTLED_WITHIN_MS: u64 = 1_000;
+
+/// What the checks remember of nodes.
+#[derive(Default)]
+pub struct NodesSeen {
+    /// Highest epoch that a broker welcomed the node with and that it joined.
+    pub epochs: BTreeMap<NodeName, Epoch>,
+}
+
+/// Invariants 6 and 8 on one node.
+///
+/// # Errors
+/// What must not be.
+pub fn node(agent: &Agent, world_ms: u64) -> Checked {
+    let now = agent.clock(world_ms);
+    let occupancy = agent.occupancy();
+    for card in &agent.cards {
+        let used = occupancy.used(card.index);
+        Rule::Invariant(6).check(used <= card.large_slots, || {
+            format!("card {} of {} has {} slots and {used} are used", card.index, agent.name, card.large_slots)
+        })?;
+    }
+    for (lease, held) in &agent.leases {
+        if let Phase::Running { since, .. } = held.phase {
+            let limit = held.order.declared_ms + held.order.limits.grace_ms;
+            let runs = now.saturating_sub(since);
+            Rule::Invariant(8).check(runs <= limit, || format!("{lease} runs for {runs} ms, {limit} ms at most"))?;
+        }
+    }
+    Ok(())
+}
+
+/// An order was taken: invariants 2 and 7, L8.
+///
+/// # Errors
+/// What must not be.
+pub fn taken(world: &World, node: &NodeName, lease: &LeaseId) -> Checked {
+    let Some(agent) = world.agents.get(node) else { return Ok(()) };
+    let Some(held) = agent.leases.get(lease) else { return Ok(()) };
+    let highest = world.seen_nodes.epochs.get(node).copied().unwrap_or_default();
+    let epoch = held.order.epoch;
+    Rule::Invariant(7)
+        .check(epoch >= highest, || format!("{node} took an order of epoch {} below {}", epoch.0, highest.0))?;
+    let durable = world.store.held_ever.contains_key(lease);
+    Rule::Invariant(2).check(durable, || format!("{node} took {lease}, whose hold is not durable"))?;
+    match world.store.settled.get(lease) {
+        None => Ok(()),
+        Some(closed) => {
+            let how = closed.ending;
+            Err(Rule::L(8).broken(format!("{node} took {lease}, which was settled as {how:?} before")))
+        }
+    }
+}
+
+/// A lease was settled: L9, what was given up does not run any more.
+///
+/// # Errors
+/// What must not be.
+pub fn given_up(world: &mut World) -> Checked {
+    for agent in world.agents.values() {
+        let asleep = world.asleep.contains_key(&agent.name);
+        // On a node that stands still nothing computes, and what has passed its limit ends when it goes on.
+        let over = |held: &Held| match held.limit() {
+            Some((limit, _)) => limit <= agent.clock(world.now),
+            None => asleep,
+        };
+        for (lease, held) in agent.leases.iter().filter(|(lease, held)| agent.is_live(lease) && !over(held)) {
+            let closed = world.store.settled.get(lease);
+            let given_up = closed.filter(|closed| matches!(closed.ending, Ending::Expired | Ending::Refused));
+            if let Some(closed) = given_up {
+                // Nothing bounds how long a lease waits for a slot on a node that stands still (docs/simulation.md).
+                if held.order.after.is_some() && world.slept.contains(&agent.name) {
+                    world.coverage.saw(Scenario::BeganAfterExpiry);
+                    continue;
+                }
+                let how = closed.ending;
+                return Err(Rule::L(9).broken(format!("{lease} was given up as {how:?} and its node still has it")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Invariant 4: where nothing goes wrong a reservation is gone within a second of the end (L13).
+///
+/// # Errors
+/// What took longer.
+pub fn in_time(world: &mut World, page: &Page) -> Checked {
+    for closed in &page.closed {
+        let lease = &closed.hold.lease;
+        let Some(ended_at) = world.clients.ended_at.remove(lease) else { continue };
+        let took_ms = world.now - ended_at;
+        let in_time = took_ms <= SETTLED_WITHIN_MS || !world.plan.weather.is_calm();
+        Rule::Invariant(4).check(in_time, || format!("{lease} was settled {took_ms} ms after its end"))?;
+    }
+    Ok(())
+}
+
+/// Invariant 6 as a broker sees it: a slot is in use until its node has said that it is clear.
+///
+/// # Errors
+/// What must not be.
+pub fn pictures(world: &World, number: u64) -> Checked {
+    let Some(broker) = world.brokers.get(&number).filter(|broker| broker.serves()) else { return Ok(()) };
+    let Some(term) = &broker.term else { return Ok(()) };
+    for (node, session) in &broker.sessions {
+        let Some(agent) = world.agents.get(node) else { continue };
+        let current = agent.leader == Some(session.link) && agent.epoch == term.state.epoch;
+        if !current || !term.state.joined(node) {
+            continue;
+        }
+        for (lease, held) in &agent.leases {
+            let clear = matches!(held.phase, Phase::Ended { freed: true, .. });
+            if clear || held.card.is_none() {
+                continue;
+            }
+            let known = term.state.leases.get(lease);
+            let in_use = known.is_some_and(|known| known.slot != SlotUse::Free);
+            Rule::Invariant(6)
+                .check(in_use, || format!("the broker takes the slot of {lease} for free, and {node} does not"))?;
+        }
+    }
+    Ok(())
+}

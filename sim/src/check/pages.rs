@@ -1,0 +1,194 @@
+//! Every page that is written, against the page before it.
+
+use spaceport_core::ids::AccountName;
+use spaceport_core::page::{Closed, Ending, Page, Source};
+use spaceport_core::quota::fill;
+
+use crate::coverage::{Coverage, Scenario};
+use crate::store::Store;
+use crate::violation::{Checked, Rule};
+
+/// Looks at a write, and remembers what it holds and settles.
+///
+/// # Errors
+/// What the page must not say.
+pub fn audit(store: &mut Store, account: &AccountName, old: &Page, new: &Page, coverage: &mut Coverage) -> Checked {
+    Rule::L(5).check(new.seq == old.seq + 1, || format!("seq {} after {}", new.seq, old.seq))?;
+    Rule::L(20).check(new.last_time >= old.last_time, || "ledger time went back".to_owned())?;
+    admitted(store, account, old, new)?;
+    for hold in &old.holds {
+        let kept = new.holds.iter().any(|open| open.lease == hold.lease);
+        let closed = new.closed.iter().any(|closed| closed.hold.lease == hold.lease);
+        Rule::Invariant(3).check(kept != closed, || format!("{} is held {kept} and settled {closed}", hold.lease))?;
+    }
+    let mut charged_ms = 0;
+    for closed in &new.closed {
+        let lease = &closed.hold.lease;
+        if old.closed.iter().any(|known| known.hold.lease == *lease) {
+            continue;
+        }
+        let open = old.holds.iter().any(|hold| hold.lease == *lease) && !store.settled.contains_key(lease);
+        Rule::Invariant(3).check(open, || format!("{lease} is settled without an open hold"))?;
+        charge(closed)?;
+        charged_ms += closed.charged_ms;
+        cover_settled(old, closed, coverage);
+        store.settle(closed, coverage);
+    }
+    outbox(store, old, new)?;
+    cover(old, new, coverage);
+    sums(old, new, charged_ms)
+}
+
+/// Invariant 1, at the revision that admits, and 3: no lease twice.
+fn admitted(store: &mut Store, account: &AccountName, old: &Page, new: &Page) -> Checked {
+    for hold in &new.holds {
+        let lease = &hold.lease;
+        let settled = store.settled.contains_key(lease);
+        Rule::Invariant(3).check(!settled, || format!("{lease} is held after it was settled"))?;
+        if old.holds.iter().any(|known| known.lease == *lease) {
+            continue;
+        }
+        let first = store.held_ever.insert(lease.clone(), account.clone()).is_none();
+        if new.epoch < store.term.0 {
+            store.late_holds.insert(lease.clone());
+        }
+        Rule::Invariant(3).check(first, || format!("{lease} is held a second time"))?;
+        for part in hold.parts.iter().filter(|part| part.ms > 0) {
+            source(new, &part.source)?;
+        }
+        let ms: u64 = hold.parts.iter().map(|part| part.ms).sum();
+        let whole = hold.weight * hold.declared_ms;
+        Rule::Invariant(1).check(ms == whole, || format!("{lease} has reserved {ms} of {whole} ms"))?;
+    }
+    Ok(())
+}
+
+fn source(page: &Page, source: &Source) -> Checked {
+    let found = match source {
+        Source::Window(start) => {
+            let window = page.windows.iter().find(|window| window.start == *start);
+            window.map(|window| (window.base_ms, window.charged_ms))
+        }
+        Source::Grant(uid) => page.grants.iter().find(|row| row.uid == *uid).map(|row| (row.ms, row.used_ms)),
+    };
+    let (limit_ms, charged_ms) = found.ok_or_else(|| Rule::L(12).broken(format!("{source:?} is not on the page")))?;
+    let reserved_ms = page.reserved_ms(source);
+    let fits = charged_ms + reserved_ms <= limit_ms;
+    Rule::Invariant(1).check(fits, || format!("{source:?} has {charged_ms} + {reserved_ms} of {limit_ms} ms"))
+}
+
+/// Invariants 4 and 5.
+fn charge(closed: &Closed) -> Checked {
+    let (hold, lease) = (&closed.hold, &closed.hold.lease);
+    let bound_ms = hold.weight * closed.used_ms.min(hold.declared_ms);
+    let charged_ms = closed.charged_ms;
+    if is_free(closed.ending) {
+        let ending = closed.ending;
+        return Rule::Invariant(4)
+            .check(charged_ms == 0, || format!("{lease} ended {ending:?} and pays {charged_ms} ms"));
+    }
+    Rule::Invariant(5)
+        .check(charged_ms == bound_ms, || format!("{lease} pays {charged_ms} ms instead of {bound_ms} ms"))
+}
+
+/// Endings that cost nothing.
+pub const fn is_free(ending: Ending) -> bool {
+    match ending {
+        Ending::Released | Ending::Failed | Ending::WorkerDied | Ending::Deadline | Ending::Cancelled => false,
+        Ending::NeverAllowed
+        | Ending::Undelivered
+        | Ending::Refused
+        | Ending::PlatformFault
+        | Ending::NoDevice
+        | Ending::Expired => true,
+    }
+}
+
+/// L10: a settled row leaves only when its receipt is written.
+fn outbox(store: &Store, old: &Page, new: &Page) -> Checked {
+    for closed in &old.closed {
+        let lease = &closed.hold.lease;
+        let stays = new.closed.iter().any(|known| known.hold.lease == *lease);
+        let written = store.receipts.contains_key(lease);
+        Rule::L(10).check(stays || written, || format!("{lease} left the outbox without a receipt"))?;
+    }
+    Ok(())
+}
+
+/// What windows and grants gained is what leases were charged.
+fn sums(old: &Page, new: &Page, charged_ms: u64) -> Checked {
+    let mut gained_ms = 0;
+    let mut dropped = false;
+    for window in &old.windows {
+        match new.windows.iter().find(|found| found.start == window.start) {
+            Some(found) => {
+                Rule::L(5).check(found.charged_ms >= window.charged_ms, || "a window's charge fell".to_owned())?;
+                gained_ms += found.charged_ms - window.charged_ms;
+            }
+            None => {
+                dropped = true;
+                let over = window.charged_ms == 0 || new.last_time >= window.end();
+                Rule::L(12).check(over, || "a window with a charge was dropped before its end".to_owned())?;
+            }
+        }
+    }
+    for window in new.windows.iter().filter(|window| !old.windows.iter().any(|known| known.start == window.start)) {
+        gained_ms += window.charged_ms;
+    }
+    for row in &old.grants {
+        match new.grants.iter().find(|found| found.uid == row.uid) {
+            Some(found) => {
+                Rule::L(5).check(found.used_ms >= row.used_ms, || "a grant's use fell".to_owned())?;
+                gained_ms += found.used_ms - row.used_ms;
+            }
+            None => dropped = true,
+        }
+    }
+    for row in new.grants.iter().filter(|row| !old.grants.iter().any(|known| known.uid == row.uid)) {
+        gained_ms += row.used_ms;
+    }
+    let adds_up = gained_ms <= charged_ms && (dropped || gained_ms == charged_ms);
+    Rule::Invariant(3).check(adds_up, || format!("the page gained {gained_ms} ms, leases were charged {charged_ms} ms"))
+}
+
+fn cover_settled(old: &Page, closed: &Closed, coverage: &mut Coverage) {
+    for (source, ms) in fill(&closed.hold.parts, closed.charged_ms) {
+        match source {
+            Source::Window(start) => {
+                let window = old.windows.iter().find(|window| window.start == *start);
+                if ms > 0 && window.is_some_and(|window| window.end() <= closed.at) {
+                    coverage.saw(Scenario::SettledInOldWindow);
+                }
+            }
+            Source::Grant(uid) => {
+                if ms > 0 {
+                    coverage.saw(Scenario::GrantPaid);
+                }
+                let row = old.grants.iter().find(|row| row.uid == *uid);
+                if row.is_some_and(|row| row.expires <= closed.at) {
+                    coverage.saw(Scenario::GrantExpiredMidLease);
+                }
+            }
+        }
+    }
+    match closed.ending {
+        Ending::Expired => coverage.saw(Scenario::Expired),
+        Ending::Cancelled => coverage.saw(Scenario::CancelledLease),
+        Ending::Deadline => coverage.saw(Scenario::Deadline),
+        Ending::NeverAllowed => coverage.saw(Scenario::NeverAllowed),
+        _ => {}
+    }
+}
+
+fn cover(old: &Page, new: &Page, coverage: &mut Coverage) {
+    for window in &new.windows {
+        let open = new.is_referenced(&Source::Window(window.start));
+        if open && old.last_time < window.end() && window.end() <= new.last_time {
+            coverage.saw(Scenario::RollOver);
+        }
+        let before = old.windows.iter().find(|known| known.start == window.start);
+        if open && before.is_some_and(|before| before.base_ms > window.base_ms) {
+            coverage.saw(Scenario::TierLoweredMidLease);
+        }
+    }
+}

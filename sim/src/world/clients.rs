@@ -1,0 +1,328 @@
+//! Clients and their workers: they call, wait or leave, are allowed in time or not, use what they asked for or more.
+
+use std::collections::BTreeMap;
+
+use spaceport_core::ids::{LeaseId, NodeName, Size, Ticket};
+use spaceport_core::lease::{Budget, EndReport, FreedAs, Request};
+use spaceport_core::page::Ending;
+use spaceport_core::protocol::UnauthenticatedReason;
+use spaceport_core::quota::WINDOW_MS;
+
+use super::World;
+use crate::agenda::Happening;
+use crate::agent::Phase;
+use crate::coverage::Scenario;
+use crate::plan::START;
+use crate::weather::FaultKind;
+
+/// How often a client makes a call again that was not served.
+const RETRIES_MAX: u32 = 2;
+/// `/allow` this near to the limit is a race.
+const RACE_MS: u64 = 20;
+
+/// What became of a call.
+#[derive(Clone, Debug)]
+pub struct Called {
+    /// As its agent asked.
+    pub request: Request,
+    /// What its client does.
+    pub habit: Habit,
+    /// Calls like it that were made before.
+    pub retries: u32,
+}
+
+/// How a client and its worker behave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    /// Its worker is allowed after so long, runs so long, and ends like this.
+    Works {
+        /// From the grant, milliseconds.
+        allow_ms: u64,
+        /// From the accepted `/allow`, milliseconds.
+        run_ms: u64,
+        /// How.
+        ending: Ending,
+    },
+    /// An idle worker serves it.
+    Reuses {
+        /// From the grant, milliseconds.
+        run_ms: u64,
+        /// The idle worker had died: a new one is allowed after so long.
+        dead_ms: Option<u64>,
+    },
+    /// Asks for its device at the very limit.
+    Races,
+    /// Its worker never asks for its device.
+    NeverAllows,
+    /// Its connection closes so long after the grant.
+    Leaves {
+        /// Milliseconds.
+        after_ms: u64,
+    },
+}
+
+/// Everybody.
+#[derive(Default)]
+pub struct Clients {
+    /// Calls that were made.
+    pub calls: BTreeMap<Ticket, Called>,
+    /// Calls by the lease that they got.
+    pub leases: BTreeMap<LeaseId, Ticket>,
+    /// Calls that are still to be made.
+    pub left: u64,
+    tickets: u64,
+    /// Retries under way.
+    waiting: u64,
+    /// What each lease's node said of its end.
+    pub ends: BTreeMap<LeaseId, EndReport>,
+    /// World time at which it said so, until the settlement is durable.
+    pub ended_at: BTreeMap<LeaseId, u64>,
+}
+
+// === impl Clients ===
+
+impl Clients {
+    /// Somebody is about to call again.
+    pub const fn retrying(&self) -> bool {
+        self.waiting > 0
+    }
+}
+
+// === impl World ===
+
+impl World {
+    pub(super) fn call(&mut self) {
+        self.clients.left -= 1;
+        if self.clients.left > 0 {
+            let at = self.now + self.random.around(self.plan.call_gap_ms);
+            self.agenda.add(at, Happening::Call);
+        }
+        let Some(node) = self.random.pick(&self.plan.nodes).map(|node| node.name.clone()) else { return };
+        let Some(space) = self.random.pick(&self.plan.spaces).cloned() else { return };
+        let token = if self.random.chance(600) { self.random.pick(&self.plan.tokens).cloned() } else { None };
+        let account = match &token {
+            Some(token) => self.plan.accounts.get(token.account).map(|account| account.name.clone()),
+            None => self.random.pick(&self.plan.accounts).map(|account| account.name.clone()),
+        };
+        let bad = self.random.chance(20);
+        let caller = account.filter(|_| !bad).ok_or(UnauthenticatedReason::BadSignature);
+        let budget = token.map(|token| Budget {
+            root: token.root,
+            max_ms: token.max_ms,
+            max_calls: token.max_calls,
+            expires: START.plus(40 * WINDOW_MS),
+        });
+        let size = if self.random.chance(200) { Size::Xlarge } else { Size::Large };
+        let declared_ms = match self.random.below(40) {
+            0 => 0,
+            1 => 100_000,
+            _ => self.random.between(500, self.plan.declared_max_ms),
+        };
+        let ticket = Ticket { agent_instance: String::new(), number: 0 };
+        let request = Request { ticket, node, space, size, declared_ms, caller, budget };
+        self.ask(request, 0);
+    }
+
+    /// A call reaches the agent of its node.
+    pub(super) fn ask(&mut self, request: Request, retries: u32) {
+        if let Some(until) = self.asleep.get(&request.node).copied() {
+            return self.agenda.add(until, Happening::Asked(Box::new(request), retries));
+        }
+        let habit = self.habit(request.declared_ms);
+        self.clients.tickets += 1;
+        let number = self.clients.tickets;
+        let Some(agent) = self.agents.get_mut(&request.node) else { return };
+        let ticket = Ticket { agent_instance: agent.instance_name(), number };
+        let request = Request { ticket: ticket.clone(), ..request };
+        let (node, now) = (request.node.clone(), agent.clock(self.now));
+        agent.ask(request.clone(), now);
+        self.clients.calls.insert(ticket.clone(), Called { request, habit, retries });
+        if self.random.chance(150) {
+            let at = self.now + self.random.between(1, 20_000);
+            self.agenda.add(at, Happening::CallerLeaves(node, ticket));
+        }
+    }
+
+    fn habit(&mut self, declared_ms: u64) -> Habit {
+        let random = &mut self.random;
+        let run_ms = match random.below(8) {
+            0 => declared_ms + random.between(0, 5_000),
+            _ => random.between(0, declared_ms),
+        };
+        match random.below(20) {
+            0 => Habit::NeverAllows,
+            1 => Habit::Races,
+            2 => Habit::Leaves { after_ms: random.between(0, 3_000) },
+            3..=5 => Habit::Reuses { run_ms, dead_ms: random.chance(300).then(|| random.between(10, 1_000)) },
+            _ => {
+                let ending = match random.below(10) {
+                    0 => Ending::Failed,
+                    1 => Ending::WorkerDied,
+                    2 => Ending::NoDevice,
+                    _ => Ending::Released,
+                };
+                Habit::Works { allow_ms: random.around(300), run_ms, ending }
+            }
+        }
+    }
+
+    /// A lease has its slot, and its client its answer.
+    pub(super) fn began(&mut self, node: &NodeName, lease: &LeaseId) {
+        let Some(habit) = self.clients.leases.get(lease).and_then(|ticket| self.clients.calls.get(ticket)) else {
+            return;
+        };
+        let habit = habit.habit;
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        let Some(held) = agent.leases.get(lease) else { return };
+        let allow_limit_ms = held.order.limits.allow_limit_ms;
+        let (now, name, id) = (self.now, node.clone(), lease.clone());
+        self.agenda.add(now + allow_limit_ms, Happening::Limit(name.clone()));
+        match habit {
+            Habit::Works { allow_ms, .. } => self.agenda.add(now + allow_ms, Happening::Allow(name, id)),
+            Habit::Races => {
+                let at = now + (allow_limit_ms + RACE_MS).saturating_sub(self.random.below(2 * RACE_MS));
+                self.agenda.add(at, Happening::Allow(name, id));
+            }
+            Habit::NeverAllows => {}
+            Habit::Leaves { after_ms } => {
+                self.agenda.add(now + after_ms, Happening::Done(name, id, Ending::Undelivered));
+            }
+            Habit::Reuses { run_ms, dead_ms } => {
+                let clock = agent.clock(now);
+                agent.reuse(lease, clock);
+                self.deadline(node, lease);
+                match dead_ms {
+                    Some(dead_ms) => {
+                        self.coverage.saw(Scenario::IdleWorkerDead);
+                        self.agenda.add(now + dead_ms, Happening::Allow(name, id));
+                    }
+                    None => {
+                        self.coverage.saw(Scenario::ReusedWorker);
+                        self.agenda.add(now + run_ms, Happening::Done(name, id, Ending::Released));
+                    }
+                }
+            }
+        }
+    }
+
+    fn deadline(&mut self, node: &NodeName, lease: &LeaseId) {
+        let held = self.agents.get(node).and_then(|agent| Some((agent.booted, agent.leases.get(lease)?)));
+        if let Some((limit, _)) = held.and_then(|(booted, held)| Some((booted + held.limit()?.0, ()))) {
+            self.agenda.add(limit, Happening::Limit(node.clone()));
+        }
+    }
+
+    pub(super) fn allow(&mut self, node: &NodeName, lease: &LeaseId) {
+        let now = self.now;
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        let clock = agent.clock(now);
+        // The limit's timer may come later in the same millisecond; it is the clock that decides.
+        agent.expire(clock);
+        let limit = agent.leases.get(lease).and_then(crate::agent::Held::limit).map(|(limit, _)| limit);
+        let assigned = agent.leases.get(lease).is_some_and(|held| matches!(held.phase, Phase::Assigned { .. }));
+        let Some(habit) = self.clients.leases.get(lease).and_then(|ticket| self.clients.calls.get(ticket)) else {
+            return;
+        };
+        let habit = habit.habit;
+        let accepted = agent.allow(lease, clock);
+        if habit == Habit::Races {
+            match (accepted, limit) {
+                (true, Some(limit)) if assigned && limit.saturating_sub(clock) <= RACE_MS => {
+                    self.coverage.saw(Scenario::AllowJustInTime);
+                }
+                (false, _) => self.coverage.saw(Scenario::AllowJustTooLate),
+                _ => {}
+            }
+        }
+        if !accepted {
+            return;
+        }
+        let (run_ms, ending) = match habit {
+            Habit::Works { run_ms, ending, .. } => (run_ms, ending),
+            Habit::Reuses { run_ms, .. } => (run_ms, Ending::Released),
+            Habit::Races | Habit::NeverAllows | Habit::Leaves { .. } => (100, Ending::Released),
+        };
+        self.deadline(node, lease);
+        self.agenda.add(now + run_ms, Happening::Done(node.clone(), lease.clone(), ending));
+    }
+
+    pub(super) fn done(&mut self, node: &NodeName, lease: &LeaseId, ending: Ending) {
+        if let Some(agent) = self.agents.get_mut(node) {
+            let now = agent.clock(self.now);
+            agent.expire(now);
+            agent.end(lease, ending, now);
+        }
+    }
+
+    /// A lease ended on its node.
+    pub(super) fn ended(&mut self, node: &NodeName, lease: LeaseId, report: EndReport) {
+        let Some(held) = self.agents.get(node).and_then(|agent| agent.leases.get(&lease)) else { return };
+        let clear_ms = self.random.around(held.order.limits.clear_limit_ms / 4);
+        let again = matches!(report.ending, Ending::PlatformFault | Ending::Undelivered);
+        self.clients.ends.insert(lease.clone(), report);
+        self.clients.ended_at.insert(lease.clone(), self.now);
+        if let Some(ticket) = self.clients.leases.get(&lease).cloned()
+            && again
+        {
+            self.answered(&ticket, 300);
+        }
+        self.agenda.add(self.now + clear_ms, Happening::Cleared(node.clone(), lease));
+    }
+
+    pub(super) fn cleared(&mut self, node: &NodeName, lease: &LeaseId) {
+        let ended = self.agents.get(node).and_then(|agent| agent.leases.get(lease)).map(|held| held.phase);
+        if !matches!(ended, Some(Phase::Ended { freed: false, .. })) {
+            return;
+        }
+        let how = if self.strikes(FaultKind::SlotStuck) {
+            self.coverage.saw(Scenario::Quarantined);
+            FreedAs::Quarantined
+        } else if self.random.chance(200) {
+            FreedAs::Held
+        } else {
+            FreedAs::Free
+        };
+        if let Some(agent) = self.agents.get_mut(node) {
+            let now = agent.clock(self.now);
+            agent.free(lease, how, now);
+        }
+    }
+
+    pub(super) fn caller_leaves(&mut self, node: &NodeName, ticket: &Ticket) {
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        if !agent.tickets.contains_key(ticket) {
+            return;
+        }
+        agent.leave(ticket);
+        self.answered(ticket, 300);
+    }
+
+    /// A call was not served: its client may make it again, so many times in a thousand.
+    pub(super) fn answered(&mut self, ticket: &Ticket, per_mille: u64) {
+        let retries = self.clients.calls.get(ticket).map_or(RETRIES_MAX, |call| call.retries);
+        if retries < RETRIES_MAX && self.random.chance(per_mille) {
+            self.clients.waiting += 1;
+            let at = self.now + self.random.between(1, 3_000);
+            self.agenda.add(at, Happening::Retry(ticket.clone()));
+        }
+    }
+
+    pub(super) fn retry(&mut self, ticket: &Ticket) {
+        self.clients.waiting -= 1;
+        let Some(call) = self.clients.calls.get(ticket).cloned() else { return };
+        self.coverage.saw(Scenario::RetriedCall);
+        self.ask(call.request, call.retries + 1);
+    }
+
+    /// A node speaks of a lease that nobody knows.
+    pub(super) fn report_unknown(&mut self, node: &NodeName) {
+        use spaceport_core::lease::Command;
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        let lease = LeaseId::new(format!("nobody{}", self.now));
+        let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
+        if agent.leader.is_some() {
+            agent.sends.push(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+            agent.sends.push(Command::Freed { node: node.clone(), lease, how: FreedAs::Free });
+        }
+    }
+}

@@ -26,6 +26,8 @@ pub struct Held {
     pub card: Option<u32>,
     /// While it waits: the card whose slot will be its own as soon as that is clear.
     pub reserved: Option<u32>,
+    /// It had to wait for its slot.
+    pub waited: bool,
     /// Counts the orders that were taken: who waits begins in this order.
     pub arrival: u64,
     /// How far it is.
@@ -354,7 +356,9 @@ impl Agent {
         let (request, arrival) = (asked.request, self.arrivals);
         self.arrivals += 1;
         let (ended_acknowledged, freed_acknowledged) = (false, false);
-        let held = Held { order, request, card, reserved, arrival, phase, ended_acknowledged, freed_acknowledged };
+        let waited = card.is_none();
+        let held =
+            Held { order, request, card, reserved, waited, arrival, phase, ended_acknowledged, freed_acknowledged };
         self.leases.insert(id.clone(), held);
         self.notices.push(Notice::Taken(id.clone(), ticket));
         let node = self.name.clone();

@@ -83,7 +83,7 @@ pub fn given_up(world: &mut World) -> Checked {
             let given_up = closed.filter(|closed| matches!(closed.ending, Ending::Expired | Ending::Refused));
             if let Some(closed) = given_up {
                 // Nothing bounds how long a lease waits for a slot on a node that stands still (docs/simulation.md).
-                if held.order.after.is_some() && world.slept.contains(&agent.name) {
+                if held.waited && world.slept.contains(&agent.name) {
                     world.coverage.saw(Scenario::BeganAfterExpiry);
                     continue;
                 }

@@ -254,6 +254,10 @@ impl World {
             Notice::Taken(lease, ticket) => {
                 self.coverage.saw(Scenario::Granted);
                 check::nodes::taken(self, node, &lease)?;
+                let held = self.agents.get(node).and_then(|agent| agent.leases.get(&lease));
+                if held.is_some_and(|held| held.waited) {
+                    self.seen_calls.overtaken.insert(node.clone());
+                }
                 self.clients.leases.insert(lease, ticket);
             }
             Notice::Began(lease) => self.began(node, &lease),

@@ -4,7 +4,7 @@ use spaceport_core::protocol::Released;
 use spaceport_proto::nodelink::{self as link, node_message::Message};
 
 use super::state::{Ending, EndingKind, FreedKind, Idle, Lease, Phase, Report};
-use super::{Machine, NEIGHBOUR_MS, Step, wire};
+use super::{Answer, Machine, NEIGHBOUR_MS, Step, wire};
 use crate::gate::{Device, Opens};
 
 impl Machine {
@@ -37,6 +37,11 @@ impl Machine {
         match lease.phase {
             Phase::Ended { .. } | Phase::Closing { .. } => {}
             Phase::Waiting | Phase::Assigned { .. } | Phase::Starting { .. } => {
+                if matches!(lease.phase, Phase::Waiting | Phase::Starting { call: None, .. }) {
+                    // Its caller has no answer yet, and would wait for one.
+                    let answer = Answer::Unavailable { reason: message.to_owned() };
+                    self.steps.push_back(Step::Answer { ticket: lease.ticket, answer });
+                }
                 lease.mark(now_ms, mark_of(kind), message);
                 lease.phase = Phase::Closing { ending: ending(0), call };
                 self.dirty = true;

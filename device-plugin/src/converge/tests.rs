@@ -521,6 +521,23 @@ fn a_cancelled_lease_ends_and_an_unknown_one_is_answered_too() {
     assert_eq!(ended[1], ("nobody".to_owned(), link::EndKind::Cancelled, 0));
 }
 
+/// The order was taken, but its slot still clears: the caller has no answer yet.
+#[test]
+fn a_lease_that_is_cancelled_before_it_has_a_slot_answers_its_caller() {
+    let (mut node, one, two) = (Node::with_cards(1), pod("one"), pod("two"));
+    node.runs("l1", &one, 1, XLARGE);
+    let ticket = node.asks(&two, 1, None);
+    node.happens(Event::Queued(link::Queued { ticket, ..link::Queued::default() }));
+    node.releases("l1", &one, false);
+    let mut order = node.order("l2", ticket, XLARGE);
+    order.after = "l1".to_owned();
+    node.happens(Event::Start(order)).seen();
+    let reason = "the account is gone".to_owned();
+    let cancel = link::Cancel { epoch: 7, boottime_ms: node.now, lease: "l2".to_owned(), reason, order_ttl_ms: 5_000 };
+    node.happens(Event::Cancel(cancel));
+    assert!(matches!(&node.answers()[..], [Answer::Unavailable { reason }] if reason == "the account is gone"));
+}
+
 #[test]
 fn a_sick_card_ends_its_leases_uncharged_and_gets_no_new_ones() {
     let (mut node, app) = (Node::with_cards(1), pod("app"));

@@ -455,9 +455,13 @@ impl<P: Pages> Actor<P> {
         }
         // A page that cannot be used closes its account: it is not in the ledger, and its watch has reported it.
         let Ok(page) = seen.page.clone() else { return };
-        // An older event must not bring an older revision back; one of the same seq may carry a newer spec (L2).
-        let newest = self.state.accounts.get(name).map_or(0, |found| found.durable.seq);
-        if page.seq >= newest {
+        // An older event must not bring an older revision back; one of the same seq may carry a newer spec (L2). A newer page
+        // is not taken while a write is under way: that write will meet it, and then the page is read.
+        let takes_revision = self.state.accounts.get(name).is_none_or(|found| {
+            let newest = found.durable.seq;
+            page.seq == newest || (page.seq > newest && found.in_flight.is_none())
+        });
+        if takes_revision {
             self.targets.insert(name.clone(), PageTarget::of(seen));
         }
         if self.shows_wrong(seen, &policy) {

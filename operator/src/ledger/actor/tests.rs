@@ -40,6 +40,8 @@ enum Fate {
     SpecEdited,
     /// It is refused.
     Refused,
+    /// It is refused when the test says so.
+    RefusedLater,
     /// It does not happen, and it takes for ever to say so.
     NoAnswer,
 }
@@ -52,6 +54,8 @@ struct Objects {
     shown: BTreeMap<AccountName, Display>,
     epoch: u64,
     writes: u64,
+    /// Lets the write of [`Fate::RefusedLater`] go on.
+    refuse: Arc<tokio::sync::Notify>,
 }
 
 #[derive(Clone, Default)]
@@ -96,6 +100,11 @@ impl Pages for Memory {
         if fate == Some(Fate::NoAnswer) {
             return std::future::pending().await;
         }
+        if fate == Some(Fate::RefusedLater) {
+            let refuse = Arc::clone(&self.0.lock().unwrap().refuse);
+            refuse.notified().await;
+            return WriteOutcome::Refused { reason: "test".to_owned() };
+        }
         let mut objects = self.0.lock().unwrap();
         let lost = WriteOutcome::Unknown { reason: "test".to_owned() };
         objects.writes += 1;
@@ -104,7 +113,7 @@ impl Pages for Memory {
             Some(Fate::LostRequest) => return lost,
             Some(Fate::Refused) => return WriteOutcome::Refused { reason: "test".to_owned() },
             Some(Fate::SpecEdited) => *revision += 1,
-            Some(Fate::LostAnswer | Fate::NoAnswer) | None => {}
+            Some(Fate::LostAnswer | Fate::NoAnswer | Fate::RefusedLater) | None => {}
         }
         if revision.to_string() != target.resource_version {
             return WriteOutcome::Conflict;
@@ -398,6 +407,33 @@ async fn a_write_that_is_refused_grants_nothing_and_is_tried_again() {
     assert!(queued.concurrency);
     let order = story.order().await;
     assert_eq!((order.ticket, story.memory.page(SPACE).holds.len()), (1, 1));
+    story.stop().await;
+}
+
+/// L2: the watch shows an old leader's late page while a write of ours is under way. It was found by the simulation that the
+/// next write then went over that page, with its number.
+#[tokio::test]
+async fn a_page_that_is_seen_during_a_write_is_not_written_over() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    let order = story.order().await;
+    story.run_lease(&order.lease, 1_000).await;
+    story.memory.fate(Fate::RefusedLater);
+    story.request(2, 10_000, "").await;
+    wait_for(|| story.memory.0.lock().unwrap().fates.is_empty().then_some(())).await;
+    let late = {
+        let mut objects = story.memory.0.lock().unwrap();
+        let (revision, page) = objects.accounts.get_mut(&AccountName::new(SPACE)).unwrap();
+        (*revision, page.seq, page.write_id) = (*revision + 1, page.seq + 1, "late".to_owned());
+        Memory::seen(&AccountName::new(SPACE), *revision, page)
+    };
+    let seq = late.page.as_ref().unwrap().seq;
+    story.store(StoreEvent::Account(Box::new(late))).await;
+    story.memory.0.lock().unwrap().refuse.notify_one();
+    let Outgoing::Queued(_) = story.hear().await else { panic!("no place in the queue") };
+    assert_eq!(story.order().await.ticket, 2);
+    assert_eq!(story.memory.page(SPACE).seq, seq + 1, "our page came after the late one");
     story.stop().await;
 }
 

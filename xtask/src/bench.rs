@@ -1,4 +1,5 @@
-//! `cargo xtask bench …`: numbers, taken on the local cluster. Never part of the tests: a slow machine is no fault.
+//! `cargo xtask bench …`: numbers, most of them taken on the local cluster. Never part of the tests: a slow machine is no
+//! fault.
 
 use std::process::Stdio;
 
@@ -30,10 +31,33 @@ enum What {
         #[arg(long)]
         json: bool,
     },
+    /// How many decisions the ledger makes a second, and what an idle account costs; needs no cluster
+    Ledger {
+        /// Print exactly one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
-    let What::Grant { json } = &arguments.what;
+    match arguments.what {
+        What::Grant { json } => grant(workspace, json),
+        What::Ledger { json } => ledger(workspace, json),
+    }
+}
+
+fn ledger(workspace: &Workspace, json: bool) -> Result<()> {
+    let words = ["bench", "--quiet", "--locked", "--package", "spaceport-core", "--bench", "ledger", "--"];
+    let mut cargo = workspace.cargo(&words);
+    if json {
+        cargo.arg("--json");
+    }
+    let status = cargo.stdin(Stdio::null()).status().context("cannot start cargo")?;
+    ensure!(status.success(), "there are no numbers (see above)");
+    Ok(())
+}
+
+fn grant(workspace: &Workspace, json: bool) -> Result<()> {
     enough_cards(workspace)?;
     headline("the local cluster");
     cluster::up(workspace, &UpArguments { cards: CARDS, real_gpu: false })?;
@@ -48,7 +72,7 @@ pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
     headline("the benchmark");
     let mut run = workspace.cargo(&["run", "--release", "--quiet"]);
     run.args(program).args(["--", "grant"]);
-    if *json {
+    if json {
         run.arg("--json");
     }
     clients::environment(workspace, &mut run)?;

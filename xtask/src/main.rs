@@ -15,6 +15,7 @@ mod generate;
 mod images;
 mod kubectl;
 mod prerequisites;
+mod simulation;
 mod test;
 mod wait;
 mod workspace;
@@ -52,7 +53,10 @@ enum Action {
     Demo,
     /// Every check, or one class of them: unit, api, e2e
     Test(test::TestArguments),
-    /// Measures, in one run on the local cluster
+    /// Simulates the ledger, checks its protocol, replays demand under several queueing policies
+    #[command(disable_help_flag = true)]
+    Sim(simulation::SimulationArguments),
+    /// Measures, in one run
     Bench(bench::BenchArguments),
     /// Writes the files that are generated from the Rust types
     Gen(generate::GenerateArguments),
@@ -81,6 +85,7 @@ fn run() -> Result<()> {
         Action::Charts(arguments) => charts::run(&workspace, &arguments),
         Action::Demo => demo::demo(&workspace),
         Action::Test(arguments) => test::run_tests(&workspace, &arguments),
+        Action::Sim(arguments) => simulation::simulate(&workspace, &arguments),
         Action::Bench(arguments) => bench::bench(&workspace, &arguments),
         Action::Gen(arguments) => generate::run(&workspace, &arguments),
     }

@@ -12,7 +12,7 @@ use crate::command::{command, headline, progress, run};
 use crate::generate::{self, GenerateArguments};
 use crate::images::{self, Name};
 use crate::workspace::Workspace;
-use crate::{cargo_deny, clients, prerequisites};
+use crate::{cargo_deny, clients, prerequisites, simulation};
 
 /// Rendered for the Kubernetes of the local cluster: a helm that is built from its module believes in a much older one.
 const TEMPLATE: [&str; 4] = ["template", "spaceport", "--kube-version", "1.34.4"];
@@ -91,7 +91,9 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     )
     .current_dir(&workspace.root))?;
     headline("unit and property tests");
-    cargo_tests(workspace, &[], &[], &[])
+    let passed = cargo_tests(workspace, &[], &[], &[])?;
+    simulation::test(workspace)?;
+    Ok(passed)
 }
 
 fn lint_charts(workspace: &Workspace) -> Result<()> {

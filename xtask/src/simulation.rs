@@ -29,11 +29,11 @@ pub struct SimulationArguments {
     words: Vec<String>,
 }
 
-const LEDGER: Program = Program { name: "spaceport-sim", features: &["--features", "spaceport-sim/mutants"] };
+const LEDGER: Program = Program { name: "spaceport-sim", features: &["--features", "mutants"] };
 const MODEL: Program = Program { name: "spaceport-model", features: &[] };
 const REPLAY: Program = Program { name: "spaceport-replay", features: &[] };
 
-/// A binary of the workspace.
+/// A package of the workspace with one binary.
 struct Program {
     name: &'static str,
     features: &'static [&'static str],
@@ -70,8 +70,8 @@ pub fn test(workspace: &Workspace) -> Result<()> {
 
 impl Program {
     fn run(&self, workspace: &Workspace, words: &[&str]) -> Result<()> {
-        // Without --package: the features that cargo resolves are those of the images, and so are the compiled libraries.
-        let mut cargo = workspace.cargo(&["run", "--release", "--quiet", "--locked", "--bin", self.name]);
+        // With --package, or else cargo would not hear of the feature.
+        let mut cargo = workspace.cargo(&["run", "--release", "--quiet", "--locked", "--package", self.name]);
         cargo.args(self.features).arg("--").args(words);
         let status = cargo.stdin(Stdio::null()).status().context("cannot start cargo")?;
         ensure!(status.success(), "{} says that something is wrong (see above)", self.name);

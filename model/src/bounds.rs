@@ -112,8 +112,6 @@ pub enum Gap {
     /// A page that the watch shows while a write is in flight is dropped; if the answer then comes from a read that is older
     /// than that page, the page is not known until something else is written to the account.
     DroppedPage,
-    /// A node that is told to end a lease which still waits for its slot gives the call that waits for it no answer.
-    SilentCancel,
     /// A leader that was deposed long ago and has not heard of it still sends the order of a hold that it decided before, to a
     /// node that has not joined the new term: the bound of L9 counts from the new term's start, and is over by then.
     LateOrder,
@@ -136,4 +134,6 @@ pub enum Fault {
     ReportOnce,
     /// Against L7: a node that joins again tells of no lease.
     JoinsEmpty,
+    /// Against L10: a node that is told to end a lease which still waits for its slot gives the call that waits no answer.
+    SilentCancel,
 }

@@ -341,7 +341,7 @@ impl Cluster {
         let message = world.link(broker, node).to_node.remove(0);
         let waited: Vec<u8> = world.nodes[node].waiting_leases().collect();
         let mut told = world.node(node).receive(broker, &message, self.fault());
-        if matches!(message, ToNode::Cancel { .. }) && self.bounds.gap != Some(Gap::SilentCancel) {
+        if matches!(message, ToNode::Cancel { .. }) && self.fault() != Fault::SilentCancel {
             let waits: Vec<u8> = world.nodes[node].waiting_leases().chain(told.granted.iter().copied()).collect();
             told.cut.extend(waited.into_iter().filter(|call| !waits.contains(call)));
         }

@@ -128,11 +128,12 @@ fn the_gap_of_a_dropped_page_is_there() {
     is_seen(bounds, "L10: where nothing goes on");
 }
 
+/// The agent did that once.
 #[test]
-fn the_gap_of_a_silent_cancel_is_there() {
+fn a_node_that_cancels_without_an_answer_is_seen() {
     let calls = [call(0, 0), call(0, 0)];
     let budget = Budget { terms: 1, ..NONE };
-    let bounds = Bounds { gap: Some(Gap::SilentCancel), budget, running: 1, ..calm("two calls", 1, &calls) };
+    let bounds = Bounds { fault: Fault::SilentCancel, budget, running: 1, ..calm("two calls", 1, &calls) };
     is_seen(bounds, "L10: where nothing goes on");
 }
 

@@ -252,7 +252,7 @@ impl State {
 
     fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
         let epoch = self.epoch;
-        let stateful = self.has(Mutant::Stateful);
+        let (stateful, twice) = (self.has(Mutant::Stateful), self.has(Mutant::SettleTwice));
         let Some(found) = self.accounts.get_mut(account) else { return };
         let (changes, written) = found.take_batch();
         if changes.iter().any(|change| change.urgency() == Urgency::Note) {
@@ -264,7 +264,7 @@ impl State {
         found.settle_since = found.settle_since.filter(|_| still(Urgency::Soon));
         let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
         let page = Arc::new(page);
-        if found.pending.is_empty() {
+        if found.pending.is_empty() && !twice {
             // The working page is what is written.
             found.working = Arc::clone(&page);
         } else {

@@ -214,14 +214,15 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
-    /// A half was ordered that was to wait for one to clear, and its node has not said where it is. If another card was clear
-    /// first, it went there.
-    half_follows: bool,
+    /// Halves that were to wait for one to clear, and of which the node has not said where they are: if another card was clear
+    /// first, they went there. What each of them avoids.
+    halves_under_way: Vec<&'a [u32]>,
 }
 
 impl<'a> Picture<'a> {
     fn of(now: Steady, node: &'a Node) -> Option<Self> {
-        let mut picture = Self { now, node, uses: vec![CardUse::default(); node.cards.len()], half_follows: false };
+        let mut picture =
+            Self { now, node, uses: vec![CardUse::default(); node.cards.len()], halves_under_way: Vec::new() };
         for holder in &node.holders {
             if let Some(card) = holder.card {
                 picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken });
@@ -229,7 +230,9 @@ impl<'a> Picture<'a> {
         }
         // In the order in which they were reserved.
         for holder in node.holders.iter().filter(|holder| holder.card.is_none()) {
-            picture.half_follows |= holder.follows && holder.size == Size::Large;
+            if holder.follows && holder.size == Size::Large {
+                picture.halves_under_way.push(&holder.avoid);
+            }
             let now = picture.pick(holder.size, &holder.avoid, CardUse::now).filter(|_| holder.after.is_none());
             match now {
                 Some(card) => picture.add(card, holder, Use::Taken),
@@ -271,17 +274,18 @@ impl<'a> Picture<'a> {
     }
 
     fn slot(&self, size: Size, avoid: &[u32]) -> Option<FoundSlot> {
-        if size == Size::Xlarge && self.half_follows {
-            // A whole card that is clear, or will be, may be that half's by then.
-            return None;
+        let mut passed = avoid.to_vec();
+        if size == Size::Xlarge {
+            // A whole card that is clear, or will be, may be a half's by then, unless that half avoids it.
+            let is_open = |card: u32| self.halves_under_way.iter().all(|avoided| avoided.contains(&card));
+            passed.extend(self.node.cards.iter().map(|card| card.index).filter(|card| !is_open(*card)));
         }
-        if self.pick(size, avoid, CardUse::now).is_some() {
+        if self.pick(size, &passed, CardUse::now).is_some() {
             return Some(FoundSlot { after: None, avoid: avoid.to_vec() });
         }
         if !self.uses.iter().any(|card_use| card_use.clearing > 0) {
             return None;
         }
-        let mut passed = avoid.to_vec();
         // Each round rules one card out.
         while let Some(card) = self.pick(size, &passed, CardUse::soon) {
             if let Some(after) = predecessor(self.node, card, size) {

@@ -98,6 +98,11 @@ impl World {
         let Some(outcome) = write.outcome else { return Ok(()) };
         let Some(write) = self.writes.remove(&id) else { return Ok(()) };
         let (number, account, write_id) = (write.broker, write.account, write.page.write_id.clone());
+        // The tasks of a term end with it: a process that leads again does not hear of its former writes.
+        let term = self.brokers.get(&number).and_then(|broker| broker.term.as_ref());
+        if term.is_none_or(|term| term.state.epoch != write.page.epoch) {
+            return Ok(());
+        }
         match outcome {
             Swapped::Written(revision) => {
                 if let Some(broker) = self.brokers.get_mut(&number) {

@@ -6,7 +6,9 @@
 pub mod bench;
 pub mod breakable;
 mod call;
+pub mod crash_matrix;
 pub mod demo;
+mod failpoint;
 mod kubectl;
 pub mod stories;
 pub mod story;

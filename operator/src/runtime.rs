@@ -18,6 +18,7 @@ use crate::account::{self, WorkQueue};
 use crate::args::{Args, LeaderArgs, LedgerArgs, NodeLinkArgs, PlaceArgs};
 use crate::clock;
 use crate::credentials::{self, CredentialsError, ServerCertificate};
+use crate::fault;
 use crate::identity::{self, KeySet, TokenVerifier};
 use crate::kubeapi::KubeApi;
 use crate::leader::{self, LeaderSettings};
@@ -55,7 +56,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     } = args;
     log::start(&log)?;
     #[cfg(feature = "faults")]
-    crate::fault::choose(fault);
+    fault::choose(fault);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
@@ -65,7 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let mut tasks = Tasks::new(stop.clone());
         let listener = admin::bind(admin_listen).await?;
         let counted = metrics.clone();
-        let serve = admin::serve(listener, move || counted.encode(), readiness.clone(), stop.clone());
+        let serve = admin::serve(listener, move || counted.encode(), readiness.clone(), fault::routes(), stop.clone());
         tasks.spawn_fallible("admin endpoint", serve);
         let settings = Settings { place, leader, ledger, node_link, space };
         let started = start(settings, metrics, readiness, &mut tasks).await;

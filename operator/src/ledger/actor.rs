@@ -33,7 +33,7 @@ use super::watches::StoreEvent;
 use super::{convert, node_messages};
 use crate::account::status::{conditions, is_shown, ready};
 use crate::clock;
-use crate::fault;
+use crate::fault::{self, Place};
 use crate::identity::TokenVerifier;
 use crate::metrics::Metrics;
 
@@ -303,6 +303,7 @@ impl<P: Pages> Actor<P> {
                 }
             }
             Event::Reserved { lease, waiting, .. } => {
+                Place::HoldDecided.reached();
                 self.records.reserved(lease, waiting, self.state.epoch);
                 if let Some(Promise { given, latest_start }) = waiting.promise {
                     self.metrics.waited(at.steady.since(given), latest_start.since(given));
@@ -317,9 +318,13 @@ impl<P: Pages> Actor<P> {
                 let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at.wall);
                 self.unserved(unserved);
             }
-            Event::Ordered { lease, .. } => self.note_hold(lease, at.wall),
+            Event::Ordered { lease, .. } => {
+                Place::HoldWritten.reached();
+                self.note_hold(lease, at.wall);
+            }
             Event::Adopted { lease, account: Some(_), .. } => self.note_hold(lease, at.wall),
             Event::Changed { change: PageChange::Settle { ending, .. }, .. } => {
+                Place::SettleDecided.reached();
                 self.metrics.lease_ended(convert::outcome_reason(*ending).as_str());
             }
             Event::Denied { denial, .. } => self.metrics.denied(denial.kind()),
@@ -357,6 +362,9 @@ impl<P: Pages> Actor<P> {
                 self.send(&node, |session| node_messages::cancel(epoch, &lease, reason, session.boottime_ms, ttl));
             }
             Effect::Acknowledge { node, lease, ended, freed } => {
+                if ended {
+                    Place::SettleWritten.reached();
+                }
                 self.send(&node, |_| node_messages::acknowledged(&lease, ended, freed));
             }
             Effect::Deny { ticket, node, caller, denial } => self.deny(&ticket, &node, caller, &denial),

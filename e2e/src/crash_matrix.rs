@@ -5,12 +5,13 @@
 
 use std::fmt;
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::breakable::Part;
+use crate::component::Component;
 use crate::failpoint::Failpoint;
 use crate::kubectl::{at, setting};
 use crate::stories::schedule;
@@ -104,35 +105,19 @@ impl Victim {
         match self {
             Self::Operator => world.kill_program(Part::Operator.program()).map(drop),
             Self::Agent => world.kill_program(Part::DevicePlugin.program()).map(drop),
-            Self::ApiServer => kill_component("kube-apiserver"),
-            Self::Kubelet => kill_component("kubelet"),
+            Self::ApiServer => Component::ApiServer.kill(),
+            Self::Kubelet => Component::Kubelet.kill(),
         }
     }
 
     /// Starts what nothing else starts again: on a host, its service manager does.
     fn start_again(self) -> Result<()> {
-        if matches!(self, Self::Operator | Self::Agent) {
-            return Ok(());
+        match self {
+            // kubelet does.
+            Self::Operator | Self::Agent => Ok(()),
+            Self::ApiServer | Self::Kubelet => Component::start_all(),
         }
-        let output = std::process::Command::new(setting("SPACEPORT_XTASK")?).arg("up").output()?;
-        ensure!(
-            output.status.success(),
-            "`up` ended with {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
     }
-}
-
-/// Kills a component of the local cluster that `cargo xtask up` started.
-fn kill_component(name: &str) -> Result<()> {
-    let path = format!("{}/pids/{name}.json", setting("SPACEPORT_LOCAL")?);
-    let record: Value = serde_json::from_slice(&std::fs::read(&path).with_context(|| path.clone())?)?;
-    let pid = record["pid"].as_u64().with_context(|| format!("{path} has no pid"))?;
-    let status = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
-    ensure!(status.success(), "cannot kill {name} (pid {pid}): {status}");
-    Ok(())
 }
 
 /// Tells every case, on builds for tests of operator and agent, and prints the table. `SPACEPORT_CRASH_ONLY` is a
@@ -241,7 +226,7 @@ fn caller_said(caller: Child) -> Result<Value> {
 
 /// Waits until a stranger gets a lease.
 fn granted_again(world: &World) -> Result<()> {
-    let end: Instant = now() + RECOVERY_LIMIT;
+    let end = now() + RECOVERY_LIMIT;
     loop {
         match world.new_account("probe").and_then(|account| probe(world, &account, "")) {
             Ok(()) => return Ok(()),

@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod breakable;
 mod call;
+mod component;
 pub mod crash_matrix;
 pub mod demo;
 mod failpoint;

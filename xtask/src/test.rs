@@ -159,13 +159,10 @@ fn operator_tests(workspace: &Workspace) -> Result<usize> {
 fn with_breakable(workspace: &Workspace, tests: &[&str], variables: &[(&str, &str)]) -> Result<usize> {
     let images = images::build(workspace, &[Name::BreakableOperator, Name::BreakableDevicePlugin])?;
     images::import_missing(workspace, &images)?;
-    let xtask = std::env::current_exe().context("this program has no path")?;
-    let xtask = xtask.to_str().context("the path of the checkout is not UTF-8")?;
     let images = ["SPACEPORT_BREAKABLE_OPERATOR", "SPACEPORT_BREAKABLE_DEVICE_PLUGIN"]
         .into_iter()
         .zip(images.iter().map(|image| image.reference.as_str()));
-    let variables: Vec<(&str, &str)> =
-        images.chain([("SPACEPORT_XTASK", xtask)]).chain(variables.iter().copied()).collect();
+    let variables: Vec<(&str, &str)> = images.chain(variables.iter().copied()).collect();
     cluster_tests(workspace, tests, &variables)
 }
 

@@ -4,6 +4,7 @@
 //! one that is broken on purpose (`tests/broken_on_purpose.rs`), where each must say so.
 
 mod crash;
+mod failover;
 mod gate;
 mod host;
 mod ledger;
@@ -15,6 +16,9 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 pub use crash::{kill_9_of_the_node_agent_in_mid_lease, kill_9_of_the_operator_in_mid_lease};
+pub use failover::{
+    those_who_wait_keep_their_place_when_the_leader_dies, without_an_api_server_leases_run_on_and_nothing_is_granted,
+};
 pub use gate::{
     an_app_ends_although_its_worker_is_frozen, an_idle_worker_does_not_compute, only_the_allowed_worker_opens_the_card,
     the_deadline_ends_the_worker_and_closes_the_gate,

@@ -171,7 +171,7 @@ say(ready=True, allow=allow, released=released, beats=beaten, seconds=time.monot
     let at_of = |answer: &Value| answer["at"].as_f64().unwrap_or_default();
     let meanwhile: Vec<_> = answers.iter().filter(|answer| at_of(answer) > away && at_of(answer) < back).collect();
     ensure!(meanwhile.iter().all(|answer| answer["granted"] == false), "granted from memory: {said}");
-    let silent = meanwhile.iter().find(|answer| answer["status"] != 503 || answer["body"] == "");
+    let silent = meanwhile.iter().find(|answer| answer["body"].as_str().is_none_or(str::is_empty));
     ensure!(silent.is_none(), "who is not served is told why: {silent:?}");
     let first = answers.iter().find(|answer| at_of(answer) > back && answer["granted"] == true);
     let first = first.with_context(|| format!("nothing was granted after the outage: {said}"))?;

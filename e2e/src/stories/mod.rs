@@ -36,10 +36,21 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Path and query of `POST /schedule` as the client sends it; empty: without that parameter.
 pub(crate) fn schedule(token: &str, duration: &str, size: &str) -> String {
+    schedule_of(140_654_172_626_816, token, duration, size)
+}
+
+/// The same for a function that was never called before: it has no worker, and no size is remembered of it (L15).
+pub(crate) fn schedule_of_new(token: &str, duration: &str, size: &str) -> String {
+    // As many bits as an address of CPython has.
+    let task = ulid::Ulid::generate().random() & ((1 << 46) - 1);
+    schedule_of(task, token, duration, size)
+}
+
+fn schedule_of(task: u128, token: &str, duration: &str, size: &str) -> String {
     let size = if size.is_empty() { String::new() } else { format!("&gpuSize={size}") };
     let token = if token.is_empty() { String::new() } else { format!("&token={token}") };
     format!(
-        "/schedule?cgroupPath=%2F&taskId=140654172626816&enableQueue=true&tokenVersion=2&durationSeconds={duration}{size}{token}"
+        "/schedule?cgroupPath=%2F&taskId={task}&enableQueue=true&tokenVersion=2&durationSeconds={duration}{size}{token}"
     )
 }
 

@@ -152,6 +152,7 @@ fn account(number: u64, random: &mut Random) -> AccountPlan {
     let policy = Policy {
         tier: "demo".into(),
         allowance: Allowance {
+per_cookie_ms: None,
             base_ms,
             longest_call_ms: 50_000,
             runs_per_window: random.chance(250).then(|| random.between(2, 8)),

@@ -59,7 +59,7 @@ impl State {
             }
             Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
             Event::Parked { ticket } => self.queue.park(ticket),
-            Event::Unparked { account } => self.queue.unpark(account),
+            Event::Unparked { account } => self.unpark_where(account),
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
             Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
@@ -134,13 +134,21 @@ impl State {
     /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
     /// after a failed write ends with time, see `expiry`.
     fn unpark(&mut self, account: &AccountName) {
-        let blocked = self.accounts.get(account).is_some_and(|found| {
-            let page = self.page_of(found);
-            found.is_full(page) || found.retry_at.is_some()
-        });
-        if !blocked {
-            self.queue.unpark(account);
+        if !self.accounts.get(account).is_some_and(|found| found.retry_at.is_some()) {
+            self.unpark_where(account);
         }
+    }
+
+    /// Those of them whose payer may have another lease: on a guest page each visitor has a limit of its own.
+    fn unpark_where(&mut self, account: &AccountName) {
+        if self.queue.parked_on(account).next().is_none() {
+            return;
+        }
+        let found = self.accounts.get(account);
+        let page = found.map(|found| self.page_of(found));
+        let payer = found.zip(page);
+        self.queue
+            .unpark(account, |waiting| payer.is_none_or(|(found, page)| !found.is_full(page, waiting.cookie.as_ref())));
     }
 
     fn set_rest(&mut self, node: &NodeName, rests: bool) {

@@ -1,6 +1,6 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
 use crate::queue::{LaneSettings, Priority, QueueBounds};
@@ -175,7 +175,7 @@ pub struct Policy {
     pub tier: String,
     /// Quota.
     pub allowance: Allowance,
-    /// Most leases at once.
+    /// Most leases at once; on a guest page of each visitor.
     pub concurrent: u32,
     /// Place in the queue.
     pub priority: Priority,
@@ -283,6 +283,8 @@ pub struct Request {
     pub declared_ms: u64,
     /// Who pays: the account of the token, or the Space's own where there was none; or what is wrong with the token.
     pub caller: Result<AccountName, UnauthenticatedReason>,
+    /// The visitor, if the account is a guest page (L1); then always there.
+    pub cookie: Option<CookieId>,
     /// The token's budget; None without a token.
     pub budget: Option<Budget>,
 }

@@ -8,10 +8,10 @@ use super::mutant::Mutant;
 use super::request::{Refusal, frees_in_ms, give_back};
 use super::state::{Account, Holder, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
-use crate::page::Hold;
+use crate::page::{CookieWindow, Hold};
 use crate::protocol::Denial;
 use crate::queue::{Choice, Fit, Lanes, Room, Waiting};
-use crate::quota::{self, Admission};
+use crate::quota::{self, Admission, Payer, Queued};
 use crate::slots;
 
 /// Makes at most one decision about the node's queue: a request gets a slot, is refused, is passed because it waits for its
@@ -60,13 +60,14 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Waiting, slot: O
         return refuse(at, state, waiting, Denial::AccountDeleting);
     };
     let page = state.page_of(account);
-    if account.is_blocked(page, at.steady) {
+    if account.is_blocked(page, waiting.cookie.as_ref(), at.steady) {
         return vec![Event::Parked { ticket: waiting.ticket.clone() }];
     }
     let Some(slot) = slot else { return Vec::new() };
     let time = page.time(at.wall);
     let frees_in_ms = frees_in_ms(state, account, time);
-    match quota::admit(page, &account.policy.allowance, time, &waiting.demand, 0, frees_in_ms) {
+    let payer = Payer { page, allowance: &account.policy.allowance, cookie: waiting.cookie.as_ref(), at: time };
+    match quota::admit(payer, &waiting.demand, Queued::default(), frees_in_ms) {
         Ok(admission) => reserve(at, ids, state, account, waiting, slot, admission),
         Err(denial) => refuse(at, state, waiting, denial),
     }
@@ -103,8 +104,14 @@ fn reserve(
         after: slot.after.clone(),
         generation: account.policy.allowance.generation,
         via: waiting.via.clone(),
+        cookie: admission.cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
     };
-    let change = PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants };
+    let change = PageChange::Hold {
+        hold: Box::new(hold),
+        window: admission.window,
+        grants: admission.grants,
+        cookie: admission.cookie.map(Box::new),
+    };
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
         Event::Reserved {

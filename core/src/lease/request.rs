@@ -11,7 +11,7 @@ use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, Space
 use crate::page::{DenialRow, Outcome};
 use crate::protocol::{CallerClass, Denial, QueueOf, UnauthenticatedReason, human_message};
 use crate::queue::{Function, Turn, Waiting, WaitsFor};
-use crate::quota::{self, Demand};
+use crate::quota::{self, Demand, Payer};
 use crate::slots;
 
 /// Orders for one request that a node may refuse, or a store may not take, before it is told PlatformFault. A first order
@@ -45,7 +45,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
         Err(denial) => refusal.events(at, state, denial),
         Ok((account, name, demand)) => {
             let turn = turn(at, state, account, &request, &demand);
-            let blocked = account.is_blocked(state.page_of(account), at.steady);
+            let blocked = account.is_blocked(state.page_of(account), request.cookie.as_ref(), at.steady);
             let mut events = Vec::new();
             if let Some(budget) = &request.budget {
                 let (root, expires) = (budget.root.clone(), budget.expires);
@@ -60,7 +60,13 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 demand,
                 turn,
                 caller: account.policy.caller,
-                via: if request.budget.is_some() { "token" } else { "space" }.to_owned(),
+                via: match (&request.cookie, &request.budget) {
+                    (Some(_), _) => "guest",
+                    (None, Some(_)) => "token",
+                    (None, None) => "space",
+                }
+                .to_owned(),
+                cookie: request.cookie,
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
                 arrived: at.steady,
@@ -136,20 +142,21 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
     };
     let page = state.page_of(account);
     let time = page.time(at.wall);
-    quota::check_legal(page, &account.policy.allowance, time, &demand)?;
+    let payer = Payer { page, allowance: &account.policy.allowance, cookie: request.cookie.as_ref(), at: time };
+    quota::check_legal(payer, &demand)?;
     if let Some(budget) = &request.budget {
         check_budget(state, budget, demand.needed_ms())?;
     }
     // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
-    let queued_ms = state.queue.needed_ms(&name);
+    let queued = state.queue.needed(&name, request.cookie.as_ref());
     let frees_in_ms = frees_in_ms(state, account, time);
-    quota::admit(page, &account.policy.allowance, time, &demand, queued_ms, frees_in_ms)?;
+    quota::admit(payer, &demand, queued, frees_in_ms)?;
     let node = state.nodes.get(&request.node).filter(|node| node.joined);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
     }
     match state.queue.full(&request.node, &request.space, &name, &settings.queue) {
-        Some((QueueOf::Account, _)) if account.is_blocked(page, at.steady) => {
+        Some((QueueOf::Account, _)) if account.is_blocked(page, request.cookie.as_ref(), at.steady) => {
             Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent) })
         }
         Some((of, bound)) => Err(Denial::QueueFull { bound, of }),

@@ -8,8 +8,8 @@ use super::command::{Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use super::schedule::{Schedule, Scheduled};
-use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
-use crate::page::{CLOSED_MAX, Page};
+use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
+use crate::page::{CLOSED_MAX, Hold, Page};
 use crate::queue::{History, Lane, Queue, Waiting};
 use crate::slots::Card;
 
@@ -325,13 +325,15 @@ impl State {
 impl Account {
     /// True while a new hold has to wait for something of the account's own: its concurrency limit, its outbox, or its
     /// failing writes. On the wire all three are the queueing reason `concurrency`.
-    pub(super) fn is_blocked(&self, page: &Page, now: Steady) -> bool {
-        self.is_full(page) || self.retry_at.is_some_and(|retry_at| now < retry_at)
+    pub(super) fn is_blocked(&self, page: &Page, cookie: Option<&CookieId>, now: Steady) -> bool {
+        self.is_full(page, cookie) || self.retry_at.is_some_and(|retry_at| now < retry_at)
     }
 
-    /// True while the page takes no more holds.
-    pub(super) fn is_full(&self, page: &Page) -> bool {
-        page.holds.len() >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
+    /// True while the page takes no more holds, or none of this visitor of a guest page.
+    pub(super) fn is_full(&self, page: &Page, cookie: Option<&CookieId>) -> bool {
+        let is_own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+        let open = if cookie.is_some() { page.holds.iter().filter(is_own).count() } else { page.holds.len() };
+        open >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
             // L10: a full outbox pauses this account only. Every open hold will need a row in it.
             || page.holds.len() + page.closed.len() >= CLOSED_MAX
     }

@@ -29,6 +29,9 @@ pub enum Denial {
         resets_in_ms: u64,
         /// Largest duration of this size that would pass now; 0 if none.
         largest_declared_ms: u64,
+        /// Whose limit it is.
+        #[serde(default, skip_serializing_if = "Limiter::is_account")]
+        limiter: Limiter,
     },
     /// Fits limit - charged, but not minus what running calls have reserved: waiting for them helps.
     PendingOverquota {
@@ -48,6 +51,16 @@ pub enum Denial {
         frees_in_ms: u64,
         /// Largest duration of this size that would pass now; 0 if none.
         largest_declared_ms: u64,
+        /// Whose limit it is.
+        #[serde(default, skip_serializing_if = "Limiter::is_account")]
+        limiter: Limiter,
+    },
+    /// A guest page has a row for as many visitors as it can hold, and each is in use or within its window.
+    TooManyGuests {
+        /// Visitors within one window and address prefix.
+        limit: u64,
+        /// Until the first row can be given to somebody else.
+        frees_in_ms: u64,
     },
     /// `runsPerWindow` of the tier is used up.
     RunsExceeded {
@@ -98,6 +111,43 @@ pub enum Denial {
     BrokerUnavailable,
     /// Card, gate or node failed before the grant could be used. Nothing is charged.
     PlatformFault,
+}
+
+/// Whose limit refused a call (requirement A10).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Limiter {
+    /// The account's: base and grants.
+    #[default]
+    Account,
+    /// One visitor's, by the signed cookie.
+    Cookie,
+    /// Of all visitors behind one address prefix together.
+    AddressPrefix,
+}
+
+impl Limiter {
+    /// The name, as on the page.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Account => "Account",
+            Self::Cookie => "Cookie",
+            Self::AddressPrefix => "AddressPrefix",
+        }
+    }
+
+    /// For people: what the limit belongs to.
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Account => "",
+            Self::Cookie => " for one visitor who is not signed in",
+            Self::AddressPrefix => " for all visitors behind this address who are not signed in",
+        }
+    }
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // Serde passes a reference.
+    fn is_account(&self) -> bool {
+        *self == Self::Account
+    }
 }
 
 /// Which limit an illegal duration breaks.
@@ -160,6 +210,7 @@ impl Denial {
         match self {
             Self::QuotaExceeded { .. } => "QuotaExceeded",
             Self::PendingOverquota { .. } => "PendingOverquota",
+            Self::TooManyGuests { .. } => "TooManyGuests",
             Self::RunsExceeded { .. } => "RunsExceeded",
             Self::IllegalDuration { .. } => "IllegalDuration",
             Self::ConcurrencyExceeded { .. } => "ConcurrencyExceeded",
@@ -186,13 +237,15 @@ pub fn human_message(denial: &Denial) -> String {
             limit_ms,
             resets_in_ms,
             largest_declared_ms,
+            limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {} are left ({} reserved by other \
+            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left ({} reserved by other \
              calls); {} in {}.",
             seconds(*needed_ms),
             seconds(*declared_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
+            limiter.words(),
             seconds(*reserved_ms),
             declare_or_wait(*largest_declared_ms),
             span(*resets_in_ms),
@@ -206,16 +259,23 @@ pub fn human_message(denial: &Denial) -> String {
             limit_ms,
             frees_in_ms,
             largest_declared_ms,
+            limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {} are left while other calls reserve \
-             {}, of which the first part is back in {} at the latest; {} when they have ended.",
+            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left while other calls \
+             reserve {}, of which the first part is back in {} at the latest; {} when they have ended.",
             seconds(*needed_ms),
             seconds(*declared_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
+            limiter.words(),
             seconds(*reserved_ms),
             span(*frees_in_ms),
             declare_or_wait(*largest_declared_ms),
+        ),
+        Denial::TooManyGuests { limit, frees_in_ms } => format!(
+            "{limit} visitors behind this address who are not signed in have used a GPU within the last day, and no more \
+             are told apart; sign in, or try again in {}.",
+            span(*frees_in_ms)
         ),
         Denial::RunsExceeded { limit, resets_in_ms } => {
             format!("All {limit} calls of the window are used; try again in {}.", span(*resets_in_ms))
@@ -335,6 +395,7 @@ mod tests {
             limit_ms: 60_000,
             resets_in_ms: 86_340_001,
             largest_declared_ms: 44_750,
+            limiter: Limiter::Account,
         }
     }
 

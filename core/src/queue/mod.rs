@@ -16,9 +16,9 @@ pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
 pub use ranked::{Ahead, Ranked};
 
-use crate::ids::{AccountName, ByName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
+use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
 use crate::protocol::{CallerClass, QueueOf};
-use crate::quota::Demand;
+use crate::quota::{Demand, Queued};
 
 /// A request that waits, or that a lease was made for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,8 @@ pub struct Waiting {
     pub node: NodeName,
     /// Who pays.
     pub account: AccountName,
+    /// The visitor, if that is a guest page.
+    pub cookie: Option<CookieId>,
     /// The Space that asks.
     pub space: SpaceKey,
     /// What it asks for.
@@ -42,7 +44,7 @@ pub struct Waiting {
     pub caller: CallerClass,
     /// Id of the token that the visitor's call began with; None without a token.
     pub root: Option<String>,
-    /// How its caller was known, for the row: `token` or `space`.
+    /// How its caller was known, for the row: `token`, `guest` or `space`.
     pub via: String,
     /// When it came, wall clock, for people.
     pub since: LedgerTime,
@@ -141,6 +143,8 @@ struct Line {
 struct AccountLoad {
     requests: usize,
     needed_ms: u64,
+    /// Of each visitor of a guest page; no more than there are requests.
+    by_cookie: BTreeMap<CookieId, u64>,
 }
 
 impl Waiting {
@@ -172,6 +176,10 @@ impl Queue {
         let load = self.accounts.entry(waiting.account.clone()).or_default();
         load.requests += 1;
         load.needed_ms = load.needed_ms.saturating_add(waiting.demand.needed_ms());
+        if let Some(cookie) = &waiting.cookie {
+            let of_cookie = load.by_cookie.entry(cookie.clone()).or_default();
+            *of_cookie = of_cookie.saturating_add(waiting.demand.needed_ms());
+        }
         if waiting.waits_for == WaitsFor::Account {
             self.parked.entry(waiting.account.clone()).or_default().insert((waiting.node.clone(), waiting.place));
         }
@@ -227,6 +235,14 @@ impl Queue {
         if let Some(load) = self.accounts.get_mut(&waiting.account) {
             load.requests = load.requests.saturating_sub(1);
             load.needed_ms = load.needed_ms.saturating_sub(waiting.demand.needed_ms());
+            if let Some((cookie, of_cookie)) =
+                waiting.cookie.as_ref().and_then(|cookie| Some((cookie, load.by_cookie.get_mut(cookie)?)))
+            {
+                *of_cookie = of_cookie.saturating_sub(waiting.demand.needed_ms());
+                if *of_cookie == 0 {
+                    load.by_cookie.remove(cookie);
+                }
+            }
             if load.requests == 0 {
                 self.accounts.remove(&waiting.account);
             }
@@ -314,15 +330,20 @@ impl Queue {
         self.change(ticket, |waiting| (waiting.waits_for, waiting.promise) = (WaitsFor::Account, None));
     }
 
-    /// The account has changed: its requests may start, or are parked again when their turn comes.
-    pub fn unpark(&mut self, account: &AccountName) {
+    /// The account has changed: its requests that `may` start do, or are parked again when their turn comes.
+    pub fn unpark(&mut self, account: &AccountName, may: impl Fn(&Waiting) -> bool) {
         // No more than the account's queue bound.
         for (node, place) in self.parked.get(account).cloned().unwrap_or_default() {
-            let ticket = self.at(&node, place).map(|waiting| waiting.ticket.clone());
+            let ticket = self.at(&node, place).filter(|waiting| may(waiting)).map(|waiting| waiting.ticket.clone());
             if let Some(ticket) = ticket {
                 self.change(&ticket, |waiting| waiting.waits_for = WaitsFor::Node);
             }
         }
+    }
+
+    /// Requests of this account which are parked.
+    pub fn parked_of(&self, account: &AccountName) -> impl Iterator<Item = &Waiting> {
+        self.parked.get(account).into_iter().flatten().filter_map(|(node, place)| self.at(node, *place))
     }
 
     /// Nodes that requests of this account wait for which are parked.
@@ -395,9 +416,11 @@ impl Queue {
         self.tickets.is_empty()
     }
 
-    /// What the account's waiting requests will need together, weighted milliseconds.
-    pub fn needed_ms(&self, account: &AccountName) -> u64 {
-        self.accounts.get(account).map_or(0, |load| load.needed_ms)
+    /// What the account's waiting requests will need together, and those of one visitor of a guest page.
+    pub fn needed(&self, account: &AccountName, cookie: Option<&CookieId>) -> Queued {
+        let Some(load) = self.accounts.get(account) else { return Queued::default() };
+        let of_cookie = cookie.and_then(|cookie| load.by_cookie.get(cookie));
+        Queued { account_ms: load.needed_ms, cookie_ms: of_cookie.copied().unwrap_or_default() }
     }
 
     /// The bound that another request would break, if any, with its number.
@@ -433,6 +456,7 @@ mod tests {
             place,
             node: NodeName::new(node),
             account: AccountName::new(account),
+            cookie: None,
             space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
             demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100 },
             turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
@@ -466,7 +490,7 @@ mod tests {
         insert(&mut queue, Waiting { place: 9, ..first });
         let node = NodeName::new("a");
         assert_eq!(queue.line(&node).map(|waiting| waiting.place).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!((queue.len(), queue.needed_ms(&AccountName::new("bob"))), (4, 40));
+        assert_eq!((queue.len(), queue.needed(&AccountName::new("bob"), None).account_ms), (4, 40));
     }
 
     #[test]
@@ -505,10 +529,10 @@ mod tests {
         queue.park(&waiting(1, "a", "bob").ticket);
         assert_eq!((next(&queue), queue.len()), (Some(2), 2));
         assert_eq!(queue.parked_accounts().collect::<Vec<_>>(), [&AccountName::new("bob")]);
-        queue.unpark(&AccountName::new("eve"));
+        queue.unpark(&AccountName::new("eve"), |_| true);
         assert_eq!(next(&queue), Some(2));
         assert_eq!(queue.parked_on(&AccountName::new("bob")).count(), 1);
-        queue.unpark(&AccountName::new("bob"));
+        queue.unpark(&AccountName::new("bob"), |_| true);
         assert_eq!((next(&queue), queue.parked_accounts().count()), (Some(1), 0));
     }
 
@@ -523,10 +547,10 @@ mod tests {
         queue.park(&first.ticket);
         assert_eq!(untold(&queue), 1);
         tell(&mut queue);
-        queue.unpark(&first.account);
+        queue.unpark(&first.account, |_| true);
         queue.park(&first.ticket);
         assert_eq!(untold(&queue), 0, "it waits for what it was told");
-        queue.unpark(&first.account);
+        queue.unpark(&first.account, |_| true);
         assert_eq!(untold(&queue), 1);
         tell(&mut queue);
         queue.withdraw_promises(&first.node);
@@ -546,7 +570,7 @@ mod tests {
         queue.park(&first.ticket);
         queue.confirm(&first.ticket);
         assert_eq!((next(&queue), queue.untold().count()), (None, 2), "it waits for its account still");
-        queue.unpark(&AccountName::new("bob"));
+        queue.unpark(&AccountName::new("bob"), |_| true);
         assert_eq!(next(&queue), Some(1));
         queue.start(&first.ticket);
         queue.remove(&waiting(2, "b", "bob").ticket);

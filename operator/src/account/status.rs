@@ -126,6 +126,7 @@ mod tests {
         Policy {
             tier: tier.to_owned(),
             allowance: Allowance {
+per_cookie_ms: None,
                 base_ms: 60_000,
                 longest_call_ms: 50_000,
                 runs_per_window: None,
@@ -141,6 +142,7 @@ mod tests {
 
     fn hold(lease: usize) -> Hold {
         Hold {
+ cookie: None,
             lease: LeaseId::new(lease.to_string()),
             space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
             parts: Vec::new(),

@@ -85,7 +85,7 @@ mod tests {
 
     fn tier(grants: Vec<Grant>) -> TierShown {
         let allowance =
-            Allowance { base_ms: 60_000, longest_call_ms: 50_000, runs_per_window: None, generation: 1, grants };
+            Allowance { base_ms: 60_000, per_cookie_ms: None, longest_call_ms: 50_000, runs_per_window: None, generation: 1, grants };
         TierShown { name: "demo".to_owned(), allowance }
     }
 
@@ -108,6 +108,7 @@ mod tests {
             after: None,
             generation: 1,
             via: "token".to_owned(),
+ cookie: None,
         }
     }
 

@@ -57,6 +57,7 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
         return Policy {
             tier: String::new(),
             allowance: Allowance {
+per_cookie_ms: None,
                 base_ms: 0,
                 longest_call_ms: 0,
                 runs_per_window: None,
@@ -73,6 +74,7 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
     Policy {
         tier: tier.name.clone(),
         allowance: Allowance {
+per_cookie_ms: None,
             base_ms: tier.base_ms,
             longest_call_ms: tier.longest_call_ms,
             runs_per_window: tier.runs_per_window,

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use serde_json::Value;
 
-use super::super::{DurationLimit, QueueOf, UnauthenticatedReason};
+use super::super::{DurationLimit, Limiter, QueueOf, UnauthenticatedReason};
 use super::*;
 use crate::ids::Size;
 
@@ -86,6 +86,7 @@ fn quota(left_ms: u64, resets_in_ms: u64) -> Denial {
         limit_ms: 60_000,
         resets_in_ms,
         largest_declared_ms: left_ms,
+        limiter: Limiter::Account,
     }
 }
 
@@ -99,6 +100,7 @@ fn pending(left_ms: u64, frees_in_ms: u64) -> Denial {
         limit_ms: 120_000,
         frees_in_ms,
         largest_declared_ms: left_ms / 2,
+        limiter: Limiter::AddressPrefix,
     }
 }
 

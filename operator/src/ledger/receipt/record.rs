@@ -346,6 +346,7 @@ pub(super) mod tests {
 
     pub(in super::super) fn hold() -> Hold {
         Hold {
+ cookie: None,
             lease: LeaseId::new("01jd8x0000000000000000000a"),
             space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
             parts: Vec::new(),

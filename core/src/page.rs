@@ -147,6 +147,28 @@ pub struct Hold {
     /// On a guest page the visitor's row, which is reserved and charged as well; None on every other page.
     #[serde(default)]
     pub cookie: Option<CookieWindow>,
+    /// Set if the call declares more than it was given.
+    #[serde(default)]
+    pub shortened: Option<Shortened>,
+}
+
+/// A call that was given less than it declares: `declared_ms` of its hold is the hard limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shortened {
+    /// What it declares, unweighted milliseconds.
+    pub declared_ms: u64,
+    /// Why it got less.
+    pub by: ShortenedBy,
+}
+
+/// Why a call is given less than it declares; its Space has chosen it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ShortenedBy {
+    /// Its caller has no more left (requirement A3).
+    RemainingQuota,
+    /// Its function has never been seen to need so much (requirement A13).
+    LearnedDuration,
 }
 
 /// A copy of one GPUQuotaGrant.

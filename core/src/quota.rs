@@ -7,12 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{CookieId, LedgerTime, Size};
 use crate::page::{
-    COOKIES_MAX, CookieRow, CookieWindow, GRANTS_MAX, GrantRow, Hold, Page, Part, Source, WINDOWS_MAX, Window,
+    COOKIES_MAX, CookieRow, CookieWindow, GRANTS_MAX, GrantRow, Hold, Page, Part, Shortened, ShortenedBy, Source,
+    WINDOWS_MAX, Window,
 };
 use crate::protocol::{Denial, DurationLimit, Limiter};
 
 /// How long a window lasts from its first hold.
 pub const WINDOW_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// A call is never shortened to less: the client declares whole seconds, and an answer needs some time.
+pub const SHORTENED_MIN_MS: u64 = 1_000;
 
 /// What the account's tier and grants allow at the moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,8 +53,10 @@ pub struct Demand {
     pub size: Size,
     /// Charged milliseconds for each millisecond of use.
     pub weight: u64,
-    /// Longest run, unweighted.
+    /// Longest run, unweighted: a hard limit, and what is reserved.
     pub declared_ms: u64,
+    /// Set if the function declares more.
+    pub shortened: Option<Shortened>,
     /// What the client multiplies durations of `large` by on these cards, in percent (L19).
     pub duration_factor_percent: u64,
 }
@@ -127,6 +133,24 @@ impl Demand {
     /// weight x declared.
     pub const fn needed_ms(&self) -> u64 {
         self.weight.saturating_mul(self.declared_ms)
+    }
+
+    /// What the function declares.
+    pub const fn asked_ms(&self) -> u64 {
+        match self.shortened {
+            Some(shortened) => shortened.declared_ms,
+            None => self.declared_ms,
+        }
+    }
+
+    /// The same for less, if that is less and not too little.
+    #[must_use]
+    pub const fn shortened_to(self, limit_ms: u64, by: ShortenedBy) -> Self {
+        if limit_ms < SHORTENED_MIN_MS || limit_ms >= self.declared_ms {
+            return self;
+        }
+        let shortened = Some(Shortened { declared_ms: self.asked_ms(), by });
+        Self { declared_ms: limit_ms, shortened, ..self }
     }
 
     /// The largest declared duration of this size that the longest call allows (L19: only `large` is multiplied).
@@ -335,6 +359,25 @@ impl Payer<'_> {
     }
 }
 
+/// The call with no more than its payer has left, if that is anything (requirement A3). Where less is left than it could be
+/// given, it asks for what the payer would have without the calls that run, or in the next window: its refusal then says
+/// what helps, waiting for those calls or for the window.
+pub fn clamp(payer: Payer<'_>, demand: Demand, queued: Queued) -> Demand {
+    let least = |amount: fn(&Standing) -> u64| {
+        payer.limits(Queued::default()).map(|(_, standing, _)| amount(&standing)).min().unwrap_or_default()
+    };
+    let amounts = [least(|standing| standing.limit_ms), least(|standing| standing.uncharged_ms), payer.left_ms(queued)];
+    amounts
+        .into_iter()
+        .fold(demand, |demand, ms| demand.shortened_to(demand.declared_for(ms), ShortenedBy::RemainingQuota))
+}
+
+/// The longest duration that a call of this size can ever declare, unweighted.
+pub fn longest_legal_ms(payer: Payer<'_>, demand: &Demand) -> u64 {
+    let whole = payer.limits(Queued::default()).map(|(_, standing, _)| standing.limit_ms).min().unwrap_or_default();
+    demand.longest_declared_ms(payer.allowance.longest_call_ms).min(demand.declared_for(whole))
+}
+
 /// Refuses what no window could ever admit.
 ///
 /// # Errors
@@ -343,11 +386,13 @@ pub fn check_legal(payer: Payer<'_>, demand: &Demand) -> Result<(), Denial> {
     let limit_ms = payer.limits(Queued::default()).map(|(_, standing, _)| standing.limit_ms).min().unwrap_or_default();
     let quota_declared_ms = demand.declared_for(limit_ms);
     let longest_declared_ms = demand.longest_declared_ms(payer.allowance.longest_call_ms);
-    let illegal = |limit_ms, what| Err(Denial::IllegalDuration { declared_ms: demand.declared_ms, limit_ms, what });
+    let declared_ms = demand.asked_ms();
+    let illegal = |limit_ms, what| Err(Denial::IllegalDuration { declared_ms, limit_ms, what, legal: None });
     if demand.declared_ms == 0 {
         return illegal(longest_declared_ms.min(quota_declared_ms), DurationLimit::Zero);
     }
-    if demand.declared_ms > longest_declared_ms {
+    // Also of a call that would be given less: what a tier forbids no Space can allow.
+    if declared_ms > longest_declared_ms {
         return illegal(longest_declared_ms, DurationLimit::LongestCall);
     }
     if demand.declared_ms > quota_declared_ms {

@@ -40,6 +40,7 @@ fn policy(base_ms: u64, concurrent: u32) -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 

@@ -31,8 +31,8 @@ pub mod space_build;
 mod yaml;
 
 pub use gpu_account::{
-    ClosedLease, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity, LastDenial, Part,
-    RecentOutcome, Window,
+    ClosedLease, CookieRow, CookieWindow, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity,
+    LastDenial, Part, RecentOutcome, Shortened, Window,
 };
 pub use gpu_lease::{GPULease, GPULeaseSpec, LeaseBoundaries, LeasePhase};
 pub use gpu_node::{
@@ -51,9 +51,9 @@ pub use reference::reference_markdown;
 pub use schema::all;
 pub use size::GpuSize;
 pub use space::{
-    ArchiveSource, Egress, EgressPolicy, EnvironmentStatus, GitSource, Hardware, ImageSource, InlineSource, Paused,
-    Phase, PreloadItem, Sdk, SecretRef, Source, Space, SpaceResources, SpaceSpec, SpaceStage, SpaceStatus, Variable,
-    Visibility,
+    ArchiveSource, Egress, EgressPolicy, EnvironmentStatus, FunctionDuration, GitSource, Hardware, ImageSource,
+    InlineSource, Paused, Phase, PreloadItem, Reservation, Sdk, SecretRef, Source, Space, SpaceResources, SpaceSpec,
+    SpaceStage, SpaceStatus, Variable, Visibility,
 };
 pub use space_build::{
     BuildFailure, BuildLane, BuildLog, BuildPhase, BuildStage, BuildTrigger, FailureClass, SpaceBuild, SpaceBuildSpec,

@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::conditions::SpaceCondition;
 use crate::schema::quantity;
+use crate::size::GpuSize;
 
+/// Most functions of which a Space shows how long they run.
+pub const MAX_FUNCTIONS: usize = 16;
 /// Most inline files of a Space; anything larger belongs in git.
 pub const MAX_INLINE_FILES: usize = 64;
 
@@ -61,6 +64,17 @@ string_enum! {
         Listed = "Listed",
         /// Nowhere.
         None = "None",
+    }
+}
+
+string_enum! {
+    /// What a call reserves, and how long it may run (requirement A13).
+    Reservation default Declared {
+        /// What its function declares.
+        Declared = "Declared",
+        /// What calls like it have been seen to need, with a margin, if that is less: 1.5 times the 99th percentile. A call
+        /// that needs more is killed there; the next one then gets more.
+        Learned = "Learned",
     }
 }
 
@@ -116,6 +130,7 @@ string_enum! {
     printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason"),
     printcolumn(name = "Owner", type_ = "string", json_path = ".spec.owner", priority = 1),
+    printcolumn(name = "Suggested", type_ = "string", json_path = ".status.suggestedDuration", priority = 1),
     printcolumn(name = "Commit", type_ = "string", json_path = ".status.commit", priority = 1),
     selectable = ".spec.hardware",
     selectable = ".status.stage"
@@ -218,6 +233,14 @@ pub struct SpaceSpec {
     /// Grants min(declared, what the caller has left) as a hard limit instead of refusing (requirement A3).
     #[serde(default)]
     pub clamp_to_remaining: bool,
+    /// Most leases that all calls of this Space have at once; further calls wait with reason `concurrency`. Absent: no such
+    /// limit. It is soft: leases of an earlier term of the operator count from the moment it has read their accounts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub concurrent_leases: Option<i32>,
+    /// What a call reserves, and how long it may run.
+    #[serde(default)]
+    pub reservation: Reservation,
 }
 
 const fn sleep_after_seconds() -> i64 {
@@ -487,6 +510,15 @@ pub struct SpaceStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub build: Option<String>,
+    /// How long its functions run, over the last calls of each; by size and declared duration, for nothing else tells them
+    /// apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_FUNCTIONS))]
+    pub durations: Vec<FunctionDuration>,
+    /// For the column: what would have been enough to declare, `12s for 60s`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub suggested_duration: Option<String>,
     /// The steps, each with its start and deadline.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -497,6 +529,34 @@ pub struct SpaceStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// How long calls of one size and declared duration ran (requirement A13). A change of less than a tenth is not written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FunctionDuration {
+    /// Size asked for.
+    pub size: GpuSize,
+    /// As declared.
+    #[schemars(range(min = 0))]
+    pub declared_milliseconds: i64,
+    /// Calls that this is about: the last ones that ran to their end.
+    #[schemars(range(min = 0))]
+    pub calls: i32,
+    /// Median.
+    #[schemars(range(min = 0))]
+    pub p50_milliseconds: i64,
+    /// 95th percentile.
+    #[schemars(range(min = 0))]
+    pub p95_milliseconds: i64,
+    /// Longest.
+    #[schemars(range(min = 0))]
+    pub max_milliseconds: i64,
+    /// What would have been enough to declare: 1.5 times the 99th percentile, in whole seconds. Absent while fewer than 20
+    /// calls are known, or if it is no less than what is declared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub suggested_duration: Option<String>,
 }
 
 /// One step on the way to a running app.

@@ -22,6 +22,7 @@ use crate::identity::{self, KeySet, TokenVerifier};
 use crate::kubeapi::KubeApi;
 use crate::leader::{self, LeaderSettings};
 use crate::ledger::actor;
+use crate::ledger::durations::Durations;
 use crate::ledger::ports::{ActorParts, Input};
 use crate::ledger::receipt::{self, Receipts};
 use crate::ledger::retention;
@@ -156,6 +157,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
     let receipts = Receipts::new();
     let accounts = WorkQueue::default();
+    let durations = Durations::default();
     let (retention_sender, retention) = watch::channel(None);
     let mut tasks = Tasks::new(stop.child_token());
     let stop = tasks.stop_token().clone();
@@ -177,6 +179,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
         receipts: receipts.clone(),
         verifier,
         metrics: metrics.clone(),
+        durations: durations.clone(),
         clock_skew_max,
     };
     let act = actor::run(parts, stop.clone());
@@ -198,7 +201,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
         tasks.spawn("accounts", keep_accounts);
         let write_receipts = receipt::run(receipts, api.clone(), metrics, events, stop.clone());
         tasks.spawn_fallible("receipts", write_receipts);
-        let run_spaces = space::run(api.clone(), space, stop.clone());
+        let run_spaces = space::run(api.clone(), space, durations, stop.clone());
         tasks.spawn("spaces", run_spaces);
         let remove_receipts = retention::run(api, retention, stop);
         tasks.spawn("receipt retention", remove_receipts);

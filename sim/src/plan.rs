@@ -152,7 +152,7 @@ fn account(number: u64, random: &mut Random) -> AccountPlan {
     let policy = Policy {
         tier: "demo".into(),
         allowance: Allowance {
-per_cookie_ms: None,
+            per_cookie_ms: None,
             base_ms,
             longest_call_ms: 50_000,
             runs_per_window: random.chance(250).then(|| random.between(2, 8)),
@@ -163,6 +163,7 @@ per_cookie_ms: None,
         priority: *random.pick(&[Priority::Low, Priority::Medium, Priority::Highest]).unwrap_or(&Priority::Medium),
         caller: *random.pick(&[CallerClass::Guest, CallerClass::Regular]).unwrap_or(&CallerClass::Regular),
         deleting: false,
+        conflict: None,
     };
     // Half of the accounts come with a window that ends soon.
     let page = if random.chance(500) { used(base_ms, random) } else { Page::default() };

@@ -32,6 +32,13 @@ pub enum Command {
         /// What applies to it.
         settings: NodeSettings,
     },
+    /// What the owner of a Space has chosen; the defaults when it is gone.
+    SpaceSettings {
+        /// uid of the Space.
+        space: String,
+        /// What applies to its calls.
+        settings: SpaceSettings,
+    },
     /// An agent opened a session.
     NodeHello {
         /// Its node.
@@ -183,6 +190,20 @@ pub struct Policy {
     pub caller: CallerClass,
     /// The object is being deleted: grants answer AccountDeleting (L4).
     pub deleting: bool,
+    /// An older account has one of its identities; nothing is granted while it does (L4).
+    pub conflict: Option<AccountName>,
+}
+
+/// What the owner of a Space has chosen for its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceSettings {
+    /// Most leases at once; more calls wait. A soft limit: one broker keeps it exactly, but leases that it has not met yet, in
+    /// the first moments of a term, do not count (L1).
+    pub concurrent: Option<u32>,
+    /// A call gets what its caller has left, if that is less than it declares (requirement A3).
+    pub clamp_to_remaining: bool,
+    /// A call gets what its function has been seen to need, with a margin, if that is less (requirement A13).
+    pub learned_reservation: bool,
 }
 
 /// Limits in time of a lease (L8, L9), milliseconds. Its order carries them, and its node obeys those of the order

@@ -6,15 +6,18 @@
 
 mod history;
 mod lanes;
+mod parked;
 mod ranked;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
+pub use history::{FUNCTIONS_MAX, Function, History, Learned, SAMPLES_MAX, SUGGEST_MIN};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
 pub use ranked::{Ahead, Ranked};
+
+use parked::ParkedFor;
 
 use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
 use crate::protocol::{CallerClass, QueueOf};
@@ -92,6 +95,8 @@ pub enum WaitsFor {
     Node,
     /// Something of its own account, mostly its concurrency limit: it is passed, and keeps its place.
     Account,
+    /// The same of its Space.
+    Space,
 }
 
 /// When a request begins at the latest (invariant 11).
@@ -125,8 +130,8 @@ pub struct Queue {
     tickets: ByName<Ticket, (NodeName, u64)>,
     spaces: ByName<SpaceKey, usize>,
     accounts: ByName<AccountName, AccountLoad>,
-    /// Who waits for its account.
-    parked: BTreeMap<AccountName, BTreeSet<(NodeName, u64)>>,
+    /// Who waits for its account or Space.
+    parked: BTreeMap<ParkedFor, BTreeSet<(NodeName, u64)>>,
     /// Who has not been told where it stands.
     untold: BTreeSet<Ticket>,
 }
@@ -159,6 +164,14 @@ impl Waiting {
         matches!(self.waits_for, WaitsFor::Node) && self.unconfirmed.is_none()
     }
 
+    fn parked_for(&self) -> Option<ParkedFor> {
+        match self.waits_for {
+            WaitsFor::Node => None,
+            WaitsFor::Account => Some(ParkedFor::Account(self.account.clone())),
+            WaitsFor::Space => Some(ParkedFor::Space(self.space.uid.clone())),
+        }
+    }
+
     /// Its agent does not know what it waits for.
     fn is_untold(&self) -> bool {
         self.told != Some(self.waits_for) && self.unconfirmed.is_none()
@@ -180,8 +193,8 @@ impl Queue {
             let of_cookie = load.by_cookie.entry(cookie.clone()).or_default();
             *of_cookie = of_cookie.saturating_add(waiting.demand.needed_ms());
         }
-        if waiting.waits_for == WaitsFor::Account {
-            self.parked.entry(waiting.account.clone()).or_default().insert((waiting.node.clone(), waiting.place));
+        if let Some(parked_for) = waiting.parked_for() {
+            self.parked.entry(parked_for).or_default().insert((waiting.node.clone(), waiting.place));
         }
         if waiting.is_untold() {
             self.untold.insert(waiting.ticket.clone());
@@ -247,8 +260,8 @@ impl Queue {
                 self.accounts.remove(&waiting.account);
             }
         }
-        if waiting.waits_for == WaitsFor::Account {
-            self.forget_parked(&waiting.account, node, place);
+        if let Some(parked_for) = waiting.parked_for() {
+            self.forget_parked(&parked_for, node, place);
         }
         Some(waiting)
     }
@@ -264,7 +277,7 @@ impl Queue {
         let Some((node, place)) = self.tickets.get(ticket) else { return };
         let Some(line) = self.lines.get_mut(node) else { return };
         let Some(waiting) = line.waiting.get_mut(place) else { return };
-        let (was_ready, waited_for) = (waiting.is_ready(), waiting.waits_for);
+        let (was_ready, waited_for, was_parked) = (waiting.is_ready(), waiting.waits_for, waiting.parked_for());
         change(waiting);
         match (was_ready, waiting.is_ready()) {
             (false, true) => line.lanes.insert(waiting.job()),
@@ -276,23 +289,15 @@ impl Queue {
         } else {
             self.untold.remove(ticket);
         }
-        match (waited_for, waiting.waits_for) {
-            (WaitsFor::Node, WaitsFor::Account) => {
-                self.parked.entry(waiting.account.clone()).or_default().insert((node.clone(), *place));
-            }
-            (WaitsFor::Account, WaitsFor::Node) => {
-                let (account, node, place) = (waiting.account.clone(), node.clone(), *place);
-                self.forget_parked(&account, node, place);
-            }
-            (WaitsFor::Node, WaitsFor::Node) | (WaitsFor::Account, WaitsFor::Account) => {}
+        if waited_for == waiting.waits_for {
+            return;
         }
-    }
-
-    fn forget_parked(&mut self, account: &AccountName, node: NodeName, place: u64) {
-        let Some(parked) = self.parked.get_mut(account) else { return };
-        parked.remove(&(node, place));
-        if parked.is_empty() {
-            self.parked.remove(account);
+        let (node, place) = (node.clone(), *place);
+        if let Some(parked_for) = waiting.parked_for() {
+            self.parked.entry(parked_for).or_default().insert((node.clone(), place));
+        }
+        if let Some(parked_for) = was_parked {
+            self.forget_parked(&parked_for, node, place);
         }
     }
 
@@ -323,37 +328,6 @@ impl Queue {
         for ticket in tickets {
             self.change(&ticket, |waiting| (waiting.told, waiting.promise) = (None, None));
         }
-    }
-
-    /// It waits for its own account. What it was told about its wait for the node is over with that.
-    pub fn park(&mut self, ticket: &Ticket) {
-        self.change(ticket, |waiting| (waiting.waits_for, waiting.promise) = (WaitsFor::Account, None));
-    }
-
-    /// The account has changed: its requests that `may` start do, or are parked again when their turn comes.
-    pub fn unpark(&mut self, account: &AccountName, may: impl Fn(&Waiting) -> bool) {
-        // No more than the account's queue bound.
-        for (node, place) in self.parked.get(account).cloned().unwrap_or_default() {
-            let ticket = self.at(&node, place).filter(|waiting| may(waiting)).map(|waiting| waiting.ticket.clone());
-            if let Some(ticket) = ticket {
-                self.change(&ticket, |waiting| waiting.waits_for = WaitsFor::Node);
-            }
-        }
-    }
-
-    /// Requests of this account which are parked.
-    pub fn parked_of(&self, account: &AccountName) -> impl Iterator<Item = &Waiting> {
-        self.parked.get(account).into_iter().flatten().filter_map(|(node, place)| self.at(node, *place))
-    }
-
-    /// Nodes that requests of this account wait for which are parked.
-    pub fn parked_on(&self, account: &AccountName) -> impl Iterator<Item = &NodeName> {
-        self.parked.get(account).into_iter().flatten().map(|(node, _)| node)
-    }
-
-    /// Accounts with parked requests.
-    pub fn parked_accounts(&self) -> impl Iterator<Item = &AccountName> {
-        self.parked.keys()
     }
 
     /// A card is kept for it.
@@ -458,7 +432,13 @@ mod tests {
             account: AccountName::new(account),
             cookie: None,
             space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
-            demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100 },
+            demand: Demand {
+                size: Size::Large,
+                weight: 1,
+                declared_ms: 10,
+                duration_factor_percent: 100,
+                shortened: None,
+            },
             turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
             caller: CallerClass::Regular,
             root: None,
@@ -526,7 +506,7 @@ mod tests {
         let mut queue = Queue::default();
         insert(&mut queue, waiting(1, "a", "bob"));
         insert(&mut queue, waiting(2, "a", "eve"));
-        queue.park(&waiting(1, "a", "bob").ticket);
+        queue.park(&waiting(1, "a", "bob").ticket, WaitsFor::Account);
         assert_eq!((next(&queue), queue.len()), (Some(2), 2));
         assert_eq!(queue.parked_accounts().collect::<Vec<_>>(), [&AccountName::new("bob")]);
         queue.unpark(&AccountName::new("eve"), |_| true);
@@ -544,11 +524,11 @@ mod tests {
         let tell = |queue: &mut Queue| queue.announce(&first.ticket, &LeaseId::new("7"), None);
         insert(&mut queue, first.clone());
         tell(&mut queue);
-        queue.park(&first.ticket);
+        queue.park(&first.ticket, WaitsFor::Account);
         assert_eq!(untold(&queue), 1);
         tell(&mut queue);
         queue.unpark(&first.account, |_| true);
-        queue.park(&first.ticket);
+        queue.park(&first.ticket, WaitsFor::Account);
         assert_eq!(untold(&queue), 0, "it waits for what it was told");
         queue.unpark(&first.account, |_| true);
         assert_eq!(untold(&queue), 1);
@@ -567,7 +547,7 @@ mod tests {
         assert_eq!(queue.untold().map(|waiting| waiting.place).collect::<Vec<_>>(), [2]);
         queue.unconfirm(&first.node, Steady(5));
         assert_eq!((next(&queue), queue.untold().count()), (None, 1));
-        queue.park(&first.ticket);
+        queue.park(&first.ticket, WaitsFor::Account);
         queue.confirm(&first.ticket);
         assert_eq!((next(&queue), queue.untold().count()), (None, 2), "it waits for its account still");
         queue.unpark(&AccountName::new("bob"), |_| true);

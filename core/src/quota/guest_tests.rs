@@ -23,7 +23,7 @@ fn guests() -> Allowance {
 }
 
 fn demand(declared_ms: u64) -> Demand {
-    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100 }
+    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100, shortened: None }
 }
 
 fn ask(
@@ -55,6 +55,7 @@ fn change(admission: Admission, lease: &str, at: LedgerTime, declared_ms: u64) -
         generation: 1,
         via: "guest".into(),
         cookie: Some(CookieWindow { cookie: row.cookie.clone(), start: row.start }),
+        shortened: None,
     };
     let (window, grants) = (admission.window, admission.grants);
     PageChange::Hold { hold: Box::new(hold), window, grants, cookie: Some(Box::new(row)) }

@@ -21,11 +21,11 @@ fn grant(uid: &str, ms: u64, expires: i64) -> Grant {
 }
 
 fn large(declared_ms: u64) -> Demand {
-    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100 }
+    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100, shortened: None }
 }
 
 fn xlarge(declared_ms: u64) -> Demand {
-    Demand { size: Size::Xlarge, weight: 2, declared_ms, duration_factor_percent: 100 }
+    Demand { size: Size::Xlarge, weight: 2, declared_ms, duration_factor_percent: 100, shortened: None }
 }
 
 fn payer<'a>(page: &'a Page, allowance: &'a Allowance, at: LedgerTime) -> Payer<'a> {
@@ -49,6 +49,7 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
         generation: 1,
         via: "token".into(),
         cookie: None,
+        shortened: None,
     };
     PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants, cookie: None }
         .make(page)

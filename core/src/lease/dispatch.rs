@@ -131,17 +131,12 @@ fn reserve(
         grants: admission.grants,
         cookie: admission.cookie.map(Box::new),
     };
+    let limits = state.settings(&waiting.node).limits;
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved {
-            lease: lease.clone(),
-            waiting: Box::new(waiting.clone()),
-            after: slot.after,
-            avoid: slot.avoid,
-        },
+        Event::Reserved { lease: lease.clone(), waiting: Box::new(waiting), after: slot.after, avoid: slot.avoid },
     ];
     if state.has(Mutant::OrderEarly) {
-        let limits = state.settings(&waiting.node).limits;
         events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });
     }
     events

@@ -285,6 +285,9 @@ impl<P: Pages> Actor<P> {
             }
             Event::Reserved { lease, waiting, .. } => {
                 self.records.reserved(lease, waiting, self.state.epoch);
+                if let Some(shortened) = waiting.demand.shortened {
+                    self.metrics.shortened(convert::shortened_reason(shortened.by).as_str());
+                }
                 if let Some(Promise { given, latest_start }) = waiting.promise {
                     self.metrics.waited(at.steady.since(given), latest_start.since(given));
                 }

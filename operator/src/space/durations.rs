@@ -2,7 +2,7 @@
 
 use spaceport_core::queue::Learned;
 use spaceport_crds::FunctionDuration;
-use spaceport_crds::space::MAX_FUNCTIONS;
+use spaceport_crds::function_duration::MAX_FUNCTIONS;
 
 use crate::ledger::convert::size_text;
 use crate::ledger::display::seconds;

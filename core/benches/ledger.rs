@@ -184,6 +184,7 @@ impl Bench {
         let size = if self.draw(100) < 85 { Size::Large } else { Size::Xlarge };
         let declared_ms = (5 + 5 * self.draw(12)) * 1000;
         self.next.push_back(Command::Request(Box::new(Request {
+            cookie: None,
             ticket: Ticket { agent_instance: format!("instance-{at}"), number: self.tickets },
             node: node(at),
             space: SpaceKey {
@@ -215,6 +216,7 @@ fn policy() -> Policy {
     Policy {
         tier: "free".to_owned(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms: 300_000,
             longest_call_ms: 120_000,
             runs_per_window: None,
@@ -225,6 +227,7 @@ fn policy() -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 

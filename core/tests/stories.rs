@@ -29,6 +29,7 @@ fn policy(base_ms: u64, concurrent: u32) -> Policy {
     Policy {
         tier: "demo".into(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms,
             longest_call_ms: 50_000,
             runs_per_window: None,
@@ -39,6 +40,7 @@ fn policy(base_ms: u64, concurrent: u32) -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 
@@ -87,6 +89,7 @@ impl Story {
     fn ask_with(&mut self, account: &str, size: Size, declared_ms: u64, budget: Option<Budget>) -> Vec<Effect> {
         self.tickets += 1;
         self.tell(Command::Request(Box::new(Request {
+            cookie: None,
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
             space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
@@ -560,6 +563,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
     story.account("carol", policy(600_000, 9));
     story.pass(100_000);
     let request = Request {
+        cookie: None,
         ticket: Ticket { agent_instance: "a".into(), number: 100 },
         node: NodeName::new(NODE),
         space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },

@@ -23,6 +23,8 @@ pub struct Token {
     pub max_calls: u64,
     /// Identity of the call.
     pub jti: String,
+    /// The visitor, where the account is the page of an address prefix.
+    pub cookie: Option<String>,
 }
 
 impl Token {
@@ -35,7 +37,13 @@ impl Token {
             max_ms: 600_000,
             max_calls: 1,
             jti: ulid::Ulid::generate().to_string(),
+            cookie: None,
         }
+    }
+
+    /// One call by a visitor who is not signed in: `page` is `guest-<hash of the address prefix>`.
+    pub fn one_call_of_guest(page: &str, cookie: &str, audience: &str) -> Self {
+        Self { cookie: Some(cookie.to_owned()), ..Self::one_call(page, audience) }
     }
 
     /// Signs it with the key from the cluster's Secret.
@@ -51,7 +59,7 @@ impl Token {
         let mut header = Header::new(Algorithm::EdDSA);
         header.kid = Some(String::from_utf8(field("kid")?)?);
         let key = EncodingKey::from_ed_pem(&field("private.pem")?).context("the signing key is not an Ed25519 key")?;
-        let claims = json!({
+        let mut claims = json!({
             "iss": "spaceport-gateway",
             "aud": self.audience,
             "sub": self.account,
@@ -61,6 +69,9 @@ impl Token {
             "max_ms": self.max_ms,
             "max_calls": self.max_calls,
         });
+        if let Some(cookie) = &self.cookie {
+            claims["cookie"] = json!(cookie);
+        }
         encode(&header, &claims, &key).context("the token cannot be signed")
     }
 }

@@ -258,6 +258,7 @@ fn policy(account: usize) -> Policy {
     Policy {
         tier: "model".into(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms: u64::from(leases) * DECLARED_MS,
             longest_call_ms: DECLARED_MS,
             runs_per_window: None,
@@ -268,6 +269,7 @@ fn policy(account: usize) -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 
@@ -308,6 +310,7 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             leases: leases.iter().map(agent_lease).collect(),
         },
         ToBroker::Request { call, start } => Command::Request(Box::new(Request {
+            cookie: None,
             ticket: names::ticket(usize::from(*call), node, *start),
             node: name,
             space: SpaceKey { namespace: "model".into(), name: "space".into(), uid: "space".into() },

@@ -36,6 +36,7 @@ struct Inner {
     registry: Registry,
     leases: Family<KindLabel, Counter>,
     denials: Family<KindLabel, Counter>,
+    shortened: Family<KindLabel, Counter>,
     queued: Family<NodeLabel, Gauge>,
     worst_wait_over_bound: Gauge<f64, AtomicU64>,
     promises_withdrawn: Counter,
@@ -81,6 +82,12 @@ impl Metrics {
         registry.register("leases", "Leases that ended, by ending", leases.clone());
         let denials = Family::default();
         registry.register("denials", "Requests that were denied, by kind", denials.clone());
+        let shortened = Family::default();
+        registry.register(
+            "leases_shortened",
+            "Leases that were given less than they declare, by reason",
+            shortened.clone(),
+        );
         let queued = Family::default();
         registry.register("queued_requests", "Requests that wait for a slot, by node", queued.clone());
         let worst_wait_over_bound = Gauge::<f64, AtomicU64>::default();
@@ -140,6 +147,7 @@ impl Metrics {
                 registry,
                 leases,
                 denials,
+                shortened,
                 queued,
                 worst_wait_over_bound,
                 promises_withdrawn,
@@ -176,6 +184,11 @@ impl Metrics {
     /// A request was denied; `kind` is the name of a denial.
     pub fn denied(&self, kind: &'static str) {
         self.inner.denials.get_or_create(&KindLabel { kind }).inc();
+    }
+
+    /// A lease was given less than it declares; `kind` is a `ShortenedReason`.
+    pub fn shortened(&self, kind: &'static str) {
+        self.inner.shortened.get_or_create(&KindLabel { kind }).inc();
     }
 
     /// Requests that wait on a node.
@@ -276,6 +289,7 @@ mod tests {
         let metrics = Metrics::new();
         metrics.lease_ended("Released");
         metrics.denied("QuotaExceeded");
+        metrics.shortened("RemainingQuota");
         metrics.set_queued("gpu-1", 3);
         metrics.page_write(PageWrite::Written, Duration::from_millis(3));
         metrics.page_write(PageWrite::Conflict, Duration::from_millis(3));
@@ -285,6 +299,7 @@ mod tests {
         for line in [
             "spaceport_leases_total{kind=\"Released\"} 1",
             "spaceport_denials_total{kind=\"QuotaExceeded\"} 1",
+            "spaceport_leases_shortened_total{kind=\"RemainingQuota\"} 1",
             "spaceport_queued_requests{node=\"gpu-1\"} 3",
             "spaceport_page_writes_total{kind=\"conflict\"} 1",
             "spaceport_page_write_seconds_count 2",

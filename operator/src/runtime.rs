@@ -23,6 +23,7 @@ use crate::identity::{self, KeySet, TokenVerifier};
 use crate::kubeapi::KubeApi;
 use crate::leader::{self, LeaderSettings};
 use crate::ledger::actor;
+use crate::ledger::durations::Durations;
 use crate::ledger::ports::{ActorParts, Input};
 use crate::ledger::receipt::{self, Receipts};
 use crate::ledger::retention::{self, Retention};
@@ -157,6 +158,7 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
     let receipts = Receipts::new();
     let accounts = WorkQueue::default();
+    let durations = Durations::default();
     let (retention_sender, retention) = watch::channel(None);
     let stop = stop.child_token();
     let mut always = Tasks::new(stop.clone());
@@ -178,12 +180,13 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
         receipts: receipts.clone(),
         verifier,
         metrics: metrics.clone(),
+        durations: durations.clone(),
         clock_skew_max,
     };
     let act = actor::run(parts, stop.clone());
     always.spawn_fallible("broker", act);
 
-    let parts = WriterParts { api, receipts, accounts, metrics, events, retention, clock_skew_max, space };
+    let parts = WriterParts { api, receipts, accounts, metrics, events, retention, durations, clock_skew_max, space };
     let writers = parts.whenever_leading(leading, &stop);
     let mut writers = std::pin::pin!(writers);
     tokio::select! {
@@ -208,6 +211,7 @@ struct WriterParts {
     metrics: Metrics,
     events: mpsc::Sender<Input>,
     retention: watch::Receiver<Option<Retention>>,
+    durations: Durations,
     clock_skew_max: Duration,
     space: space::Settings,
 }
@@ -236,14 +240,14 @@ impl WriterParts {
         leading: &mut watch::Receiver<bool>,
         stop: &CancellationToken,
     ) -> Result<(), TaskError> {
-        let Self { api, receipts, accounts, metrics, events, retention, clock_skew_max, space } = self;
+        let Self { api, receipts, accounts, metrics, events, retention, durations, clock_skew_max, space } = self;
         let mut tasks = Tasks::new(stop.child_token());
         let term = tasks.stop_token().clone();
         metrics.set_leader(true);
         tasks.spawn("accounts", account::run(api.clone(), accounts.clone(), *clock_skew_max, term.clone()));
         let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), term.clone());
         tasks.spawn_fallible("receipts", write_receipts);
-        tasks.spawn("spaces", space::run(api.clone(), space.clone(), term.clone()));
+        tasks.spawn("spaces", space::run(api.clone(), space.clone(), durations.clone(), term.clone()));
         tasks.spawn("receipt retention", retention::run(api.clone(), retention.clone(), term.clone()));
         let early = tokio::select! {
             _ = leading.wait_for(|leads| !*leads) => None,

@@ -18,6 +18,7 @@ const fn node(fault: NodeFault, against: Rule, what: &'static str) -> Row {
 /// All of them. Invariant 9 needs a kernel; its faults are those of the agent's own tests and stories.
 pub const TABLE: &[Row] = &[
     ledger(Mutant::DecideOnDurable, Invariant(1), &[], "decisions do not see what is in flight"),
+    ledger(Mutant::PrefixCapIgnored, Invariant(1), &[], "the limit of an address prefix does not count"),
     ledger(Mutant::OrderEarly, Invariant(2), &[], "orders leave when the hold is decided"),
     ledger(Mutant::AcknowledgeEarly, Invariant(2), &[], "an end is acknowledged before it is durable"),
     ledger(Mutant::SettleTwice, Invariant(3), &[L(3)], "a settled hold stays open"),

@@ -74,6 +74,8 @@ pub struct Store {
     pub orphaned: BTreeSet<LeaseId>,
     /// Weighted milliseconds charged, of all accounts.
     pub charged_ms: u64,
+    /// The highest base that each account's tier ever gave: of an address prefix that of all its visitors together.
+    pub highest_base_ms: BTreeMap<AccountName, u64>,
     uids: u64,
 }
 
@@ -94,6 +96,7 @@ impl Store {
         let mut store = Self::default();
         for account in accounts {
             store.create(&account.name, account.page.clone());
+            store.highest_base_ms.insert(account.name.clone(), account.policy.allowance.base_ms);
         }
         store
     }

@@ -7,8 +7,8 @@ use super::event::Event;
 use super::mutant::Mutant;
 use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
-use crate::page::{Ending, OUTCOMES_MAX, Page};
-use crate::queue::{Function, Lane};
+use crate::page::{OUTCOMES_MAX, Page};
+use crate::queue::Lane;
 
 impl State {
     /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
@@ -58,8 +58,8 @@ impl State {
                 self.queue.remove(ticket);
             }
             Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
-            Event::Parked { ticket } => self.queue.park(ticket),
-            Event::Unparked { account } => self.queue.unpark(account),
+            Event::Parked { ticket, waits_for } => self.queue.park(ticket, *waits_for),
+            Event::Unparked { account } => self.unpark_where(account),
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
             Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
@@ -97,6 +97,7 @@ impl State {
                 self.nodes.entry(node.clone()).or_default().settings = *settings;
                 self.queue.configure(node, settings.lanes);
             }
+            Event::SpaceConfigured { space, settings } => self.configure_space(space, *settings),
             Event::NodeHello { node, agent_instance } => {
                 self.nodes.entry(node.clone()).or_default().agent_instance.clone_from(agent_instance);
             }
@@ -129,18 +130,6 @@ impl State {
             | Event::WriteRepeated { .. } => {}
         }
         Ok(())
-    }
-
-    /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
-    /// after a failed write ends with time, see `expiry`.
-    fn unpark(&mut self, account: &AccountName) {
-        let blocked = self.accounts.get(account).is_some_and(|found| {
-            let page = self.page_of(found);
-            found.is_full(page) || found.retry_at.is_some()
-        });
-        if !blocked {
-            self.queue.unpark(account);
-        }
     }
 
     fn set_rest(&mut self, node: &NodeName, rests: bool) {
@@ -352,6 +341,7 @@ impl State {
                     lease,
                     Lease {
                         account: Some(waiting.account.clone()),
+                        space: Some(waiting.space.uid.as_str().into()),
                         node: waiting.node.clone(),
                         size: waiting.demand.size,
                         declared_ms: waiting.demand.declared_ms,
@@ -373,11 +363,15 @@ impl State {
                 );
             }
             Event::Unreserved { lease } => self.remove_lease(lease),
-            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, limits, waits_ms, at } => self
-                .add_lease(
+            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, limits, waits_ms, at } => {
+                let page = account.as_ref().and_then(|account| self.accounts.get(account)).map(|found| &found.working);
+                let hold = page.and_then(|page| page.holds.iter().find(|hold| hold.lease == *lease));
+                let space = hold.map(|hold| hold.space.uid.as_str().into());
+                self.add_lease(
                     lease,
                     Lease {
                         account: account.clone(),
+                        space,
                         node: node.clone(),
                         size: *size,
                         declared_ms: *declared_ms,
@@ -396,7 +390,8 @@ impl State {
                         abandoned: false,
                         cancelled: None,
                     },
-                ),
+                );
+            }
             Event::SlotFreed { lease } => self.free_slot(lease),
             Event::Ordered { lease, .. }
             | Event::Assigned { lease, .. }
@@ -412,6 +407,7 @@ impl State {
     fn advance_lease(&mut self, id: &LeaseId, event: &Event) {
         let early = self.has(Mutant::FreeAtEnd);
         let Some(lease) = self.leases.get_mut(id) else { return };
+        let space = lease.space.clone().filter(|_| lease.busy_space().is_some());
         match event {
             Event::Ordered { at, limits, waits_ms, .. } => {
                 (lease.stage, lease.sent) = (Stage::Ordered, *at);
@@ -429,15 +425,19 @@ impl State {
             Event::Ended { slot, .. } => {
                 lease.stage = lease.stage.max(Stage::Settling);
                 lease.slot = if early { SlotUse::Free } else { *slot };
-                if lease.slot == SlotUse::Free {
-                    self.free_slot(id);
-                    return;
-                }
             }
             Event::Settled { .. } => lease.stage = Stage::Settled,
             Event::Abandoned { .. } => lease.abandoned = true,
             Event::Cancelled { at, .. } => lease.cancelled = Some(*at),
             _ => {}
+        }
+        let (over, freed) = (lease.busy_space().is_none(), lease.slot == SlotUse::Free);
+        if let Some(space) = space.filter(|_| over) {
+            self.space_lease_over(&space);
+        }
+        if freed && matches!(event, Event::Ended { .. }) {
+            self.free_slot(id);
+            return;
         }
         self.note_holder(id);
         self.remove_if_over(id);
@@ -461,12 +461,22 @@ impl State {
 
     fn add_lease(&mut self, id: &LeaseId, lease: Lease) {
         self.nodes.entry(lease.node.clone()).or_default().leases.insert(id.clone());
-        self.leases.insert(id.clone(), lease);
+        if let Some(space) = lease.busy_space() {
+            let space = space.to_owned();
+            self.space_lease_begins(&space);
+        }
+        let before = self.leases.insert(id.clone(), lease);
+        if let Some(space) = before.as_ref().and_then(Lease::busy_space) {
+            self.space_lease_over(space);
+        }
         self.note_holder(id);
     }
 
     fn remove_lease(&mut self, id: &LeaseId) {
         let Some(lease) = self.leases.remove(id) else { return };
+        if let Some(space) = lease.busy_space() {
+            self.space_lease_over(space);
+        }
         if let Some(request) = &lease.request
             && self.tickets.get(&request.ticket) == Some(id)
         {
@@ -548,17 +558,6 @@ impl Account {
         }
         self.pending.extend(waiting);
         (changes, page)
-    }
-
-    /// How long a call ran to its end, if that is what the change says: from it the queue learns. One that failed or was cut
-    /// short says nothing about the next.
-    fn function_of(&self, change: &PageChange) -> Option<(Function, u64)> {
-        let PageChange::Settle { lease, ending: Ending::Released | Ending::Deadline, used_ms, .. } = change else {
-            return None;
-        };
-        let hold = self.working.holds.iter().find(|hold| hold.lease == *lease)?;
-        let function = Function { space_uid: hold.space.uid.clone(), size: hold.size, declared_ms: hold.declared_ms };
-        Some((function, *used_ms))
     }
 
     /// Of notes that no write carries yet only the newest are kept (L5).

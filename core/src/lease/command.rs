@@ -1,6 +1,6 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
 use crate::queue::{LaneSettings, Priority, QueueBounds};
@@ -31,6 +31,13 @@ pub enum Command {
         node: NodeName,
         /// What applies to it.
         settings: NodeSettings,
+    },
+    /// What the owner of a Space has chosen; the defaults when it is gone.
+    SpaceSettings {
+        /// uid of the Space.
+        space: String,
+        /// What applies to its calls.
+        settings: SpaceSettings,
     },
     /// An agent opened a session.
     NodeHello {
@@ -175,7 +182,7 @@ pub struct Policy {
     pub tier: String,
     /// Quota.
     pub allowance: Allowance,
-    /// Most leases at once.
+    /// Most leases at once; on a guest page of each visitor.
     pub concurrent: u32,
     /// Place in the queue.
     pub priority: Priority,
@@ -183,6 +190,20 @@ pub struct Policy {
     pub caller: CallerClass,
     /// The object is being deleted: grants answer AccountDeleting (L4).
     pub deleting: bool,
+    /// An older account has one of its identities; nothing is granted while it does (L4).
+    pub conflict: Option<AccountName>,
+}
+
+/// What the owner of a Space has chosen for its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceSettings {
+    /// Most leases at once; more calls wait. A soft limit: one broker keeps it exactly, but leases that it has not met yet, in
+    /// the first moments of a term, do not count (L1).
+    pub concurrent: Option<u32>,
+    /// A call gets what its caller has left, if that is less than it declares (requirement A3).
+    pub clamp_to_remaining: bool,
+    /// A call gets what its function has been seen to need, with a margin, if that is less (requirement A13).
+    pub learned_reservation: bool,
 }
 
 /// Limits in time of a lease (L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
@@ -283,6 +304,8 @@ pub struct Request {
     pub declared_ms: u64,
     /// Who pays: the account of the token, or the Space's own where there was none; or what is wrong with the token.
     pub caller: Result<AccountName, UnauthenticatedReason>,
+    /// The visitor, if the account is a guest page (L1); then always there.
+    pub cookie: Option<CookieId>,
     /// The token's budget; None without a token.
     pub budget: Option<Budget>,
 }

@@ -27,6 +27,10 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
             let known = state.nodes.get(&node).is_some_and(|known| known.settings == settings);
             if known { Vec::new() } else { vec![Event::NodeConfigured { node, settings }] }
         }
+        Command::SpaceSettings { space, settings } => {
+            let known = state.space_settings(&space) == settings;
+            if known { Vec::new() } else { vec![Event::SpaceConfigured { space, settings }] }
+        }
         // L6: a node that has seen a later term refuses everything of ours.
         Command::NodeHello { highest_epoch, .. } if highest_epoch > state.epoch => {
             vec![Event::TermEnded(TermEnd::NodeAhead { epoch: highest_epoch })]

@@ -107,7 +107,7 @@ pub struct Place {
     pub ticket: Ticket,
     /// On which node.
     pub node: NodeName,
-    /// It waits for something of its own account, not for the node.
+    /// It waits for something of its own account or Space, not for the node.
     pub concurrency: bool,
     /// 1 is next.
     pub position: u32,
@@ -186,7 +186,7 @@ fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
     Place {
         ticket: waiting.ticket.clone(),
         node: waiting.node.clone(),
-        concurrency: waiting.waits_for == WaitsFor::Account,
+        concurrency: waiting.waits_for != WaitsFor::Node,
         position,
         eta_ms,
         latest_start_ms: waiting.promise.map(|promise| promise.latest_start.since(now)),

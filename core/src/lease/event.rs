@@ -1,12 +1,12 @@
 //! What the ledger has decided. A refusal is an event with numbers in it, not an error.
 
 use super::change::PageChange;
-use super::command::{Limits, NodeSettings, Policy};
+use super::command::{Limits, NodeSettings, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::{Lane, Promise, Waiting};
+use crate::queue::{Lane, Promise, Waiting, WaitsFor};
 use crate::slots::Card;
 
 /// Why a term ends.
@@ -61,8 +61,8 @@ pub enum Event {
     Left { ticket: Ticket },
     /// Its agent is told of its place, and its lease has a name.
     Announced { ticket: Ticket, lease: LeaseId, at: Steady, promise: Option<Promise> },
-    /// It has its turn, but waits for its own account.
-    Parked { ticket: Ticket },
+    /// It has its turn, but waits for its own account or Space.
+    Parked { ticket: Ticket, waits_for: WaitsFor },
     /// The requests of an account need not wait for it any more.
     Unparked { account: AccountName },
     /// It has its turn, and the card that drains first is kept for it.
@@ -121,6 +121,8 @@ pub enum Event {
     // Nodes.
     /// Its pool says so.
     NodeConfigured { node: NodeName, settings: NodeSettings },
+    /// Its owner says so.
+    SpaceConfigured { space: String, settings: SpaceSettings },
     /// An agent began a session.
     NodeHello { node: NodeName, agent_instance: String },
     /// It accepted the term.

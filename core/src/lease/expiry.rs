@@ -28,8 +28,9 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     }
     // What blocks an account may end by time alone: the pause after a failed write.
     let is_free = |name: &&AccountName| {
-        let account = state.accounts.get(*name);
-        account.is_none_or(|account| !account.is_blocked(state.page_of(account), at.steady))
+        let Some(account) = state.accounts.get(*name) else { return true };
+        let page = state.page_of(account);
+        state.queue.parked_of(name).any(|waiting| !account.is_blocked(page, waiting.cookie.as_ref(), at.steady))
     };
     events.extend(state.queue.parked_accounts().filter(is_free).map(|name| Event::Unparked { account: name.clone() }));
     let stale_budget = state.roots.values().any(|used| used.expires <= at.wall);

@@ -19,19 +19,24 @@ mod dispatch;
 mod effect;
 mod event;
 mod expiry;
+mod learn;
 mod mutant;
 mod node;
 mod pages;
+mod parking;
 mod promise;
 mod report;
 mod request;
 mod schedule;
+mod spaces;
 mod state;
 
 pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
-pub use command::{AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request};
+pub use command::{
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request, SpaceSettings,
+};
 pub use decide::decide;
 pub use dispatch::dispatch;
 pub use effect::{Effect, Order, Place, effects};
@@ -40,6 +45,7 @@ pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::ATTEMPTS_MAX;
+pub use spaces::SpaceUse;
 pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, WRITES_IN_FLIGHT_MAX};
 
 use std::collections::BTreeSet;
@@ -133,7 +139,14 @@ fn stir(state: &State, event: &Event, stirred: &mut BTreeSet<NodeName>) {
         | Event::Assigned { lease, .. }
         | Event::Ended { lease, .. }
         | Event::Settled { lease, .. }
-        | Event::SlotFreed { lease } => stirred.extend(state.leases.get(lease).map(|found| found.node.clone())),
+        | Event::SlotFreed { lease } => {
+            let found = state.leases.get(lease);
+            stirred.extend(found.map(|found| found.node.clone()));
+            // Its Space may have reached its limit; who waits for that may wait on another node.
+            let space = found.and_then(|found| found.busy_space());
+            stirred.extend(space.into_iter().flat_map(|space| state.queue.parked_for_space(space)).cloned());
+        }
+        Event::SpaceConfigured { space, .. } => stirred.extend(state.queue.parked_for_space(space).cloned()),
         Event::NodeConfigured { node, .. }
         | Event::InventoryTaken { node, .. }
         | Event::NodeHeard { node }

@@ -6,6 +6,8 @@
 pub enum Mutant {
     /// Against invariant 1 and L3: decisions read the durable page, without what is in flight.
     DecideOnDurable,
+    /// Against invariant 1: on a guest page only the visitors' own limits count, not that of their address prefix.
+    PrefixCapIgnored,
     /// Against invariant 2: orders leave when the hold is decided.
     OrderEarly,
     /// Against invariant 2 and L10: an end is acknowledged before its settlement is durable.

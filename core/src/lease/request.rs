@@ -2,16 +2,16 @@
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{Budget, Request};
+use super::command::{Budget, NodeSettings, Request};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
 use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
-use crate::page::{DenialRow, Outcome};
-use crate::protocol::{CallerClass, Denial, QueueOf, UnauthenticatedReason, human_message};
+use crate::page::{DenialRow, Outcome, ShortenedBy};
+use crate::protocol::{CallerClass, Denial, LegalDurations, QueueOf, UnauthenticatedReason, human_message};
 use crate::queue::{Function, Turn, Waiting, WaitsFor};
-use crate::quota::{self, Demand};
+use crate::quota::{self, Demand, Payer, Queued};
 use crate::slots;
 
 /// Orders for one request that a node may refuse, or a store may not take, before it is told PlatformFault. A first order
@@ -45,7 +45,13 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
         Err(denial) => refusal.events(at, state, denial),
         Ok((account, name, demand)) => {
             let turn = turn(at, state, account, &request, &demand);
-            let blocked = account.is_blocked(state.page_of(account), at.steady);
+            let waits_for = match () {
+                () if account.is_blocked(state.page_of(account), request.cookie.as_ref(), at.steady) => {
+                    WaitsFor::Account
+                }
+                () if state.is_space_full(&request.space.uid) => WaitsFor::Space,
+                () => WaitsFor::Node,
+            };
             let mut events = Vec::new();
             if let Some(budget) = &request.budget {
                 let (root, expires) = (budget.root.clone(), budget.expires);
@@ -60,14 +66,20 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 demand,
                 turn,
                 caller: account.policy.caller,
-                via: if request.budget.is_some() { "token" } else { "space" }.to_owned(),
+                via: match (&request.cookie, &request.budget) {
+                    (Some(_), _) => "guest",
+                    (None, Some(_)) => "token",
+                    (None, None) => "space",
+                }
+                .to_owned(),
+                cookie: request.cookie,
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
                 arrived: at.steady,
                 attempts: 0,
                 told: None,
                 promise: None,
-                waits_for: if blocked { WaitsFor::Account } else { WaitsFor::Node },
+                waits_for,
                 lease: None,
                 unconfirmed: None,
             })));
@@ -92,9 +104,7 @@ fn lease_of<'a>(state: &'a State, ticket: &Ticket) -> Option<&'a LeaseId> {
 /// What decides when it is its turn.
 fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand: &Demand) -> Turn {
     let settings = state.settings(&request.node);
-    let function =
-        Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.declared_ms };
-    let expected_ms = state.history.expected_ms(&function);
+    let expected_ms = state.history.expected_ms(&function(request, demand)).min(demand.declared_ms);
     let page = state.page_of(account);
     let standing = page.standing(&account.policy.allowance, page.time(at.wall));
     let used_ms = standing.limit_ms.saturating_sub(standing.left_ms);
@@ -106,6 +116,11 @@ fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand:
         held_ms: settings.limits.held_ms(demand.declared_ms),
         slots: slots_of(state, &request.node, demand.size),
     }
+}
+
+/// What the calls like it are known by.
+fn function(request: &Request, demand: &Demand) -> Function {
+    Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.asked_ms() }
 }
 
 /// How many slots of the node's cards a lease takes.
@@ -127,34 +142,80 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
     if account.policy.deleting {
         return Err(Denial::AccountDeleting);
     }
+    if account.policy.conflict.is_some() {
+        return Err(unauthenticated(UnauthenticatedReason::IdentityConflict));
+    }
     let settings = state.settings(&request.node);
     let demand = Demand {
         size: request.size,
         weight: settings.weight(request.size),
         declared_ms: request.declared_ms,
         duration_factor_percent: settings.duration_factor_percent,
+        shortened: None,
     };
     let page = state.page_of(account);
     let time = page.time(at.wall);
-    quota::check_legal(page, &account.policy.allowance, time, &demand)?;
+    let allowance = state.allowance_of(account);
+    let payer = Payer { page, allowance: &allowance, cookie: request.cookie.as_ref(), at: time };
+    // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
+    let queued = state.queue.needed(&name, request.cookie.as_ref());
+    let demand = shorten(state, request, payer, demand, queued);
+    let explained = |denial| explained(settings, &account.policy.tier, payer, &demand, denial);
+    quota::check_legal(payer, &demand).map_err(explained)?;
     if let Some(budget) = &request.budget {
         check_budget(state, budget, demand.needed_ms())?;
     }
-    // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
-    let queued_ms = state.queue.needed_ms(&name);
     let frees_in_ms = frees_in_ms(state, account, time);
-    quota::admit(page, &account.policy.allowance, time, &demand, queued_ms, frees_in_ms)?;
+    quota::admit(payer, &demand, queued, frees_in_ms).map_err(explained)?;
     let node = state.nodes.get(&request.node).filter(|node| node.joined);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
     }
     match state.queue.full(&request.node, &request.space, &name, &settings.queue) {
-        Some((QueueOf::Account, _)) if account.is_blocked(page, at.steady) => {
-            Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent) })
+        Some((QueueOf::Account, _)) if account.is_blocked(page, request.cookie.as_ref(), at.steady) => {
+            Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent), of: QueueOf::Account })
+        }
+        Some((QueueOf::Space, _)) if state.is_space_full(&request.space.uid) => {
+            let limit = u64::from(state.space_settings(&request.space.uid).concurrent.unwrap_or_default());
+            Err(Denial::ConcurrencyExceeded { limit, of: QueueOf::Space })
         }
         Some((of, bound)) => Err(Denial::QueueFull { bound, of }),
         None => Ok((account, name, demand)),
     }
+}
+
+/// What the call is given of what it declares, as its Space has chosen.
+fn shorten(state: &State, request: &Request, payer: Payer<'_>, demand: Demand, queued: Queued) -> Demand {
+    let chosen = state.space_settings(&request.space.uid);
+    let learned =
+        if chosen.learned_reservation { state.history.suggested_ms(&function(request, &demand)) } else { None };
+    let demand = match learned {
+        Some(ms) => demand.shortened_to(ms, ShortenedBy::LearnedDuration),
+        None => demand,
+    };
+    if chosen.clamp_to_remaining { quota::clamp(payer, demand, queued) } else { demand }
+}
+
+/// A refusal of a duration with what would be legal, for each size (requirement A14).
+pub(super) fn explained(
+    settings: NodeSettings,
+    tier: &str,
+    payer: Payer<'_>,
+    demand: &Demand,
+    denial: Denial,
+) -> Denial {
+    let Denial::IllegalDuration { declared_ms, limit_ms, what, .. } = denial else { return denial };
+    let longest = |size| {
+        let of_size = Demand { size, weight: settings.weight(size), ..*demand };
+        quota::longest_legal_ms(payer, &of_size)
+    };
+    let legal = Box::new(LegalDurations {
+        tier: tier.to_owned(),
+        size: demand.size,
+        large_ms: longest(Size::Large),
+        xlarge_ms: longest(Size::Xlarge),
+    });
+    Denial::IllegalDuration { declared_ms, limit_ms, what, legal: Some(legal) }
 }
 
 /// Invariant 10: a Space can spend its caller's quota only within the budget of the call.
@@ -278,7 +339,7 @@ pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event
         let promise = match waiting.waits_for {
             // Told once, it stays: a request that returns to its place keeps what it was promised.
             WaitsFor::Node => Some(waiting.promise.unwrap_or_else(|| promise::promise(at.steady, state, waiting))),
-            WaitsFor::Account => None,
+            WaitsFor::Account | WaitsFor::Space => None,
         };
         Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady, promise }
     };

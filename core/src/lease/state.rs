@@ -1,5 +1,6 @@
 //! What the ledger knows. Only [`State::apply`] changes it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -8,9 +9,11 @@ use super::command::{Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use super::schedule::{Schedule, Scheduled};
-use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
-use crate::page::{CLOSED_MAX, Page};
+use super::spaces::SpaceUse;
+use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
+use crate::page::{CLOSED_MAX, Hold, Page};
 use crate::queue::{History, Lane, Queue, Waiting};
+use crate::quota::Allowance;
 use crate::slots::Card;
 
 /// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
@@ -39,6 +42,8 @@ pub struct State {
     pub queue: Queue,
     /// How long calls really ran, for the order of the queue.
     pub history: History,
+    /// Spaces with leases or with a choice of their owner, by uid.
+    pub spaces: BTreeMap<String, SpaceUse>,
     /// What was taken of each call's budget.
     pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
@@ -133,6 +138,8 @@ pub struct Lease {
     pub node: NodeName,
     /// Size.
     pub size: Size,
+    /// uid of its Space; None if only the node knows it.
+    pub space: Option<Arc<str>>,
     /// Longest run.
     pub declared_ms: u64,
     /// The request it was made for; None after a fail-over.
@@ -240,6 +247,7 @@ impl State {
             history: History::default(),
             tickets: ByName::default(),
             longest_call_ms: 0,
+            spaces: BTreeMap::new(),
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
             next_place: 1,
@@ -297,6 +305,15 @@ impl State {
         self.nodes.get(node).is_some_and(|node| node.joined)
     }
 
+    /// What applies to an account, as decisions see it.
+    pub(super) fn allowance_of<'a>(&self, account: &'a Account) -> Cow<'a, Allowance> {
+        let allowance = &account.policy.allowance;
+        if self.has(Mutant::PrefixCapIgnored) && allowance.per_cookie_ms.is_some() {
+            return Cow::Owned(Allowance { base_ms: u64::MAX / 4, ..allowance.clone() });
+        }
+        Cow::Borrowed(allowance)
+    }
+
     /// The page that decisions are made on.
     pub(super) fn page_of<'a>(&self, account: &'a Account) -> &'a Page {
         if self.has(Mutant::DecideOnDurable) { &account.durable } else { &account.working }
@@ -325,13 +342,15 @@ impl State {
 impl Account {
     /// True while a new hold has to wait for something of the account's own: its concurrency limit, its outbox, or its
     /// failing writes. On the wire all three are the queueing reason `concurrency`.
-    pub(super) fn is_blocked(&self, page: &Page, now: Steady) -> bool {
-        self.is_full(page) || self.retry_at.is_some_and(|retry_at| now < retry_at)
+    pub(super) fn is_blocked(&self, page: &Page, cookie: Option<&CookieId>, now: Steady) -> bool {
+        self.is_full(page, cookie) || self.retry_at.is_some_and(|retry_at| now < retry_at)
     }
 
-    /// True while the page takes no more holds.
-    pub(super) fn is_full(&self, page: &Page) -> bool {
-        page.holds.len() >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
+    /// True while the page takes no more holds, or none of this visitor of a guest page.
+    pub(super) fn is_full(&self, page: &Page, cookie: Option<&CookieId>) -> bool {
+        let is_own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+        let open = if cookie.is_some() { page.holds.iter().filter(is_own).count() } else { page.holds.len() };
+        open >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
             // L10: a full outbox pauses this account only. Every open hold will need a row in it.
             || page.holds.len() + page.closed.len() >= CLOSED_MAX
     }

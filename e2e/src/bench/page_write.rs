@@ -219,6 +219,7 @@ fn first_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
             since_milliseconds: now_ms - 13_000,
             generation: 1,
             via: "token".to_owned(),
+            cookie: None,
         })
         .collect();
     GPUAccountStatus {
@@ -307,6 +308,8 @@ fn hold(lease: &str, source: &str, now_ms: i64) -> Hold {
         after: None,
         generation: 1,
         via: "token".to_owned(),
+        cookie: None,
+        shortened: None,
     }
 }
 

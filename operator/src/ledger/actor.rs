@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::display::{Display, TierShown};
+use super::durations::Durations;
 use super::known::{Known, Session};
 use super::pages::{self, Done, Pages};
 use super::ports::{ActorParts, Input};
@@ -72,6 +73,7 @@ struct Actor<P> {
     receipts: Receipts,
     verifier: TokenVerifier,
     metrics: Metrics,
+    durations: Durations,
     known: Known,
     targets: BTreeMap<AccountName, PageTarget>,
     /// Calls whose account is being made or looked for.
@@ -103,7 +105,7 @@ enum Over {
 /// # Errors
 /// [`TermOver`]: the process should end, and begin a new term when it leads again.
 pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Result<(), TermOver> {
-    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, clock_skew_max } = parts;
+    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, durations, clock_skew_max } = parts;
     let mut known = Known::new(clock_skew_max);
     let mut above = Epoch(0);
     loop {
@@ -120,6 +122,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             receipts: receipts.clone(),
             verifier: verifier.clone(),
             metrics: metrics.clone(),
+            durations: durations.clone(),
             known,
             targets: BTreeMap::new(),
             first_calls: BTreeMap::new(),
@@ -232,6 +235,9 @@ impl<P: Pages> Actor<P> {
         for node in self.known.awaited() {
             self.configure(&node);
         }
+        for (space, settings) in self.known.spaces.clone() {
+            self.command(Command::SpaceSettings { space, settings });
+        }
         for account in self.known.accounts.keys().cloned().collect::<Vec<_>>() {
             self.account_seen(&account);
         }
@@ -305,6 +311,9 @@ impl<P: Pages> Actor<P> {
             Event::Reserved { lease, waiting, .. } => {
                 Place::HoldDecided.reached();
                 self.records.reserved(lease, waiting, self.state.epoch);
+                if let Some(shortened) = waiting.demand.shortened {
+                    self.metrics.shortened(convert::shortened_reason(shortened.by).as_str());
+                }
                 if let Some(Promise { given, latest_start }) = waiting.promise {
                     self.metrics.waited(at.steady.since(given), latest_start.since(given));
                 }
@@ -327,8 +336,19 @@ impl<P: Pages> Actor<P> {
                 Place::SettleDecided.reached();
                 self.metrics.lease_ended(convert::outcome_reason(*ending).as_str());
             }
+            Event::Settled { account, lease } => self.note_settled(account, lease),
             Event::Denied { denial, .. } => self.metrics.denied(denial.kind()),
             _ => {}
+        }
+    }
+
+    /// What was learned of the functions of its Space.
+    fn note_settled(&self, account: &AccountName, lease: &LeaseId) {
+        let closed = self.state.accounts.get(account).map(|found| &found.durable.closed);
+        let row = closed.and_then(|closed| closed.iter().find(|closed| closed.hold.lease == *lease));
+        if let Some(row) = row {
+            let uid = &row.hold.space.uid;
+            self.durations.put(uid, self.state.history.of_space(uid));
         }
     }
 
@@ -462,7 +482,7 @@ impl<P: Pages> Actor<P> {
         if self.targets.get(&account).is_some_and(|target| target.uid != seen.uid) {
             // Another object of the same name: what was known and under way was of the old one.
             self.account_gone(account.clone());
-            self.known.accounts.insert(account.clone(), seen);
+            self.known.take_account(seen);
             self.account_seen(&account);
             return;
         }
@@ -473,9 +493,13 @@ impl<P: Pages> Actor<P> {
     }
 
     fn account_gone(&mut self, account: AccountName) {
-        self.known.accounts.remove(&account);
+        let others = self.known.drop_account(&account);
         self.targets.remove(&account);
         self.command(Command::AccountGone { account });
+        // What it had of an identity may be theirs now.
+        for other in others {
+            self.account_seen(&other);
+        }
     }
 
     /// An account as its watch shows it.

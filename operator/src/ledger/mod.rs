@@ -3,6 +3,8 @@
 pub mod actor;
 pub mod convert;
 pub mod display;
+pub mod durations;
+pub mod identities;
 pub mod known;
 pub mod node_messages;
 pub mod pages;

@@ -3,7 +3,7 @@
 use spaceport_core::ids::{Epoch, IdSeed, NodeName};
 use spaceport_core::lease::{Command, Effect, Order, Outcome, State, TermEnd, step};
 use spaceport_core::page::Page;
-use spaceport_core::protocol::{Denial, UnauthenticatedReason};
+use spaceport_core::protocol::{Denial, Limiter, UnauthenticatedReason};
 
 use super::World;
 use crate::agenda::Happening;
@@ -96,6 +96,9 @@ impl World {
         self.command(number, Command::ClockJudged { off_ms })?;
         for node in awaited {
             self.configure(number, &node)?;
+        }
+        for (space, settings) in self.plan.chosen.clone() {
+            self.command(number, Command::SpaceSettings { space, settings })?;
         }
         for account in accounts {
             self.account_seen(number, &account)?;
@@ -315,6 +318,11 @@ impl World {
     fn cover_denial(&mut self, denial: &Denial) {
         self.coverage.saw(Scenario::Denied);
         self.coverage.saw(match denial {
+            Denial::QuotaExceeded { limiter: Limiter::Cookie, .. }
+            | Denial::PendingOverquota { limiter: Limiter::Cookie, .. }
+            | Denial::TooManyGuests { .. } => Scenario::DeniedCookie,
+            Denial::QuotaExceeded { limiter: Limiter::AddressPrefix, .. }
+            | Denial::PendingOverquota { limiter: Limiter::AddressPrefix, .. } => Scenario::DeniedPrefix,
             Denial::QuotaExceeded { .. } => Scenario::DeniedQuota,
             Denial::PendingOverquota { .. } => Scenario::DeniedPending,
             Denial::RunsExceeded { .. } => Scenario::DeniedRuns,

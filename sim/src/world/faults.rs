@@ -265,6 +265,8 @@ impl World {
                 allowance.grants.pop();
             }
         }
+        let highest_ms = self.store.highest_base_ms.entry(name.clone()).or_default();
+        *highest_ms = (*highest_ms).max(policy.allowance.base_ms);
         for number in self.brokers.keys().copied().collect::<Vec<_>>() {
             let at = self.now + self.random.between(1, 500);
             self.agenda.add(at, Happening::PolicyShown(number, name.clone()));

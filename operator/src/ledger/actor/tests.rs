@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::identity::KeySet;
 use crate::kubeapi::ApiError;
+use crate::ledger::durations::Durations;
 use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::seen::{TermSeen, TierSeen};
 use crate::ledger::store::CreateError;
@@ -151,6 +152,7 @@ fn tier() -> TierSeen {
         created: Timestamp::UNIX_EPOCH,
         base_ms: 60_000,
         longest_call_ms: 50_000,
+        address_prefix_ms: None,
         concurrent_leases: 2,
         runs_per_window: None,
         extendable: false,
@@ -189,6 +191,7 @@ impl Story {
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
+            durations: Durations::default(),
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));

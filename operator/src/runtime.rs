@@ -95,7 +95,7 @@ async fn start(settings: Settings, metrics: Metrics, readiness: Readiness, tasks
     let leader = leader_settings(leader, &namespace, &replica)?;
     let (prepared, linked) = (readiness.condition("credentials"), readiness.condition("node-link"));
 
-    let api = connect(kubeconfig).await?;
+    let api = connect(kubeconfig).await?.counted_by(metrics.clone());
     let dns_names = dns_names(&namespace, nodelink_dns_names);
     let certificate = prepare_credentials(&api, &namespace, &dns_names, tasks.stop_token()).await?;
     prepared.set(true);
@@ -154,7 +154,8 @@ struct LeaderParts {
 /// one that comes to lead has nothing to list; only the leader decides and writes.
 async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: CancellationToken) -> anyhow::Result<()> {
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
-    let receipts = Receipts::new();
+    let receipts = Receipts::new().giving_way_to(store.pressure());
+    let pressure = store.pressure();
     let accounts = WorkQueue::default();
     let (retention_sender, retention) = watch::channel(None);
     let mut tasks = Tasks::new(stop.child_token());
@@ -200,7 +201,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
         tasks.spawn_fallible("receipts", write_receipts);
         let run_spaces = space::run(api.clone(), space, stop.clone());
         tasks.spawn("spaces", run_spaces);
-        let remove_receipts = retention::run(api, retention, stop);
+        let remove_receipts = retention::run(api, retention, pressure, stop);
         tasks.spawn("receipt retention", remove_receipts);
     }
     Ok(tasks.wait(STOP_LIMIT).await?)

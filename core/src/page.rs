@@ -1,7 +1,10 @@
 //! The ledger page of one account (L1): what `GPUAccount.status` holds and one compare-and-swap changes.
 
+mod sound;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::sound::Unsound;
 use crate::ids::{CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use crate::protocol::Denial;
 

@@ -26,6 +26,13 @@ pub struct NodeLabel {
     node: String,
 }
 
+/// A kind of request to the API server; their number is that of the resources we write.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabel {
+    verb: &'static str,
+    resource: String,
+}
+
 /// All metrics of the process; a cheap handle.
 #[derive(Clone)]
 pub struct Metrics {
@@ -44,6 +51,8 @@ struct Inner {
     page_writes: Family<KindLabel, Counter>,
     receipts_pending: Gauge,
     receipt_writes: Family<KindLabel, Counter>,
+    write_pressure: Gauge,
+    api_mutations: Family<RequestLabel, Counter>,
     malformed_objects: Family<KindLabel, Counter>,
     leader: Gauge,
     epoch: Gauge<u64, AtomicU64>,
@@ -115,6 +124,18 @@ impl Metrics {
         registry.register("receipts_pending", "Leases whose receipt is not written", receipts_pending.clone());
         let receipt_writes = Family::default();
         registry.register("receipt_writes", "Writes of receipts, by outcome", receipt_writes.clone());
+        let write_pressure = Gauge::default();
+        registry.register(
+            "write_pressure",
+            "1 while the API server can hardly keep up with page writes, and receipts give way",
+            write_pressure.clone(),
+        );
+        let api_mutations = Family::default();
+        registry.register(
+            "api_mutations",
+            "Requests to the API server that may change something, by verb and resource, however they end",
+            api_mutations.clone(),
+        );
         let malformed_objects = Family::default();
         registry.register("malformed_objects", "Objects seen that cannot be used, by kind", malformed_objects.clone());
         let leader = Gauge::default();
@@ -155,6 +176,8 @@ impl Metrics {
                 page_writes,
                 receipts_pending,
                 receipt_writes,
+                write_pressure,
+                api_mutations,
                 malformed_objects,
                 leader,
                 epoch,
@@ -239,6 +262,16 @@ impl Metrics {
         self.inner.receipt_writes.get_or_create(&KindLabel { kind }).inc();
     }
 
+    /// Whether receipts give way to page writes.
+    pub fn set_write_pressure(&self, is_high: bool) {
+        self.inner.write_pressure.set(i64::from(is_high));
+    }
+
+    /// A request that may change something is sent; `resource` as authorization knows it, `gpuaccounts/status`.
+    pub fn api_mutation(&self, verb: &'static str, resource: &str) {
+        self.inner.api_mutations.get_or_create(&RequestLabel { verb, resource: resource.to_owned() }).inc();
+    }
+
     /// An object of this kind cannot be used.
     pub fn malformed(&self, kind: &'static str) {
         self.inner.malformed_objects.get_or_create(&KindLabel { kind }).inc();
@@ -295,6 +328,7 @@ mod tests {
         metrics.page_write(PageWrite::Conflict, Duration::from_millis(3));
         metrics.set_epoch(7);
         metrics.set_leader(true);
+        metrics.api_mutation("update", "gpuaccounts/status");
         let text = metrics.encode().unwrap();
         for line in [
             "spaceport_leases_total{kind=\"Released\"} 1",
@@ -304,6 +338,8 @@ mod tests {
             "spaceport_page_writes_total{kind=\"conflict\"} 1",
             "spaceport_page_write_seconds_count 2",
             "spaceport_epoch 7",
+            "spaceport_api_mutations_total{verb=\"update\",resource=\"gpuaccounts/status\"} 1",
+            "spaceport_write_pressure 0",
             "spaceport_leader 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");

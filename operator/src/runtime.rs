@@ -25,6 +25,7 @@ use crate::leader::{self, LeaderSettings};
 use crate::ledger::actor;
 use crate::ledger::durations::Durations;
 use crate::ledger::ports::{ActorParts, Input};
+use crate::ledger::pressure::PressureGauge;
 use crate::ledger::receipt::{self, Receipts};
 use crate::ledger::retention::{self, Retention};
 use crate::ledger::store::PageStore;
@@ -97,7 +98,7 @@ async fn start(settings: Settings, metrics: Metrics, readiness: Readiness, tasks
     let leader = leader_settings(leader, &namespace, &replica)?;
     let (prepared, linked) = (readiness.condition("credentials"), readiness.condition("node-link"));
 
-    let api = connect(kubeconfig).await?;
+    let api = connect(kubeconfig).await?.counted_by(metrics.clone());
     let dns_names = dns_names(&namespace, nodelink_dns_names);
     let certificate = prepare_credentials(&api, &namespace, &dns_names, tasks.stop_token()).await?;
     prepared.set(true);
@@ -156,7 +157,8 @@ struct LeaderParts {
 /// one that comes to lead has nothing to list; only the leader decides and writes.
 async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: CancellationToken) -> anyhow::Result<()> {
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
-    let receipts = Receipts::new();
+    let receipts = Receipts::new().giving_way_to(store.pressure());
+    let pressure = store.pressure();
     let accounts = WorkQueue::default();
     let durations = Durations::default();
     let (retention_sender, retention) = watch::channel(None);
@@ -186,7 +188,8 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
     let act = actor::run(parts, stop.clone());
     always.spawn_fallible("broker", act);
 
-    let parts = WriterParts { api, receipts, accounts, metrics, events, retention, durations, clock_skew_max, space };
+    let parts =
+        WriterParts { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space };
     let writers = parts.whenever_leading(leading, &stop);
     let mut writers = std::pin::pin!(writers);
     tokio::select! {
@@ -211,6 +214,7 @@ struct WriterParts {
     metrics: Metrics,
     events: mpsc::Sender<Input>,
     retention: watch::Receiver<Option<Retention>>,
+    pressure: PressureGauge,
     durations: Durations,
     clock_skew_max: Duration,
     space: space::Settings,
@@ -240,7 +244,8 @@ impl WriterParts {
         leading: &mut watch::Receiver<bool>,
         stop: &CancellationToken,
     ) -> Result<(), TaskError> {
-        let Self { api, receipts, accounts, metrics, events, retention, durations, clock_skew_max, space } = self;
+        let Self { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space } =
+            self;
         let mut tasks = Tasks::new(stop.child_token());
         let term = tasks.stop_token().clone();
         metrics.set_leader(true);
@@ -248,7 +253,8 @@ impl WriterParts {
         let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), term.clone());
         tasks.spawn_fallible("receipts", write_receipts);
         tasks.spawn("spaces", space::run(api.clone(), space.clone(), durations.clone(), term.clone()));
-        tasks.spawn("receipt retention", retention::run(api.clone(), retention.clone(), term.clone()));
+        tasks
+            .spawn("receipt retention", retention::run(api.clone(), retention.clone(), pressure.clone(), term.clone()));
         let early = tokio::select! {
             _ = leading.wait_for(|leads| !*leads) => None,
             ended = tasks.next() => ended,

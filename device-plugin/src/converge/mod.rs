@@ -16,6 +16,7 @@ mod end;
 mod grant;
 mod idle;
 mod restore;
+mod sound;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use spaceport_core::protocol::{AllowRefusal, Released, Secret};
 use spaceport_proto::nodelink as link;
 
 pub use idle::{IDLE_LOOK_MS, IdleEnd};
+pub use sound::Unsound;
 pub use state::{
     Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Phase, Report, Snapshot, SpacePod, Worker,
 };

@@ -271,7 +271,8 @@ impl Lease {
                 Some(died_ms.map_or(deadline, |died| Self::death_limit_ms(died, *reused).min(deadline)))
             }
             Phase::Ended { report, freed, freed_report, .. } => {
-                let unsent = |report: &Report| (!report.acknowledged).then_some(report.sent_ms + REPEAT_MS);
+                let unsent =
+                    |report: &Report| (!report.acknowledged).then_some(report.sent_ms.saturating_add(REPEAT_MS));
                 let freed = freed.as_ref().and_then(|_| unsent(freed_report));
                 linked.then(|| unsent(report).into_iter().chain(freed).min()).flatten()
             }

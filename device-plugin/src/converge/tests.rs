@@ -66,6 +66,7 @@ impl Node {
             };
             open.extend(result.into_iter().flat_map(|event| self.machine.handle(self.now, event)));
         }
+        assert_eq!(self.machine.snapshot().sound(), Ok(()));
         self
     }
 

@@ -474,7 +474,8 @@ fn outcome_of(row: &crds::RecentOutcome) -> Outcome {
         id: row.id.clone(),
         kind: row.kind.clone(),
         boundary: row.boundary.clone(),
-        message: row.message.clone(),
+        // As it would be written again.
+        message: shortened(&row.message),
         at: LedgerTime(row.at_milliseconds),
     }
 }

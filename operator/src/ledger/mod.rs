@@ -10,6 +10,7 @@ pub mod node_messages;
 pub mod pages;
 pub mod policy;
 pub mod ports;
+pub mod pressure;
 pub mod receipt;
 pub mod records;
 pub mod retention;

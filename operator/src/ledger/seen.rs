@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName};
 use spaceport_core::lease::SpaceSettings;
-use spaceport_core::page::Page;
+use spaceport_core::page::{Page, Unsound};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::LaneSettings;
 use spaceport_crds as crds;
@@ -62,6 +62,9 @@ pub enum MalformedAccount {
     /// A field of its status is wrong.
     #[error("the page cannot be read")]
     Page(#[source] PageError),
+    /// Every field of its status can be read, and together they are no page that the ledger writes.
+    #[error("the page is none that the ledger writes")]
+    Unsound(#[source] Unsound),
 }
 
 /// The term page (L6).
@@ -205,7 +208,9 @@ impl AccountSeen {
     /// Parses an account; a wrong page is part of the value.
     pub fn of(account: &crds::GPUAccount) -> Self {
         let page = match &account.status {
-            Some(status) => page_of(status).map_err(MalformedAccount::Page),
+            Some(status) => page_of(status)
+                .map_err(MalformedAccount::Page)
+                .and_then(|page| page.sound().map_err(MalformedAccount::Unsound).map(|()| page)),
             None => Ok(Page::default()),
         };
         let tier = account.spec.tier.clone();

@@ -31,7 +31,9 @@ mod state;
 pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
-pub use command::{AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request};
+pub use command::{
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, PickedSlot, Policy, Request,
+};
 pub use decide::decide;
 pub use dispatch::dispatch;
 pub use effect::{Effect, Order, Place, effects};

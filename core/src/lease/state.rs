@@ -10,7 +10,7 @@ use super::mutant::Mutant;
 use super::schedule::{Schedule, Scheduled};
 use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
 use crate::page::{CLOSED_MAX, Page};
-use crate::queue::{History, Lane, Queue, Waiting};
+use crate::queue::{History, Lane, Queue, Waiting, place_of};
 use crate::slots::Card;
 
 /// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
@@ -43,7 +43,7 @@ pub struct State {
     pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
     pub no_device: BTreeMap<String, (Steady, u32)>,
-    /// Numbers the requests of this term.
+    /// Numbers the requests of this term ([`place_of`]).
     pub next_place: u64,
     /// Numbers the reservations of this term.
     pub next_reservation: u64,
@@ -143,6 +143,8 @@ pub struct Lease {
     pub stage: Stage,
     /// Card, once the node has said it.
     pub card: Option<u32>,
+    /// Card on which its slot still clears, once the node has said it (L14).
+    pub awaits: Option<u32>,
     /// Counts the reservations of the term: the order in which their places are predicted.
     pub number: u64,
     /// It gets the slot of this lease (L14).
@@ -174,6 +176,7 @@ pub(super) struct Holder {
     pub number: u64,
     pub size: Size,
     pub card: Option<u32>,
+    pub awaits: Option<u32>,
     pub clearing: bool,
     pub after: Option<LeaseId>,
     pub follows: bool,
@@ -242,7 +245,7 @@ impl State {
             longest_call_ms: 0,
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
-            next_place: 1,
+            next_place: place_of(epoch, 1),
             next_reservation: 1,
             awaited,
             schedule: Schedule::default(),
@@ -390,6 +393,7 @@ impl Lease {
             number: self.number,
             size: self.size,
             card: self.card,
+            awaits: self.awaits,
             clearing: self.slot == SlotUse::Clearing,
             after: self.after.clone(),
             follows: self.follows,

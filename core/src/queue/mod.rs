@@ -6,6 +6,7 @@
 
 mod history;
 mod lanes;
+mod place;
 mod ranked;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
+pub use place::{Presented, Promise, Promised, parts_of, place_of};
 pub use ranked::{Ahead, Ranked};
 
 use crate::ids::{AccountName, ByName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
@@ -25,8 +27,8 @@ use crate::quota::Demand;
 pub struct Waiting {
     /// Its idempotency key (L15).
     pub ticket: Ticket,
-    /// Its place: requests of one term are numbered as they come. It keeps the number when a grant fails, and so returns
-    /// to where it was.
+    /// Its place ([`place_of`]): requests of one term are numbered as they come. It keeps it when a grant fails, and so
+    /// returns to where it was, and in later terms, where its agent presents it (L17).
     pub place: u64,
     /// Node of its pod.
     pub node: NodeName,
@@ -90,15 +92,6 @@ pub enum WaitsFor {
     Node,
     /// Something of its own account, mostly its concurrency limit: it is passed, and keeps its place.
     Account,
-}
-
-/// When a request begins at the latest (invariant 11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promise {
-    /// When it was given.
-    pub given: Steady,
-    /// What was promised.
-    pub latest_start: Steady,
 }
 
 /// What the turn of a request depends on, as it was when it came.

@@ -7,6 +7,7 @@ use spaceport_core::lease::{Account, Event, Order, Outcome, PageChange, Place, S
 use spaceport_core::page::Page;
 use spaceport_core::protocol::{CallerClass, Denial, wire};
 
+use crate::coverage::Scenario;
 use crate::plan::Plan;
 use crate::violation::{Checked, Rule};
 use crate::world::World;
@@ -55,6 +56,7 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }
+            Event::PromiseOver { .. } => world.coverage.saw(Scenario::PromiseOver),
             Event::Reserved { waiting, lease, .. } => {
                 let full = |account: &Account| account.working.holds.len() >= account.policy.concurrent as usize;
                 if world.state(number).and_then(|state| state.accounts.get(&waiting.account)).is_some_and(full) {
@@ -162,7 +164,35 @@ pub fn order_left(world: &mut World, order: &Order) {
 
 /// A request is told its place: invariant 11, where nothing goes wrong the latest start is kept. Not of requests that wait
 /// for their own account, now or later: how long that takes nobody promises.
-pub fn queued(world: &mut World, place: &Place) {
+///
+/// # Errors
+/// See [`keeps_place`].
+pub fn queued(world: &mut World, number: u64, place: &Place) -> Checked {
+    keeps_place(world, number, place)?;
+    promised(world, place);
+    Ok(())
+}
+
+/// L17: what a request was told once is its place under every leader: so nobody who was ahead of somebody comes behind.
+fn keeps_place(world: &mut World, number: u64, place: &Place) -> Checked {
+    let Some(agent) = world.agents.get(&place.node) else { return Ok(()) };
+    let session = world.brokers.get(&number).and_then(|broker| broker.sessions.get(&place.node));
+    // An agent listens to nobody but its leader.
+    if session.is_none_or(|session| agent.leader != Some(session.link)) {
+        return Ok(());
+    }
+    let Some(told) = agent.tickets.get(&place.ticket).and_then(|asked| asked.told) else { return Ok(()) };
+    let ((before, was), (epoch, is)) = (told.place, place.place);
+    if world.state(number).is_some_and(|state| before < state.epoch) {
+        world.coverage.saw(Scenario::PlaceKept);
+    }
+    Rule::L(17).check(told.place == place.place, || {
+        let request = place.ticket.number;
+        format!("request {request} had place {was} of epoch {}, and is told {is} of epoch {}", before.0, epoch.0)
+    })
+}
+
+fn promised(world: &mut World, place: &Place) {
     let Some(account) = world.clients.calls.get(&place.ticket).and_then(|call| call.request.caller.clone().ok()) else {
         return;
     };

@@ -119,7 +119,7 @@ impl World {
             _ => self.random.between(500, self.plan.declared_max_ms),
         };
         let ticket = Ticket { agent_instance: String::new(), number: 0 };
-        let request = Request { ticket, node, space, size, declared_ms, caller, budget };
+        let request = Request { ticket, node, space, size, declared_ms, caller, budget, presented: None };
         self.ask(request, 0);
     }
 

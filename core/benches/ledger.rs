@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, Policy, Priority, Request, State, step,
+    Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, PickedSlot, Policy, Priority, Request,
+    State, step,
 };
 use spaceport_core::page::{Ending, Page, Window};
 use spaceport_core::protocol::CallerClass;
@@ -143,7 +144,11 @@ impl Bench {
             Effect::Start(order) => {
                 let Order { node, lease, declared_ms, size, avoid, .. } = *order;
                 let card = self.place(&node, size, &avoid);
-                self.next.push_back(Command::Started { node: node.clone(), lease: lease.clone(), card: Some(card) });
+                self.next.push_back(Command::Started {
+                    node: node.clone(),
+                    lease: lease.clone(),
+                    slot: PickedSlot::Has(card),
+                });
                 self.next.push_back(Command::Running { node: node.clone(), lease: lease.clone() });
                 let slots = if size == Size::Large { 1 } else { 2 };
                 self.running.push_back(Running { node, lease, card, slots, declared_ms });
@@ -196,6 +201,7 @@ impl Bench {
             declared_ms,
             caller: Ok(account),
             budget: None,
+            presented: None,
         })));
     }
 

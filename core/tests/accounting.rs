@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, CookieId, Epoch, IdSeed, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Budget, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Policy, Priority, Request, SpaceSettings,
-    State, step,
+    Budget, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, PickedSlot, Policy, Priority, Request,
+    SpaceSettings, State, step,
 };
 use spaceport_core::page::{Ending, Page, Shortened, ShortenedBy};
 use spaceport_core::protocol::{
@@ -119,13 +119,14 @@ impl Story {
             caller: Ok(AccountName::new(who.account)),
             cookie: who.cookie.map(CookieId::new),
             budget,
+            presented: None,
         })))
     }
 
     /// The lease ends and its slot is back.
     fn end(&mut self, order: &Order, ending: Ending, used_ms: u64) -> Vec<Effect> {
         let (node, lease) = (NodeName::new(NODE), order.lease.clone());
-        self.tell(Command::Started { node: node.clone(), lease: lease.clone(), card: Some(0) });
+        self.tell(Command::Started { node: node.clone(), lease: lease.clone(), slot: PickedSlot::Has(0) });
         let report = EndReport { ending, used_ms };
         let mut effects = self.tell(Command::Ended { node: node.clone(), lease: lease.clone(), report });
         effects.extend(self.tell(Command::Freed { node, lease, how: FreedAs::Free }));

@@ -403,6 +403,10 @@ impl NodeActor {
             );
             self.metrics.ended(ended.kind());
         }
+        if let Message::Refused(refused) = &message {
+            tracing::info!(lease = refused.lease, reason = refused.reason, "An order was refused");
+            self.metrics.refused();
+        }
         let Some((_, leader)) = &self.leader else { return Ok(()) };
         if leader.try_send(message).is_err() {
             // Its stream is over or stuck; everything that matters is repeated to the next one.

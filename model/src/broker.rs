@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use spaceport_core::ids::{Epoch, IdSeed, LedgerTime, Size, SpaceKey, Steady};
 use spaceport_core::lease::{
-    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Policy, Priority, Request,
-    State, step,
+    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, PickedSlot, Policy, Priority,
+    Request, State, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
@@ -318,12 +318,15 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             declared_ms: DECLARED_MS,
             caller: Ok(names::account(calls[usize::from(*call)].account)),
             budget: None,
+            // What order calls are served in is not looked at here.
+            presented: None,
         })),
         ToBroker::Dequeue { call, start } => {
             Command::Dequeue { ticket: names::ticket(usize::from(*call), node, *start) }
         }
         ToBroker::Started { lease, card } => {
-            Command::Started { node: name, lease: names::lease(*lease), card: card.then_some(0) }
+            let slot = if *card { PickedSlot::Has(0) } else { PickedSlot::Awaits(0) };
+            Command::Started { node: name, lease: names::lease(*lease), slot }
         }
         ToBroker::Refused { lease } => Command::Refused { node: name, lease: names::lease(*lease) },
         ToBroker::Running { lease } => Command::Running { node: name, lease: names::lease(*lease) },
@@ -343,7 +346,7 @@ fn agent_lease(lease: &NodeLease) -> AgentLease {
     AgentLease {
         lease: names::lease(lease.lease),
         size: Size::Large,
-        card: 0,
+        slot: if lease.phase == Phase::Waiting { PickedSlot::Awaits(0) } else { PickedSlot::Has(0) },
         phase: match lease.phase {
             Phase::Waiting | Phase::Assigned => AgentPhase::Assigned,
             Phase::Running => AgentPhase::Running,

@@ -108,7 +108,7 @@ impl Metrics {
         let promises_withdrawn = Counter::default();
         registry.register(
             "promises_withdrawn",
-            "Nodes that came to have fewer slots while requests waited, which were then told a later latest start",
+            "Times that requests were told a later latest start: their node has fewer slots, or no leader was there in time",
             promises_withdrawn.clone(),
         );
         let page_write_seconds = Histogram::new(WRITE_BUCKETS);
@@ -233,7 +233,7 @@ impl Metrics {
         }
     }
 
-    /// Those who wait for a node were told a later latest start.
+    /// Somebody who waits, or all who wait for a node, were told a later latest start.
     pub fn promises_withdrawn(&self) {
         self.inner.promises_withdrawn.inc();
     }

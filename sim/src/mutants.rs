@@ -38,6 +38,8 @@ pub const TABLE: &[Row] = &[
     node(NodeFault::TakesStaleOrders, L(8), "a node takes orders of any age"),
     ledger(Mutant::ExpireAtOnce, L(9), &[], "a silent node's lease expires at once"),
     ledger(Mutant::PresentLimits, L(9), &[], "a lease is held to the limits its pool has now"),
+    node(NodeFault::WaitsForEver, L(9), "a lease waits on its node for as long as its slot takes"),
+    ledger(Mutant::ForgetsPlaces, L(17), &[], "a place that an earlier leader told is not looked at"),
     ledger(Mutant::TimeGoesBack, L(20), &[], "a settlement is dated by the wall clock"),
     ledger(Mutant::Stateful, Replay, &[], "applying counts its calls"),
 ];

@@ -125,6 +125,7 @@ impl State {
             }
             Event::TermEnded(end) => self.ended = Some(*end),
             Event::Denied { .. }
+            | Event::PromiseOver { .. }
             | Event::Acknowledged { .. }
             | Event::WriteContested { .. }
             | Event::WriteRepeated { .. } => {}
@@ -349,6 +350,7 @@ impl State {
                         lane,
                         stage: Stage::Reserving,
                         card: None,
+                        awaits: None,
                         number: self.next_reservation,
                         after: after.clone(),
                         follows: after.is_some(),
@@ -379,6 +381,7 @@ impl State {
                         lane: None,
                         stage: *stage,
                         card: *card,
+                        awaits: None,
                         number: 0,
                         after: None,
                         follows: false,
@@ -413,9 +416,10 @@ impl State {
                 (lease.stage, lease.sent) = (Stage::Ordered, *at);
                 (lease.limits, lease.waits_ms) = (*limits, *waits_ms);
             }
-            Event::Assigned { card, .. } => {
+            Event::Assigned { slot, .. } => {
                 lease.stage = lease.stage.max(Stage::Assigned);
-                lease.card = card.or(lease.card);
+                lease.card = slot.has().or(lease.card);
+                lease.awaits = slot.awaits();
                 // The node has it, so its request is alive if the node gives it back.
                 if let Some(waiting) = &mut lease.request {
                     waiting.unconfirmed = None;

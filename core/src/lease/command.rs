@@ -3,7 +3,7 @@
 use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
-use crate::queue::{LaneSettings, Priority, QueueBounds};
+use crate::queue::{LaneSettings, Presented, Priority, QueueBounds};
 use crate::quota::Allowance;
 use crate::slots::Card;
 
@@ -84,8 +84,8 @@ pub enum Command {
         node: NodeName,
         /// Of the order.
         lease: LeaseId,
-        /// The card it picked; None while the slot still clears and is not picked for good (L14).
-        card: Option<u32>,
+        /// The slot that it picked.
+        slot: PickedSlot,
     },
     /// The node did not take the order.
     Refused {
@@ -265,6 +265,24 @@ impl Limits {
     }
 }
 
+impl PickedSlot {
+    /// The card on which it has a slot.
+    pub const fn has(self) -> Option<u32> {
+        match self {
+            Self::Has(card) => Some(card),
+            Self::Awaits(_) | Self::Open => None,
+        }
+    }
+
+    /// The card on which it waits for one.
+    pub const fn awaits(self) -> Option<u32> {
+        match self {
+            Self::Awaits(card) => Some(card),
+            Self::Has(_) | Self::Open => None,
+        }
+    }
+}
+
 impl Default for NodeSettings {
     /// The chart's defaults.
     fn default() -> Self {
@@ -308,6 +326,8 @@ pub struct Request {
     pub cookie: Option<CookieId>,
     /// The token's budget; None without a token.
     pub budget: Option<Budget>,
+    /// Where it waited before a fail-over; None of a request that was told nothing yet (L17).
+    pub presented: Option<Presented>,
 }
 
 /// What a token is worth (docs/rules.md): it is counted by the token that the visitor's call began with.
@@ -330,10 +350,21 @@ pub struct AgentLease {
     pub lease: LeaseId,
     /// Size.
     pub size: Size,
-    /// Card of its slot.
-    pub card: u32,
+    /// Its slot.
+    pub slot: PickedSlot,
     /// Where it stands.
     pub phase: AgentPhase,
+}
+
+/// The slot of a lease, as far as its node has picked one (L7, L14).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PickedSlot {
+    /// It has a slot of this card.
+    Has(u32),
+    /// It will have one of this card, which still clears.
+    Awaits(u32),
+    /// It waits for whichever of those that clear comes back.
+    Open,
 }
 
 /// Where a lease stands on its node.

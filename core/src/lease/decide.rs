@@ -45,7 +45,7 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::Request(request) => request::request(at, state, *request),
         Command::Dequeue { ticket } => request::dequeue(at, state, &ticket),
 
-        Command::Started { node, lease, card } => report::started(state, &node, lease, card),
+        Command::Started { node, lease, slot } => report::started(state, &node, lease, slot),
         Command::Refused { node, lease } => report::refused(at, state, &node, &lease),
         Command::Running { node, lease } => report::running(state, &node, lease),
         Command::Ended { node, lease, report } => report::ended(at, state, &node, &lease, report),

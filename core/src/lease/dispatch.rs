@@ -235,8 +235,8 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
-    /// Halves that were to wait for one to clear, and of which the node has not said where they are: if another card was clear
-    /// first, they went there. What each of them avoids.
+    /// Halves that were to wait for one to clear, and of which the node has not said where they are or will be: if another card
+    /// was clear first, they went there. What each of them avoids.
     halves_under_way: Vec<&'a [u32]>,
 }
 
@@ -245,12 +245,14 @@ impl<'a> Picture<'a> {
         let mut picture =
             Self { now, node, uses: vec![CardUse::default(); node.cards.len()], halves_under_way: Vec::new() };
         for holder in &node.holders {
-            if let Some(card) = holder.card {
-                picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken });
+            match (holder.card, holder.awaits) {
+                (Some(card), _) => picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken }),
+                (None, Some(card)) => picture.add(card, holder, Use::Following),
+                (None, None) => {}
             }
         }
         // In the order in which they were reserved.
-        for holder in node.holders.iter().filter(|holder| holder.card.is_none()) {
+        for holder in node.holders.iter().filter(|holder| holder.card.is_none() && holder.awaits.is_none()) {
             if holder.follows && holder.size == Size::Large {
                 picture.halves_under_way.push(&holder.avoid);
             }

@@ -11,7 +11,7 @@ use super::state::State;
 use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
 use crate::page::{Closed, Page};
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::{Waiting, WaitsFor};
+use crate::queue::{Waiting, WaitsFor, parts_of};
 
 /// Something to do. Messages to nodes without a session are dropped: what they said is derived again when it rejoins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +98,8 @@ pub struct Order {
     pub caller: CallerClass,
     /// Limits of the lease, also if its pool changes while it runs.
     pub limits: Limits,
+    /// How much longer than `order_ttl` the lease may wait on its node until it begins (L9, L14), milliseconds.
+    pub wait_ms: u64,
 }
 
 /// Where a request stands in its queue.
@@ -115,7 +117,7 @@ pub struct Place {
     pub eta_ms: u64,
     /// Longest wait for the node, whoever comes later (invariant 11); None while it waits for its account.
     pub latest_start_ms: Option<u64>,
-    /// `(epoch, n)` of L17.
+    /// `(epoch, n)` of L17; of an earlier term if the request was presented again.
     pub place: (Epoch, u64),
     /// For the wording.
     pub caller: CallerClass,
@@ -178,6 +180,7 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
         caller: waiting.caller,
         avoid: lease.avoid.clone(),
         limits: lease.limits,
+        wait_ms: lease.waits_ms,
     })))
 }
 
@@ -189,8 +192,8 @@ fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
         concurrency: waiting.waits_for != WaitsFor::Node,
         position,
         eta_ms,
-        latest_start_ms: waiting.promise.map(|promise| promise.latest_start.since(now)),
-        place: (state.epoch, waiting.place),
+        latest_start_ms: waiting.promise.map(|promise| promise.latest_start().since(now)),
+        place: parts_of(waiting.place),
         caller: waiting.caller,
     }
 }

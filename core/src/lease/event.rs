@@ -1,7 +1,7 @@
 //! What the ledger has decided. A refusal is an event with numbers in it, not an error.
 
 use super::change::PageChange;
-use super::command::{Limits, NodeSettings, Policy, SpaceSettings};
+use super::command::{Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
@@ -71,6 +71,8 @@ pub enum Event {
     CardReleased { node: NodeName },
     /// The node has fewer slots than when those who wait for it were told when they begin at the latest.
     PromisesWithdrawn { node: NodeName },
+    /// What it was promised in an earlier term had run out before it was presented: it is told a later latest start.
+    PromiseOver { ticket: Ticket, node: NodeName, waited_ms: u64, promised_ms: u64 },
     /// It is refused.
     Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
     /// A call took of its budget.
@@ -100,7 +102,7 @@ pub enum Event {
         at: Steady,
     },
     /// The node took the order.
-    Assigned { lease: LeaseId, card: Option<u32> },
+    Assigned { lease: LeaseId, slot: PickedSlot },
     /// The clock runs.
     Running { lease: LeaseId },
     /// It is over; its settlement is pending.

@@ -35,7 +35,8 @@ pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
 pub use command::{
-    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request, SpaceSettings,
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, PickedSlot, Policy, Request,
+    SpaceSettings,
 };
 pub use decide::decide;
 pub use dispatch::dispatch;

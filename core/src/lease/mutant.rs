@@ -28,6 +28,8 @@ pub enum Mutant {
     BudgetIgnored,
     /// Against invariant 11: a request whose order failed is forgotten.
     ForgetsReturned,
+    /// Against L17: a place that was told in an earlier term is not looked at.
+    ForgetsPlaces,
     /// Against invariant 12: a request that dies leaves no row.
     NoOutcome,
     /// Against invariant 12: a lease leaves no receipt.

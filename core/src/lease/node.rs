@@ -86,7 +86,7 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
     let id = || lease.lease.clone();
     let mut events = Vec::new();
     if known.is_open() {
-        events.push(Event::Assigned { lease: id(), card: Some(lease.card) });
+        events.push(Event::Assigned { lease: id(), slot: lease.slot });
     }
     match &lease.phase {
         AgentPhase::Assigned => {}
@@ -96,7 +96,16 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
             }
         }
         AgentPhase::Ended { report, freed } => {
-            events.extend(report::ended(at, state, node, &lease.lease, *report));
+            let mut ended = report::ended(at, state, node, &lease.lease, *report);
+            if !*freed {
+                // It has got its slot, whatever it waited for when it was heard of last, and that is not clear.
+                ended.iter_mut().for_each(|event| {
+                    if let Event::Ended { slot, .. } = event {
+                        *slot = SlotUse::Clearing;
+                    }
+                });
+            }
+            events.extend(ended);
             if *freed {
                 events.push(Event::SlotFreed { lease: id() });
                 events.push(Event::Acknowledged { node: node.clone(), lease: id(), ended: false, freed: true });
@@ -117,7 +126,7 @@ fn stranger(at: Moment, state: &State, node: &NodeName, lease: &AgentLease) -> V
         node: node.clone(),
         size: lease.size,
         declared_ms: 0,
-        card: Some(lease.card),
+        card: lease.slot.has().or(lease.slot.awaits()),
         stage: Stage::Assigned,
         slot,
         limits: state.inherited_limits(),

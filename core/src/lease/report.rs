@@ -2,7 +2,7 @@
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{EndReport, FreedAs};
+use super::command::{EndReport, FreedAs, PickedSlot};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::request;
@@ -26,10 +26,11 @@ fn acknowledged(node: &NodeName, lease: &LeaseId, ended: bool, freed: bool) -> E
     Event::Acknowledged { node: node.clone(), lease: lease.clone(), ended, freed }
 }
 
-pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, card: Option<u32>) -> Vec<Event> {
+pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, slot: PickedSlot) -> Vec<Event> {
     match find(state, node, &lease) {
-        Some(found) if found.is_open() => {
-            vec![Event::Assigned { lease, card }, Event::NodeHeard { node: node.clone() }]
+        // Of one whose account is gone its slot counts still.
+        Some(found) if found.is_open() || (found.account.is_none() && found.slot == SlotUse::Taken) => {
+            vec![Event::Assigned { lease, slot }, Event::NodeHeard { node: node.clone() }]
         }
         _ => Vec::new(),
     }
@@ -78,7 +79,7 @@ pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId,
 /// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none. One that got
 /// another slot than its predecessor's, which still clears, has a card.
 fn clearing(lease: &Lease) -> SlotUse {
-    let waits = lease.after.is_some() && lease.card.is_none();
+    let waits = lease.card.is_none() && (lease.after.is_some() || lease.awaits.is_some());
     if lease.slot == SlotUse::Free || waits { SlotUse::Free } else { SlotUse::Clearing }
 }
 

@@ -10,7 +10,7 @@ use super::state::{Account, Stage, State};
 use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{DenialRow, Outcome, ShortenedBy};
 use crate::protocol::{CallerClass, Denial, LegalDurations, QueueOf, UnauthenticatedReason, human_message};
-use crate::queue::{Function, Turn, Waiting, WaitsFor};
+use crate::queue::{Function, Promise, Promised, QueueBounds, Turn, Waiting, WaitsFor, place_of};
 use crate::quota::{self, Demand, Payer, Queued};
 use crate::slots;
 
@@ -31,6 +31,11 @@ pub(super) struct Refusal<'a> {
 }
 
 pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event> {
+    if !state.joined(&request.node) {
+        // It left for an earlier term of ours, or its session is gone. What its agent has waiting comes behind Joined, with
+        // the places that it was told since (L17).
+        return Vec::new();
+    }
     if let Some(known) = known(state, &request.ticket) {
         return known;
     }
@@ -41,7 +46,8 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
         account: request.caller.as_ref().ok(),
         boundary: "Requested",
     };
-    match check(at, state, &request) {
+    let place = presented_place(state, &request);
+    match check(at, state, &request, place.is_some()) {
         Err(denial) => refusal.events(at, state, denial),
         Ok((account, name, demand)) => {
             let turn = turn(at, state, account, &request, &demand);
@@ -57,9 +63,16 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 let (root, expires) = (budget.root.clone(), budget.expires);
                 events.push(Event::BudgetTaken { root, calls: 1, ms: demand.needed_ms(), expires });
             }
+            let promised = request.presented.filter(|_| place.is_some()).and_then(|presented| presented.promised);
+            if let Some(over) = promised.filter(Promised::is_over) {
+                let (ticket, node) = (request.ticket.clone(), request.node.clone());
+                let (waited_ms, promised_ms) = (over.ago_ms, over.wait_ms);
+                events.push(Event::PromiseOver { ticket, node, waited_ms, promised_ms });
+            }
+            let kept = promised.filter(|promised| !promised.is_over() && waits_for == WaitsFor::Node);
             events.push(Event::Queued(Box::new(Waiting {
                 ticket: request.ticket,
-                place: state.next_place,
+                place: place.unwrap_or(state.next_place),
                 node: request.node,
                 account: name,
                 space: request.space,
@@ -78,7 +91,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 arrived: at.steady,
                 attempts: 0,
                 told: None,
-                promise: None,
+                promise: kept.map(|promised| Promise::presented(at.steady, &promised)),
                 waits_for,
                 lease: None,
                 unconfirmed: None,
@@ -86,6 +99,17 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
             events
         }
     }
+}
+
+/// L17: the place that the request presents, if it was told to somebody and is nobody else's now. Any other number would be
+/// the agent's invention.
+fn presented_place(state: &State, request: &Request) -> Option<u64> {
+    let presented = request.presented.filter(|presented| presented.number > 0 && !state.has(Mutant::ForgetsPlaces))?;
+    let place = place_of(presented.epoch, presented.number);
+    let is_others = |of: &Waiting| of.place == place && of.ticket != request.ticket;
+    let is_taken = state.queue.at(&request.node, place).is_some_and(is_others)
+        || state.leases_on(&request.node).any(|(_, lease)| lease.request.as_ref().is_some_and(is_others));
+    (place < state.next_place && !is_taken).then_some(place)
 }
 
 /// L15: the ticket is the idempotency key. None if it waits for nothing: it is new, or its lease was given up before its
@@ -132,7 +156,14 @@ pub(super) fn slots_of(state: &State, node: &NodeName, size: Size) -> u64 {
     }
 }
 
-fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Account, AccountName, Demand), Denial> {
+/// `placed`: it waited before a fail-over, and was within these bounds then. Whoever came later and was faster to reach the
+/// new leader does not push it out; that the node's queue has its bound is enough to keep all of them bounded.
+fn check<'a>(
+    at: Moment,
+    state: &'a State,
+    request: &Request,
+    placed: bool,
+) -> Result<(&'a Account, AccountName, Demand), Denial> {
     if let Some(ms) = state.clock_off_ms {
         return Err(Denial::ClockSkew { ms });
     }
@@ -158,7 +189,7 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
     let allowance = state.allowance_of(account);
     let payer = Payer { page, allowance: &allowance, cookie: request.cookie.as_ref(), at: time };
     // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
-    let queued = state.queue.needed(&name, request.cookie.as_ref());
+    let queued = if placed { Queued::default() } else { state.queue.needed(&name, request.cookie.as_ref()) };
     let demand = shorten(state, request, payer, demand, queued);
     let explained = |denial| explained(settings, &account.policy.tier, payer, &demand, denial);
     quota::check_legal(payer, &demand).map_err(explained)?;
@@ -167,11 +198,13 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
     }
     let frees_in_ms = frees_in_ms(state, account, time);
     quota::admit(payer, &demand, queued, frees_in_ms).map_err(explained)?;
-    let node = state.nodes.get(&request.node).filter(|node| node.joined);
+    let node = state.nodes.get(&request.node);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
     }
-    match state.queue.full(&request.node, &request.space, &name, &settings.queue) {
+    let unbounded = QueueBounds { space: usize::MAX, account: usize::MAX, ..settings.queue };
+    let bounds = if placed { unbounded } else { settings.queue };
+    match state.queue.full(&request.node, &request.space, &name, &bounds) {
         Some((QueueOf::Account, _)) if account.is_blocked(page, request.cookie.as_ref(), at.steady) => {
             Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent), of: QueueOf::Account })
         }

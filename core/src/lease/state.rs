@@ -12,7 +12,7 @@ use super::schedule::{Schedule, Scheduled};
 use super::spaces::SpaceUse;
 use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
 use crate::page::{CLOSED_MAX, Hold, Page};
-use crate::queue::{History, Lane, Queue, Waiting};
+use crate::queue::{History, Lane, Queue, Waiting, place_of};
 use crate::quota::Allowance;
 use crate::slots::Card;
 
@@ -48,7 +48,7 @@ pub struct State {
     pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
     pub no_device: BTreeMap<String, (Steady, u32)>,
-    /// Numbers the requests of this term.
+    /// Numbers the requests of this term ([`place_of`]).
     pub next_place: u64,
     /// Numbers the reservations of this term.
     pub next_reservation: u64,
@@ -150,6 +150,8 @@ pub struct Lease {
     pub stage: Stage,
     /// Card, once the node has said it.
     pub card: Option<u32>,
+    /// Card on which its slot still clears, once the node has said it (L14).
+    pub awaits: Option<u32>,
     /// Counts the reservations of the term: the order in which their places are predicted.
     pub number: u64,
     /// It gets the slot of this lease (L14).
@@ -181,6 +183,7 @@ pub(super) struct Holder {
     pub number: u64,
     pub size: Size,
     pub card: Option<u32>,
+    pub awaits: Option<u32>,
     pub clearing: bool,
     pub after: Option<LeaseId>,
     pub follows: bool,
@@ -250,7 +253,7 @@ impl State {
             spaces: BTreeMap::new(),
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
-            next_place: 1,
+            next_place: place_of(epoch, 1),
             next_reservation: 1,
             awaited,
             schedule: Schedule::default(),
@@ -409,6 +412,7 @@ impl Lease {
             number: self.number,
             size: self.size,
             card: self.card,
+            awaits: self.awaits,
             clearing: self.slot == SlotUse::Clearing,
             after: self.after.clone(),
             follows: self.follows,

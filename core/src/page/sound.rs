@@ -197,6 +197,8 @@ mod tests {
             ],
             node: NodeName::new("gpu-1"),
             avoid: Vec::new(),
+            cookie: None,
+            shortened: None,
             size: Size::Xlarge,
             weight: 2,
             declared_ms: 10_000,

@@ -7,6 +7,7 @@
 mod history;
 mod lanes;
 mod parked;
+mod place;
 mod ranked;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use history::{FUNCTIONS_MAX, Function, History, Learned, SAMPLES_MAX, SUGGEST_MIN};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
+pub use place::{Presented, Promise, Promised, parts_of, place_of};
 pub use ranked::{Ahead, Ranked};
 
 use parked::ParkedFor;
@@ -28,8 +30,8 @@ use crate::quota::{Demand, Queued};
 pub struct Waiting {
     /// Its idempotency key (L15).
     pub ticket: Ticket,
-    /// Its place: requests of one term are numbered as they come. It keeps the number when a grant fails, and so returns
-    /// to where it was.
+    /// Its place ([`place_of`]): requests of one term are numbered as they come. It keeps it when a grant fails, and so
+    /// returns to where it was, and in later terms, where its agent presents it (L17).
     pub place: u64,
     /// Node of its pod.
     pub node: NodeName,
@@ -97,15 +99,6 @@ pub enum WaitsFor {
     Account,
     /// The same of its Space.
     Space,
-}
-
-/// When a request begins at the latest (invariant 11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promise {
-    /// When it was given.
-    pub given: Steady,
-    /// What was promised.
-    pub latest_start: Steady,
 }
 
 /// What the turn of a request depends on, as it was when it came.

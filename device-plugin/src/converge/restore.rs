@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::Size;
 
-use super::state::{Caller, Ending, EndingKind, FreedKind, Lease, Phase, Report, Snapshot};
+use super::state::{Caller, Ending, EndingKind, FreedKind, Lease, Order, Phase, Report, Snapshot};
 use super::{Machine, Step};
 
 impl Machine {
@@ -109,6 +109,7 @@ impl Machine {
             task: 0,
             size: Size::Large,
             slot: None,
+            order: Order::default(),
             after: None,
             avoid: Vec::new(),
             declared_ms: 0,

@@ -1,6 +1,7 @@
 //! Stories of leases on one node, told to the machine without any hardware.
 
 mod idle;
+mod places;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -14,7 +14,6 @@ use spaceport_core::lease::{
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
-use spaceport_core::queue::Promise;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -314,12 +313,17 @@ impl<P: Pages> Actor<P> {
                 if let Some(shortened) = waiting.demand.shortened {
                     self.metrics.shortened(convert::shortened_reason(shortened.by).as_str());
                 }
-                if let Some(Promise { given, latest_start }) = waiting.promise {
-                    self.metrics.waited(at.steady.since(given), latest_start.since(given));
+                if let Some(promise) = waiting.promise {
+                    self.metrics.waited(promise.waited_ms(at.steady), promise.wait_ms);
                 }
             }
             Event::PromisesWithdrawn { node } => {
                 warn!(%node, "The node has fewer slots than when those who wait for it were told when they begin at the latest");
+                self.metrics.promises_withdrawn();
+            }
+            Event::PromiseOver { node, waited_ms, promised_ms, .. } => {
+                warn!(%node, waited_ms, promised_ms, "The latest start that an earlier leader promised had passed; another is told");
+                self.metrics.waited(*waited_ms, *promised_ms);
                 self.metrics.promises_withdrawn();
             }
             Event::Unreserved { lease } => {

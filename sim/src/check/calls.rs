@@ -61,6 +61,7 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 world.seen_calls.promised.remove(ticket);
             }
             Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
+            Event::PromiseOver { .. } => world.coverage.saw(Scenario::PromiseOver),
             Event::Reserved { waiting, lease, .. } => {
                 let own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
                 let full = |account: &Account| {
@@ -199,7 +200,35 @@ pub fn order_left(world: &mut World, order: &Order) {
 
 /// A request is told its place: invariant 11, where nothing goes wrong the latest start is kept. Not of requests that wait
 /// for their own account, now or later: how long that takes nobody promises.
-pub fn queued(world: &mut World, place: &Place) {
+///
+/// # Errors
+/// See [`keeps_place`].
+pub fn queued(world: &mut World, number: u64, place: &Place) -> Checked {
+    keeps_place(world, number, place)?;
+    promised(world, place);
+    Ok(())
+}
+
+/// L17: what a request was told once is its place under every leader: so nobody who was ahead of somebody comes behind.
+fn keeps_place(world: &mut World, number: u64, place: &Place) -> Checked {
+    let Some(agent) = world.agents.get(&place.node) else { return Ok(()) };
+    let session = world.brokers.get(&number).and_then(|broker| broker.sessions.get(&place.node));
+    // An agent listens to nobody but its leader.
+    if session.is_none_or(|session| agent.leader != Some(session.link)) {
+        return Ok(());
+    }
+    let Some(told) = agent.tickets.get(&place.ticket).and_then(|asked| asked.told) else { return Ok(()) };
+    let ((before, was), (epoch, is)) = (told.place, place.place);
+    if world.state(number).is_some_and(|state| before < state.epoch) {
+        world.coverage.saw(Scenario::PlaceKept);
+    }
+    Rule::L(17).check(told.place == place.place, || {
+        let request = place.ticket.number;
+        format!("request {request} had place {was} of epoch {}, and is told {is} of epoch {}", before.0, epoch.0)
+    })
+}
+
+fn promised(world: &mut World, place: &Place) {
     let Some(call) = world.clients.calls.get(&place.ticket) else { return };
     let (Ok(account), space) = (call.request.caller.clone(), call.request.space.uid.clone()) else { return };
     let Some(latest_start_ms) = place.latest_start_ms else {

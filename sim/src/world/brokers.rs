@@ -148,6 +148,10 @@ impl World {
         }
         match up.command {
             Command::Request(request) => {
+                let epoch = broker.term.as_ref().map(|term| term.state.epoch);
+                if request.presented.is_some_and(|presented| Some(presented.epoch) < epoch) {
+                    self.coverage.saw(Scenario::PlacePresented);
+                }
                 let account = request.caller.as_ref().ok();
                 let known = |state: &State| account.is_none_or(|account| state.accounts.contains_key(account));
                 if broker.term.as_ref().is_some_and(|term| known(&term.state)) {
@@ -269,7 +273,12 @@ impl World {
             Effect::Queue(place) => {
                 let waited = if place.concurrency { Scenario::WaitedForAccount } else { Scenario::Waited };
                 self.coverage.saw(waited);
-                check::calls::queued(self, &place);
+                check::calls::queued(self, number, &place)?;
+                let node = place.node.clone();
+                let session = self.brokers.get(&number).and_then(|broker| broker.sessions.get(&node));
+                if session.is_some_and(|session| session.instance == place.ticket.agent_instance) {
+                    self.send_to(number, &node, |_| ToAgent::Queued(place));
+                }
             }
             Effect::EndTerm(end) => self.term_ended(number, end)?,
         }

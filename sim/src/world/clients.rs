@@ -123,7 +123,7 @@ impl World {
         let is_guest = caller.as_ref().is_ok_and(AccountName::is_guests);
         let cookie = is_guest.then(|| CookieId::new(format!("c{}", self.random.below(VISITORS))));
         let ticket = Ticket { agent_instance: String::new(), number: 0 };
-        let request = Request { cookie, ticket, node, space, size, declared_ms, caller, budget };
+        let request = Request { cookie, ticket, node, space, size, declared_ms, caller, budget, presented: None };
         self.ask(request, 0);
     }
 

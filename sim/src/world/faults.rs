@@ -176,7 +176,6 @@ impl World {
         let Some(node) = self.awake_node() else { return };
         let until = self.now + self.random.between(1_000, 40_000);
         self.asleep.insert(node.clone(), until);
-        self.slept.insert(node.clone());
         self.agenda.add(until, Happening::Limit(node.clone()));
         let links: Vec<LinkId> = self.links.iter().filter(|(_, link)| link.node == node).map(|(id, _)| *id).collect();
         for link in links {

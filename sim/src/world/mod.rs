@@ -107,8 +107,6 @@ pub struct World {
     pub(crate) slow_until: u64,
     /// Nodes that stand still, and until when.
     pub(crate) asleep: BTreeMap<NodeName, u64>,
-    /// Nodes that ever stood still.
-    pub(crate) slept: BTreeSet<NodeName>,
     /// Node and broker (None: all) that do not reach each other, until when.
     pub(crate) partitions: Vec<(NodeName, Option<u64>, u64)>,
     /// Clients.
@@ -159,7 +157,6 @@ impl World {
             ids: u128::from(plan.seed) << 64,
             slow_until: 0,
             asleep: BTreeMap::new(),
-            slept: BTreeSet::new(),
             partitions: Vec::new(),
             clients: Clients::default(),
             lost_rows: BTreeSet::new(),

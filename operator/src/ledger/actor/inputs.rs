@@ -260,6 +260,7 @@ impl<P: Pages> Actor<P> {
         let Some(ticket) = self.known.ticket(node, request.ticket) else { return };
         // Where the decorator names no size it is `large`.
         let size = node_messages::size(request.size()).unwrap_or(Size::Large);
+        let presented = node_messages::presented(&request);
         let Some(pod) = request.pod else {
             error!(%node, "A request without its pod");
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
@@ -268,7 +269,8 @@ impl<P: Pages> Actor<P> {
         let space = SpaceKey { namespace: pod.namespace, name: pod.space, uid: pod.space_uid };
         let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
-        let request = Request { ticket, node: node.clone(), space, size, declared_ms, caller, cookie, budget };
+        let request =
+            Request { ticket, node: node.clone(), space, size, declared_ms, caller, cookie, budget, presented };
         match &request.caller {
             Ok(account) if !self.state.accounts.contains_key(account) => self.first_call(account.clone(), request),
             _ => self.command(Command::Request(Box::new(request))),

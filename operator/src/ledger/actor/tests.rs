@@ -23,6 +23,7 @@ use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
 mod cards;
+mod places;
 mod pools;
 
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
@@ -284,6 +285,7 @@ impl Story {
             size: proto::Size::Large.into(),
             declared_ms,
             token: token.to_owned(),
+            ..proto::Request::default()
         };
         self.say(7, Incoming::Request(request)).await;
     }

@@ -501,6 +501,7 @@ const fn is_fresh(now: u64, stamp: u64, order_ttl_ms: u64) -> bool {
 fn told(held: &Held) -> AgentLease {
     AgentLease {
         lease: held.order.lease.clone(),
+        account: Some(held.order.account.clone()),
         size: held.order.size,
         card: held.card.unwrap_or(0),
         phase: match held.phase {

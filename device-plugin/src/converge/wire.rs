@@ -161,5 +161,6 @@ pub(super) fn node_lease(lease: &Lease, now_ms: u64) -> link::NodeLease {
         running_ms,
         ended: ended(lease, now_ms),
         freed: matches!(&lease.phase, Phase::Ended { freed: Some(_), .. }),
+        account: lease.account.clone(),
     }
 }

@@ -222,7 +222,8 @@ fn a_slot_that_still_clears_when_its_node_is_back_is_not_free() {
     story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
     let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
     let phase = AgentPhase::Ended { report, freed: false };
-    let lease = AgentLease { lease: first.clone(), size: Size::Xlarge, slot: PickedSlot::Has(0), phase };
+    let account = Some(AccountName::new(BOB));
+    let lease = AgentLease { lease: first.clone(), account, size: Size::Xlarge, slot: PickedSlot::Has(0), phase };
     story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: vec![lease] });
     assert_eq!(order(&story.ask("carol", Size::Xlarge, 10_000)).after, Some(first));
 }

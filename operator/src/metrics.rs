@@ -58,6 +58,7 @@ struct Inner {
     epoch: Gauge<u64, AtomicU64>,
     nodes_connected: Gauge,
     nodes_without_pool: Gauge,
+    leases_in_doubt: Gauge,
     sessions_refused: Family<KindLabel, Counter>,
     clock_ahead_seconds: Gauge<f64, AtomicU64>,
 }
@@ -150,6 +151,12 @@ impl Metrics {
             "Nodes of this term whose pool is not known; the defaults apply to them",
             nodes_without_pool.clone(),
         );
+        let leases_in_doubt = Gauge::default();
+        registry.register(
+            "leases_in_doubt",
+            "Leases that nodes had when they joined and no known page holds, until their pages are read; they keep their slots",
+            leases_in_doubt.clone(),
+        );
         let sessions_refused = Family::default();
         registry.register(
             "sessions_refused",
@@ -183,6 +190,7 @@ impl Metrics {
                 epoch,
                 nodes_connected,
                 nodes_without_pool,
+                leases_in_doubt,
                 sessions_refused,
                 clock_ahead_seconds,
             }),
@@ -295,6 +303,11 @@ impl Metrics {
     /// Nodes to which the defaults apply, for want of a pool.
     pub fn set_nodes_without_pool(&self, nodes: usize) {
         self.inner.nodes_without_pool.set(gauge(nodes));
+    }
+
+    /// Leases whose pages are being read, because no known one holds them.
+    pub fn set_leases_in_doubt(&self, leases: usize) {
+        self.inner.leases_in_doubt.set(gauge(leases));
     }
 
     /// A session of an agent was refused.

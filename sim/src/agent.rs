@@ -478,6 +478,7 @@ const fn is_fresh(now: u64, stamp: u64, order_ttl_ms: u64) -> bool {
 fn told(held: &Held) -> AgentLease {
     AgentLease {
         lease: held.order.lease.clone(),
+        account: Some(held.order.account.clone()),
         size: held.order.size,
         slot: held.slot(),
         phase: match held.phase {

@@ -33,6 +33,7 @@ pub const TABLE: &[Row] = &[
     ledger(Mutant::ForgetsReturned, Invariant(11), &[], "a request whose order failed is forgotten"),
     ledger(Mutant::NoOutcome, Invariant(12), &[], "a request that dies leaves no row"),
     ledger(Mutant::NoReceipt, Invariant(12), &[], "a lease leaves no receipt"),
+    ledger(Mutant::JudgeAtOnce, L(7), &[Invariant(2)], "a lease that no known page holds is ended without a look"),
     ledger(Mutant::NeverDeposed, L(2), &[], "a leader goes on when it is shown a later term"),
     ledger(Mutant::ReadProvesFailure, L(2), &[], "a read without our write counts as its failure"),
     node(NodeFault::TakesStaleOrders, L(8), "a node takes orders of any age"),

@@ -66,7 +66,7 @@ pub struct Store {
     /// Every lease that was ever held on a durable page, and whose.
     pub held_ever: BTreeMap<LeaseId, AccountName>,
     /// Those that an old leader wrote after a later term had begun. The later leader may meet them on their node before its
-    /// watch shows it their hold, see the page of the simulation in docs/.
+    /// watch shows it their hold (L7).
     pub late_holds: BTreeSet<LeaseId>,
     /// How each of them was settled.
     pub settled: BTreeMap<LeaseId, Closed>,

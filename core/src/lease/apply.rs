@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::change::{Misfit, PageChange, Urgency};
 use super::event::Event;
 use super::mutant::Mutant;
-use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
+use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State, Stranger};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
 use crate::page::{OUTCOMES_MAX, Page};
 use crate::queue::Lane;
@@ -89,6 +89,11 @@ impl State {
             | Event::Abandoned { .. }
             | Event::Cancelled { .. } => self.apply_lease(event),
 
+            Event::StrangerMet { node, lease } => {
+                let stranger = Stranger { node: node.clone(), lease: (**lease).clone() };
+                self.strangers.insert(lease.lease.clone(), stranger);
+            }
+            Event::StrangerJudged { lease } => drop(self.strangers.remove(lease)),
             Event::NoDeviceCounted { space, at } => {
                 let count = self.no_device.entry(space.uid.clone()).or_insert((*at, 0));
                 count.1 = count.1.saturating_add(1);
@@ -127,6 +132,7 @@ impl State {
             Event::Denied { .. }
             | Event::PromiseOver { .. }
             | Event::Acknowledged { .. }
+            | Event::PageDoubted { .. }
             | Event::WriteContested { .. }
             | Event::WriteRepeated { .. } => {}
         }
@@ -153,6 +159,8 @@ impl State {
         let Some(known) = self.nodes.get_mut(node) else { return };
         (known.joined, known.rests, known.silent_since) = (false, false, Some(at));
         self.unconfirm(node, at.plus(super::expiry::DISCONNECTED_QUEUE_MS));
+        // It tells of them again when it joins again.
+        self.strangers.retain(|_, stranger| stranger.node != *node);
         // Its slots do not exist until it joins again and says who uses them (L7).
         let gone: Vec<LeaseId> = self
             .leases_on(node)

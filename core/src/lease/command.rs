@@ -159,6 +159,15 @@ pub enum Command {
         /// As read, by a read that sees every acknowledged write.
         page: Box<Page>,
     },
+    /// The page as it stands now, as asked for by [`Effect::Confirm`](super::Effect::Confirm).
+    PageConfirmed {
+        /// Whose page.
+        account: AccountName,
+        /// For the leases of which node.
+        node: NodeName,
+        /// As read, by a read that sees every write acknowledged before the node joined; None if there is no such account.
+        page: Option<Box<Page>>,
+    },
     /// The write certainly did not happen and would not if it were repeated at once.
     PageFailed {
         /// Whose page.
@@ -348,6 +357,8 @@ pub struct Budget {
 pub struct AgentLease {
     /// Its id.
     pub lease: LeaseId,
+    /// Who pays, as its order said; None where the agent lost its record of the lease.
+    pub account: Option<AccountName>,
     /// Size.
     pub size: Size,
     /// Its slot.

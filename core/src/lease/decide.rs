@@ -20,6 +20,7 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::PageConflict { account, write_id } => pages::conflict(state, account, &write_id),
         Command::PageUnknown { account, write_id } => pages::unknown(state, account, &write_id),
         Command::PageRead { account, page } => pages::read(at, state, account, page),
+        Command::PageConfirmed { account, node, page } => pages::confirmed(at, state, account, &node, page),
         Command::PageFailed { account, write_id } => pages::failed(at, state, account, &write_id),
         Command::ReceiptWritten { account, lease } => pages::receipt_written(at, state, account, lease),
 

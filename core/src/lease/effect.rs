@@ -29,6 +29,16 @@ pub enum Effect {
         /// Whose.
         account: AccountName,
     },
+    /// Read the page, in a read that begins now and sees every acknowledged write, and try until it is read: a node that
+    /// has just joined has a lease of the account that no page is known to hold (L7). The answer is `PageConfirmed`. While
+    /// one for the same account and node is under way, no other is needed: whatever this node had when it joined this term
+    /// for the first time, it can not come to have later.
+    Confirm {
+        /// Whose.
+        account: AccountName,
+        /// Which node has the lease.
+        node: NodeName,
+    },
     /// Write the final receipt until it is written, then say `ReceiptWritten`. It may come again for the same lease.
     Receipt {
         /// Who is charged.
@@ -86,6 +96,8 @@ pub struct Order {
     pub epoch: Epoch,
     /// For which request.
     pub ticket: Ticket,
+    /// Who pays. The node repeats it when it tells of the lease to a later leader (L7).
+    pub account: AccountName,
     /// Size.
     pub size: Size,
     /// Longest run.
@@ -134,6 +146,9 @@ pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
         Event::WriteUnknown { account } | Event::WriteContested { account } => {
             vec![Effect::Read { account: account.clone() }]
         }
+        Event::PageDoubted { node, account } => {
+            vec![Effect::Confirm { account: account.clone(), node: node.clone() }]
+        }
         Event::AccountTaken { account, page, .. } | Event::Rebased { account, page, .. } => {
             let receipt =
                 |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
@@ -174,6 +189,7 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
         lease: id.clone(),
         epoch: state.epoch,
         ticket: waiting.ticket.clone(),
+        account: waiting.account.clone(),
         size: lease.size,
         declared_ms: lease.declared_ms,
         after: lease.after.clone(),

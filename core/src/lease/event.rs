@@ -1,7 +1,7 @@
 //! What the ledger has decided. A refusal is an event with numbers in it, not an error.
 
 use super::change::PageChange;
-use super::command::{Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
+use super::command::{AgentLease, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
@@ -119,6 +119,14 @@ pub enum Event {
     Acknowledged { node: NodeName, lease: LeaseId, ended: bool, freed: bool },
     /// A Space used one of its free NoDevice endings of this hour.
     NoDeviceCounted { space: SpaceKey, at: Steady },
+
+    // Leases that no known page holds, until their pages are read.
+    /// A node has it, or says more of it.
+    StrangerMet { node: NodeName, lease: Box<AgentLease> },
+    /// Its page is to be read.
+    PageDoubted { node: NodeName, account: AccountName },
+    /// Its page has said whose it is, or its node does not have it any more.
+    StrangerJudged { lease: LeaseId },
 
     // Nodes.
     /// Its pool says so.

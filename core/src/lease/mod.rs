@@ -44,10 +44,11 @@ pub use effect::{Effect, Order, Place, effects};
 pub use event::{Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
+pub use node::NOBODYS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::ATTEMPTS_MAX;
 pub use spaces::SpaceUse;
-pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, WRITES_IN_FLIGHT_MAX};
+pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
 
 use std::collections::BTreeSet;
 
@@ -90,6 +91,10 @@ pub fn step(state: &mut State, at: Moment, mut ids: IdSeed, command: Command) ->
     outcome.take(state, events);
     if state.ended.is_some() {
         return outcome;
+    }
+    if !state.strangers.is_empty() {
+        let found = node::found(at, state);
+        outcome.take(state, found);
     }
     // Where something has changed that somebody waits for; on a tick also where only time has.
     if tick {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::change::{PageChange, Urgency};
-use super::command::{Limits, NodeSettings, Policy};
+use super::command::{AgentLease, Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use super::schedule::{Schedule, Scheduled};
@@ -38,6 +38,10 @@ pub struct State {
     pub nodes: BTreeMap<NodeName, Node>,
     /// Every lease that has an open hold or a slot.
     pub leases: ByName<LeaseId, Lease>,
+    /// Leases that nodes had when they joined and that no known page holds: a page may have been written by an earlier leader
+    /// that our watch has not shown (L7). Until their pages are read they are neither ended nor acknowledged. Bounded by what
+    /// nodes have.
+    pub strangers: BTreeMap<LeaseId, Stranger>,
     /// Who waits.
     pub queue: Queue,
     /// How long calls really ran, for the order of the queue.
@@ -175,6 +179,15 @@ pub struct Lease {
     pub cancelled: Option<Steady>,
 }
 
+/// A lease whose page is being read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stranger {
+    /// Which node has it.
+    pub node: NodeName,
+    /// What that node said of it last.
+    pub lease: AgentLease,
+}
+
 /// What the packing of a node's cards has to know of a lease; a copy, kept side by side for all leases of a node, because
 /// every decision looks at all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -246,6 +259,7 @@ impl State {
             accounts: ByName::default(),
             nodes: BTreeMap::new(),
             leases: ByName::default(),
+            strangers: BTreeMap::new(),
             queue: Queue::default(),
             history: History::default(),
             tickets: ByName::default(),
@@ -320,6 +334,19 @@ impl State {
     /// The page that decisions are made on.
     pub(super) fn page_of<'a>(&self, account: &'a Account) -> &'a Page {
         if self.has(Mutant::DecideOnDurable) { &account.durable } else { &account.working }
+    }
+
+    /// What a node said of a lease whose page is being read and whose hold is not known.
+    pub(super) fn stranger(&self, node: &NodeName, lease: &LeaseId) -> Option<&AgentLease> {
+        let is_held = self.leases.get(lease).is_some_and(|known| known.account.is_some());
+        let found = self.strangers.get(lease).filter(|stranger| stranger.node == *node && !is_held);
+        found.map(|stranger| &stranger.lease)
+    }
+
+    /// Leases of an account on a node, for which its page is being read.
+    pub fn strangers_of(&self, account: &AccountName, node: &NodeName) -> impl Iterator<Item = &AgentLease> {
+        let here = self.strangers.values().filter(move |stranger| stranger.node == *node);
+        here.map(|stranger| &stranger.lease).filter(move |lease| lease.account.as_ref() == Some(account))
     }
 
     /// All leases, node by node, in the order of their names.

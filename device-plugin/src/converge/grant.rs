@@ -150,6 +150,7 @@ impl Machine {
             allow_limit_ms: order.allow_limit_ms,
             clear_limit_ms: order.clear_limit_ms,
             class: order.caller,
+            account: order.account.clone(),
             token: pending.token.clone(),
             phase: Phase::Waiting,
             worker: None,

@@ -117,6 +117,7 @@ impl Machine {
             allow_limit_ms: 0,
             clear_limit_ms: 0,
             class: 0,
+            account: String::new(),
             token: None,
             phase: Phase::Ended {
                 ending: Ending { kind: EndingKind::PlatformFault, used_ms: 0, opens: 0, message: message.clone() },

@@ -245,6 +245,9 @@ pub struct Lease {
     pub clear_limit_ms: u64,
     /// Class of the account (`nodelink.CallerClass`).
     pub class: i32,
+    /// Who pays, for a later leader that does not know the lease (L7); empty where an earlier agent did not record it.
+    #[serde(default)]
+    pub account: String,
     /// `X-IP-Token` of the request, in case it has to go back to the broker. Never written down.
     #[serde(skip)]
     pub token: Option<Secret>,

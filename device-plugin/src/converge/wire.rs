@@ -164,5 +164,6 @@ pub(super) fn node_lease(lease: &Lease, now_ms: u64) -> link::NodeLease {
         freed: matches!(&lease.phase, Phase::Ended { freed: Some(_), .. }),
         waiting: lease.phase == Phase::Waiting,
         slot_picked: lease.slot.is_some(),
+        account: lease.account.clone(),
     }
 }

@@ -75,6 +75,8 @@ struct Actor<P> {
     durations: Durations,
     known: Known,
     targets: BTreeMap<AccountName, PageTarget>,
+    /// Pages that are being read for the leases of a node. Bounded by the leases that nodes have.
+    confirming: BTreeSet<(AccountName, NodeName)>,
     /// Calls whose account is being made or looked for.
     first_calls: BTreeMap<AccountName, Vec<Request>>,
     records: Records,
@@ -124,6 +126,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             durations: durations.clone(),
             known,
             targets: BTreeMap::new(),
+            confirming: BTreeSet::new(),
             first_calls: BTreeMap::new(),
             records: Records::default(),
             out_of_date: BTreeSet::new(),
@@ -372,6 +375,13 @@ impl<P: Pages> Actor<P> {
             Effect::Read { account } => {
                 self.tasks.spawn(pages::read(self.store.clone(), account, self.stop.clone()));
             }
+            Effect::Confirm { account, node } => {
+                // A node that comes and goes while the API server is away begins no second one.
+                if self.confirming.insert((account.clone(), node.clone())) {
+                    let (store, stop) = (self.store.clone(), self.stop.clone());
+                    self.tasks.spawn(pages::confirm(store, account, node, stop));
+                }
+            }
             Effect::Receipt { account, closed } => {
                 let message = self.end_messages.remove(&closed.hold.lease).unwrap_or_default();
                 let record = self.records.settled(&account, &closed, message);
@@ -477,6 +487,7 @@ impl<P: Pages> Actor<P> {
             },
             Done::Read { account, found: Some(seen) } => self.page_read(account, *seen),
             Done::Read { account, found: None } => self.account_gone(account),
+            Done::Confirmed { account, node, found } => self.page_confirmed(account, node, found),
             Done::FirstSeen { account, found } => self.first_seen(account, found),
             Done::Stopped => {}
         }
@@ -494,6 +505,24 @@ impl<P: Pages> Actor<P> {
         if let Ok(page) = seen.page {
             self.command(Command::PageRead { account, page: Box::new(page) });
         }
+    }
+
+    /// The page of an account that a node has leases of.
+    fn page_confirmed(&mut self, account: AccountName, node: NodeName, found: Option<Box<AccountSeen>>) {
+        self.confirming.remove(&(account.clone(), node.clone()));
+        let page = found.and_then(|seen| {
+            let known = self.state.accounts.get(&account).map(|known| known.durable.seq);
+            let page = seen.page.clone().ok()?;
+            if known.is_none() {
+                // The watch has not shown it.
+                self.known.accounts.insert(account.clone(), *seen);
+                self.account_seen(&account);
+            } else if known <= Some(page.seq) {
+                self.targets.insert(account.clone(), PageTarget::of(&seen));
+            }
+            Some(Box::new(page))
+        });
+        self.command(Command::PageConfirmed { account, node, page });
     }
 
     fn account_gone(&mut self, account: AccountName) {

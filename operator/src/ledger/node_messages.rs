@@ -1,6 +1,6 @@
 //! Nodelink messages as the ledger's commands, and the ledger's effects as nodelink messages. Pure.
 
-use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Size};
 use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::{CallerClass, Denial};
@@ -100,7 +100,8 @@ fn agent_lease(lease: &proto::NodeLease) -> Result<AgentLease, Nonsense> {
     };
     let size = size(lease.size()).ok_or(wrong("a lease without size"))?;
     let slot = picked(lease.waiting, lease.slot_picked, lease.card);
-    Ok(AgentLease { lease: LeaseId::new(&lease.lease), size, slot, phase })
+    let account = (!lease.account.is_empty()).then(|| AccountName::new(&lease.account));
+    Ok(AgentLease { lease: LeaseId::new(&lease.lease), account, size, slot, phase })
 }
 
 fn end_report(ended: &proto::Ended) -> Result<EndReport, Nonsense> {
@@ -158,6 +159,7 @@ pub fn start(order: &Order, boottime_ms: u64) -> Outgoing {
         avoid: order.avoid.clone(),
         caller: caller(order.caller).into(),
         wait_limit_ms: order.wait_ms,
+        account: order.account.to_string(),
     })
 }
 
@@ -217,6 +219,16 @@ mod tests {
         let lease = proto::NodeLease { phase: proto::LeasePhase::Ended.into(), ..proto::NodeLease::default() };
         let joined = Incoming::Joined(proto::Joined { leases: vec![lease], ..proto::Joined::default() });
         assert!(command(&node, &joined).is_err());
+    }
+
+    #[test]
+    fn a_lease_without_its_record_names_no_account() {
+        let told = |account: &str| {
+            let (size, phase) = (proto::Size::Large.into(), proto::LeasePhase::Running.into());
+            let lease = proto::NodeLease { size, phase, account: account.to_owned(), ..proto::NodeLease::default() };
+            agent_lease(&lease).unwrap().account
+        };
+        assert_eq!((told(""), told("bob")), (None, Some(AccountName::new("bob"))));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{Epoch, LeaseId, NodeName};
-use spaceport_core::lease::SlotUse;
+use spaceport_core::lease::{NOBODYS, SlotUse};
 use spaceport_core::page::{Ending, Page};
 
 use crate::agent::{Agent, Held, Phase};
@@ -100,6 +100,15 @@ pub fn given_up(world: &World) -> Checked {
         }
     }
     Ok(())
+}
+
+/// A broker ends a lease as nobody's: L7, not one that a page holds. An old leader's Cancel its node does not take.
+///
+/// # Errors
+/// What must not be.
+pub fn killed(world: &World, epoch: Epoch, lease: &LeaseId, reason: &str) -> Checked {
+    let held = reason == NOBODYS && epoch == world.store.term.0 && world.store.is_held(lease);
+    Rule::L(7).check(!held, || format!("{lease} is ended as nobody's, and it is held"))
 }
 
 /// Invariant 4: where nothing goes wrong a reservation is gone within a second of the end (L13).

@@ -120,6 +120,9 @@ impl World {
             }
         }
         self.hold_up_writes(self.elected);
+        if self.random.chance(500) {
+            self.slow_dials_until = self.now + 5_000;
+        }
         self.agenda.add(self.now, Happening::Elected);
     }
 

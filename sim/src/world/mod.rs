@@ -105,6 +105,8 @@ pub struct World {
     pub(crate) ids: u128,
     /// Page writes take long until then.
     pub(crate) slow_until: u64,
+    /// Nodes hear late of a leader that is elected before then.
+    pub(crate) slow_dials_until: u64,
     /// Nodes that stand still, and until when.
     pub(crate) asleep: BTreeMap<NodeName, u64>,
     /// Node and broker (None: all) that do not reach each other, until when.
@@ -156,6 +158,7 @@ impl World {
             next_write: 1,
             ids: u128::from(plan.seed) << 64,
             slow_until: 0,
+            slow_dials_until: 0,
             asleep: BTreeMap::new(),
             partitions: Vec::new(),
             clients: Clients::default(),
@@ -263,10 +266,8 @@ impl World {
             Happening::WriteArrives(write) => self.write_arrives(write)?,
             Happening::WriteAnswered(write) => self.write_answered(write)?,
             Happening::WriteTimesOut(write) => self.write_times_out(write)?,
-            Happening::ReadArrives(broker, account, uid) => self.read_arrives(broker, account, uid),
-            Happening::ReadAnswered(broker, account, uid, object) => {
-                self.read_answered(broker, account, uid, object)?
-            }
+            Happening::ReadArrives(broker, asked) => self.read_arrives(broker, asked),
+            Happening::ReadAnswered(broker, asked, object) => self.read_answered(broker, &asked, object)?,
             Happening::FirstSeen(broker, request) => self.first_seen(broker, *request)?,
             Happening::ReceiptArrives(broker, account, closed) => self.receipt_arrives(broker, account, closed)?,
             Happening::ReceiptWritten(broker, account, lease) => self.receipt_written(broker, account, lease)?,

@@ -60,6 +60,7 @@ impl<P: Pages> Actor<P> {
         self.end_messages.retain(|lease, _| leases.contains_key(lease));
         let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
         self.metrics.set_nodes_without_pool(without_pool);
+        self.metrics.set_leases_in_doubt(self.state.strangers.len());
         for node in self.state.nodes.keys() {
             self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
         }

@@ -220,6 +220,7 @@ fn first_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
             generation: 1,
             via: "token".to_owned(),
             cookie: None,
+            shortened: None,
         })
         .collect();
     GPUAccountStatus {

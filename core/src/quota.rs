@@ -83,6 +83,15 @@ pub struct Queued {
     pub cookie_ms: u64,
 }
 
+/// When the first reservation ends at the latest, for the message. Milliseconds; 0 if there is none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FreesIn {
+    /// Of the account.
+    pub account_ms: u64,
+    /// Of the visitor, on a guest page.
+    pub cookie_ms: u64,
+}
+
 /// How the account stands at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
@@ -401,18 +410,17 @@ pub fn check_legal(payer: Payer<'_>, demand: &Demand) -> Result<(), Denial> {
     Ok(())
 }
 
-/// Decides whether a call fits now, beside what waits already, and what pays for it. `frees_in_ms` is when the first
-/// reservation ends at the latest, for the message.
+/// Decides whether a call fits now, beside what waits already, and what pays for it.
 ///
 /// # Errors
 /// [`Denial::IllegalDuration`], [`Denial::RunsExceeded`], [`Denial::TooManyGuests`], [`Denial::QuotaExceeded`] or
 /// [`Denial::PendingOverquota`], in this order; of the last two that of the visitor before that of the address prefix.
-pub fn admit(payer: Payer<'_>, demand: &Demand, queued: Queued, frees_in_ms: u64) -> Result<Admission, Denial> {
+pub fn admit(payer: Payer<'_>, demand: &Demand, queued: Queued, frees_in: FreesIn) -> Result<Admission, Denial> {
     check_legal(payer, demand)?;
     let cookie = payer.row()?;
     check_runs(payer, cookie.as_ref())?;
     let needed_ms = demand.needed_ms();
-    let (declared_ms, weight, frees_in_ms) = (demand.declared_ms, demand.weight, frees_in_ms.max(1));
+    let (declared_ms, weight) = (demand.declared_ms, demand.weight);
     // The same in every refusal: what would pass has to fit all limits.
     let largest_declared_ms =
         demand.declared_for(payer.left_ms(queued)).min(demand.longest_declared_ms(payer.allowance.longest_call_ms));
@@ -423,7 +431,10 @@ pub fn admit(payer: Payer<'_>, demand: &Demand, queued: Queued, frees_in_ms: u64
         left_ms: standing.left_ms.saturating_sub(queued_ms),
         reserved_ms: standing.reserved_ms.saturating_add(queued_ms),
         limit_ms: standing.limit_ms,
-        frees_in_ms,
+        frees_in_ms: match limiter {
+            Limiter::Cookie => frees_in.cookie_ms.max(1),
+            Limiter::Account | Limiter::AddressPrefix => frees_in.account_ms.max(1),
+        },
         largest_declared_ms,
         limiter,
     };

@@ -1,5 +1,12 @@
 //! Limits of guests and Spaces, and calls that are given less than they declare: stories with a store that answers at once.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on fails by panicking, also in its helpers"
+)]
+
 use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, CookieId, Epoch, IdSeed, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};

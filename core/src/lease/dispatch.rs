@@ -5,7 +5,7 @@ use super::Moment;
 use super::change::PageChange;
 use super::event::Event;
 use super::mutant::Mutant;
-use super::request::{Refusal, explained, frees_in_ms, give_back};
+use super::request::{Refusal, explained, frees_in, give_back};
 use super::state::{Account, Holder, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
 use crate::page::{CookieWindow, Hold};
@@ -72,13 +72,13 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Waiting, slot: O
     }
     let Some(slot) = slot else { return Vec::new() };
     let time = page.time(at.wall);
-    let frees_in_ms = frees_in_ms(state, account, time);
+    let frees_in = frees_in(state, account, waiting.cookie.as_ref(), time);
     let allowance = state.allowance_of(account);
     let payer = Payer { page, allowance: &allowance, cookie: waiting.cookie.as_ref(), at: time };
     // Less may be left than when it came. Its place in the queue was given for more, which harms nobody.
     let clamps = state.space_settings(&waiting.space.uid).clamp_to_remaining;
     let demand = if clamps { quota::clamp(payer, waiting.demand, Queued::default()) } else { waiting.demand };
-    let admission = match quota::admit(payer, &demand, Queued::default(), frees_in_ms) {
+    let admission = match quota::admit(payer, &demand, Queued::default(), frees_in) {
         Ok(admission) => admission,
         Err(denial) => {
             let settings = state.settings(&waiting.node);

@@ -7,7 +7,7 @@ impl State {
     /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
     /// after a failed write ends with time, see `expiry`.
     pub(super) fn unpark(&mut self, account: &AccountName) {
-        if !self.accounts.get(account).is_some_and(|found| found.retry_at.is_some()) {
+        if self.accounts.get(account).is_none_or(|found| found.retry_at.is_none()) {
             self.unpark_where(account);
         }
     }

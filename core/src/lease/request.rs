@@ -7,11 +7,11 @@ use super::event::Event;
 use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
-use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
-use crate::page::{DenialRow, Outcome, ShortenedBy};
+use crate::ids::{AccountName, CookieId, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::page::{DenialRow, Hold, Outcome, ShortenedBy};
 use crate::protocol::{CallerClass, Denial, LegalDurations, QueueOf, UnauthenticatedReason, human_message};
 use crate::queue::{Function, Promise, Promised, QueueBounds, Turn, Waiting, WaitsFor, place_of};
-use crate::quota::{self, Demand, Payer, Queued};
+use crate::quota::{self, Demand, FreesIn, Payer, Queued};
 use crate::slots;
 
 /// Orders for one request that a node may refuse, or a store may not take, before it is told PlatformFault. A first order
@@ -196,8 +196,8 @@ fn check<'a>(
     if let Some(budget) = &request.budget {
         check_budget(state, budget, demand.needed_ms())?;
     }
-    let frees_in_ms = frees_in_ms(state, account, time);
-    quota::admit(payer, &demand, queued, frees_in_ms).map_err(explained)?;
+    let frees_in = frees_in(state, account, request.cookie.as_ref(), time);
+    quota::admit(payer, &demand, queued, frees_in).map_err(explained)?;
     let node = state.nodes.get(&request.node);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
@@ -265,13 +265,16 @@ fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), De
     }
 }
 
-/// When the first of the account's reservations ends at the latest.
-pub(super) fn frees_in_ms(state: &State, account: &Account, time: LedgerTime) -> u64 {
-    let holds = state.page_of(account).holds.iter();
-    holds
-        .map(|hold| hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time))
-        .min()
-        .unwrap_or_default()
+/// When the first of the account's reservations ends at the latest, and the first of the visitor's on a guest page.
+pub(super) fn frees_in(state: &State, account: &Account, cookie: Option<&CookieId>, time: LedgerTime) -> FreesIn {
+    let holds = &state.page_of(account).holds;
+    let left_ms =
+        |hold: &Hold| hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time);
+    let is_own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+    FreesIn {
+        account_ms: holds.iter().map(left_ms).min().unwrap_or_default(),
+        cookie_ms: holds.iter().filter(is_own).map(left_ms).min().unwrap_or_default(),
+    }
 }
 
 pub(super) fn dequeue(at: Moment, state: &State, ticket: &Ticket) -> Vec<Event> {

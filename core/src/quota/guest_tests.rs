@@ -35,7 +35,7 @@ fn ask(
 ) -> Result<Admission, Denial> {
     let cookie = CookieId::new(cookie);
     let payer = Payer { page, allowance, cookie: Some(&cookie), at };
-    admit(payer, &demand(declared_ms), Queued::default(), 7)
+    admit(payer, &demand(declared_ms), Queued::default(), FreesIn { account_ms: 7, cookie_ms: 9 })
 }
 
 fn change(admission: Admission, lease: &str, at: LedgerTime, declared_ms: u64) -> PageChange {
@@ -130,13 +130,13 @@ fn each_limit_refuses_with_its_own_numbers() {
 fn what_a_visitor_has_waiting_counts_for_itself_and_for_the_prefix() {
     let (page, guests, ann) = (Page::default(), guests(), CookieId::new("ann"));
     let payer = Payer { page: &page, allowance: &guests, cookie: Some(&ann), at: NOW };
-    let refused = |queued| admit(payer, &demand(60_000), queued, 7).unwrap_err();
+    let refused = |queued| admit(payer, &demand(60_000), queued, FreesIn { account_ms: 7, cookie_ms: 9 }).unwrap_err();
     let by = |denial| match denial {
-        Denial::PendingOverquota { limiter, left_ms, .. } => (limiter, left_ms),
+        Denial::PendingOverquota { limiter, left_ms, frees_in_ms, .. } => (limiter, left_ms, frees_in_ms),
         other => panic!("{other:?}"),
     };
-    assert_eq!(by(refused(Queued { account_ms: 90_000, cookie_ms: 90_000 })), (Limiter::Cookie, 30_000));
-    assert_eq!(by(refused(Queued { account_ms: 550_000, cookie_ms: 0 })), (Limiter::AddressPrefix, 50_000));
+    assert_eq!(by(refused(Queued { account_ms: 90_000, cookie_ms: 90_000 })), (Limiter::Cookie, 30_000, 9));
+    assert_eq!(by(refused(Queued { account_ms: 550_000, cookie_ms: 0 })), (Limiter::AddressPrefix, 50_000, 7));
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn payer<'a>(page: &'a Page, allowance: &'a Allowance, at: LedgerTime) -> Payer<
 }
 
 fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, demand: Demand) {
-    let admission = admit(payer(page, allowance, at), &demand, Queued::default(), 1).unwrap();
+    let admission = admit(payer(page, allowance, at), &demand, Queued::default(), FreesIn::default()).unwrap();
     let hold = Hold {
         lease: LeaseId::new(lease),
         space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
@@ -69,7 +69,8 @@ fn the_story_of_the_demo() {
     settle(&mut page, "a", NOW.plus(5_000), 5_000);
     hold(&mut page, "b", &bob, NOW.plus(6_000), xlarge(10_000));
     settle(&mut page, "b", NOW.plus(11_000), 10_000);
-    let denial = admit(payer(&page, &bob, NOW.plus(12_000)), &large(50_000), Queued::default(), 1).unwrap_err();
+    let denial =
+        admit(payer(&page, &bob, NOW.plus(12_000)), &large(50_000), Queued::default(), FreesIn::default()).unwrap_err();
     assert_eq!(
         denial,
         Denial::QuotaExceeded {
@@ -90,7 +91,9 @@ fn the_story_of_the_demo() {
 fn each_refusal_is_its_own() {
     let (mut page, mut bob) = (Page::default(), allowance(60_000));
     hold(&mut page, "a", &bob, NOW, large(40_000));
-    let refuse = |bob: &Allowance, demand| admit(payer(&page, bob, NOW), &demand, Queued::default(), 7).unwrap_err();
+    let refuse = |bob: &Allowance, demand| {
+        admit(payer(&page, bob, NOW), &demand, Queued::default(), FreesIn { account_ms: 7, cookie_ms: 9 }).unwrap_err()
+    };
     assert!(matches!(
         refuse(&bob, large(30_000)),
         Denial::PendingOverquota {

@@ -4,6 +4,7 @@
 //! `SPACEPORT_KUBECTL` (the kubectl program) and `KUBECONFIG`.
 
 pub mod bench;
+mod books;
 pub mod breakable;
 mod call;
 mod component;
@@ -11,6 +12,8 @@ pub mod crash_matrix;
 pub mod demo;
 mod failpoint;
 mod kubectl;
+mod pod_program;
+mod pool;
 pub mod stories;
 pub mod story;
 mod token;

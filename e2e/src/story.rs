@@ -57,16 +57,7 @@ impl World {
     /// A new account of tier `demo` with a name that no earlier run used: pages cannot be reset.
     pub fn new_account(&self, story: &str) -> Result<String> {
         let name = format!("{story}-{}", ulid::Ulid::generate().to_string().to_lowercase());
-        let account = json!({
-            "apiVersion": "spaceport.dev/v1alpha1",
-            "kind": "GPUAccount",
-            "metadata": { "name": name },
-            "spec": {
-                "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }],
-                "tier": "demo",
-            },
-        });
-        self.kubectl.apply(&account.to_string())?;
+        self.kubectl.apply(&account(&name, "demo").to_string())?;
         Ok(name)
     }
 
@@ -198,6 +189,19 @@ impl World {
         }
         text
     }
+}
+
+/// A GPUAccount of this tier, with an identity of its own.
+pub(crate) fn account(name: &str, tier: &str) -> Value {
+    json!({
+        "apiVersion": "spaceport.dev/v1alpha1",
+        "kind": "GPUAccount",
+        "metadata": { "name": name },
+        "spec": {
+            "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }],
+            "tier": tier,
+        },
+    })
 }
 
 /// Pids of the processes whose program has this name.

@@ -16,6 +16,7 @@ mod pod_program;
 mod pool;
 pub mod stories;
 pub mod story;
+mod table;
 mod token;
 mod wait;
 mod world;

@@ -25,6 +25,8 @@ macro_rules! with_device_api {
 pub(crate) const GRANT_LOAD: &str = with_device_api!("../clients/grant_load.py");
 /// The calls of `bench grant --sustain`.
 pub(crate) const SUSTAIN_LOAD: &str = with_device_api!("../clients/sustain_load.py");
+/// The calls of the storm.
+pub(crate) const STORM: &str = with_device_api!("../clients/storm.py");
 
 /// Where the node agent listens in every Space's pod (N14).
 pub(crate) const ADDRESS: (&str, u16) = ("127.0.0.1", 7999);

@@ -61,6 +61,11 @@ fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten() {
 }
 
 #[test]
+fn a_storm_of_a_thousand_mixed_leases_adds_up() {
+    tell(stories::a_storm_of_a_thousand_mixed_leases_adds_up);
+}
+
+#[test]
 fn an_app_ends_although_its_worker_is_frozen() {
     tell(stories::an_app_ends_although_its_worker_is_frozen);
 }

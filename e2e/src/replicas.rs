@@ -17,7 +17,7 @@ const GONE_LIMIT: Duration = Duration::from_secs(60);
 /// The number of replicas as it was, to be put back; dropping it does so too. A run that is killed leaves another number:
 /// the next `cargo xtask charts` sets what the chart says.
 #[derive(Debug)]
-pub(super) struct Replicas<'a> {
+pub(crate) struct Replicas<'a> {
     world: &'a World,
     before: u64,
     is_back: bool,
@@ -25,14 +25,14 @@ pub(super) struct Replicas<'a> {
 
 impl<'a> Replicas<'a> {
     /// Notes how many there are. Nothing changes until [`Replicas::set`].
-    pub(super) fn note(world: &'a World) -> Result<Self> {
+    pub(crate) fn note(world: &'a World) -> Result<Self> {
         let deployment = world.kubectl.json(&["--namespace", SYSTEM, "get", OPERATOR])?;
         let before = at(&deployment, "/spec/replicas").as_u64().context("the operator's Deployment has no replicas")?;
         Ok(Self { world, before, is_back: false })
     }
 
     /// Scales to so many, and waits until exactly they run and leases are granted.
-    pub(super) fn set(&self, replicas: u64) -> Result<()> {
+    pub(crate) fn set(&self, replicas: u64) -> Result<()> {
         let kubectl = &self.world.kubectl;
         let count = format!("--replicas={replicas}");
         kubectl.run(&["--namespace", SYSTEM, "scale", OPERATOR, &count])?;
@@ -48,7 +48,7 @@ impl<'a> Replicas<'a> {
     }
 
     /// Scales to what was there.
-    pub(super) fn put_back(mut self) -> Result<()> {
+    pub(crate) fn put_back(mut self) -> Result<()> {
         self.is_back = true;
         self.set(self.before)
     }

@@ -14,6 +14,7 @@ mod failpoint;
 mod kubectl;
 mod pod_program;
 mod pool;
+mod replicas;
 pub mod stories;
 pub mod story;
 mod table;

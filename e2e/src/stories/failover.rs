@@ -6,11 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::{SETTLE_LIMIT, schedule};
-use crate::breakable::{ROLLOUT_LIMIT, SYSTEM};
+use crate::breakable::SYSTEM;
 use crate::component::Component;
 use crate::kubectl::at;
+use crate::replicas::Replicas;
 use crate::story::{CALLS, NAMESPACE, pids_of};
-use crate::wait::eventually;
 use crate::world::World;
 
 const OPERATOR: &str = "spaceport-operator";
@@ -27,7 +27,8 @@ const OUTAGE: Duration = Duration::from_secs(6);
 /// # Errors
 /// What was not as it must be.
 pub fn those_who_wait_keep_their_place_when_the_leader_dies(world: &World) -> Result<()> {
-    let scaled = Scaled::to(world, 2)?;
+    let replicas = Replicas::note(world)?;
+    replicas.set(2)?;
     let holder = world.new_account("failover-holder")?;
     let waiting = [world.new_account("failover-first")?, world.new_account("failover-second")?];
     let paths = [
@@ -103,7 +104,7 @@ say(ready=2, allow=allow, released=released, order=order)
         "page and receipt differ: {receipts:?}"
     );
     ensure!(at(&receipts[0], "/spec/phase") == "Settled", "it ran on through the fail-over: {receipts:?}");
-    scaled.back()
+    replicas.put_back()
 }
 
 /// The API server is away for some seconds: the lease that runs goes on and is charged what it used, and nothing is granted
@@ -217,46 +218,4 @@ fn leader_pid(world: &World) -> Result<u32> {
         groups.contains(&uid) || groups.contains(&uid.replace('-', "_"))
     };
     pids_of(OPERATOR)?.into_iter().find(is_of_pod).with_context(|| format!("no process of the leader's pod {uid}"))
-}
-
-/// Another number of operators for a while.
-struct Scaled<'a> {
-    world: &'a World,
-    is_back: bool,
-}
-
-impl<'a> Scaled<'a> {
-    fn to(world: &'a World, replicas: usize) -> Result<Self> {
-        let scaled = Self { world, is_back: false };
-        scaled.scale(replicas)?;
-        Ok(scaled)
-    }
-
-    fn back(mut self) -> Result<()> {
-        self.is_back = true;
-        self.scale(1)?;
-        crate::breakable::leases_are_granted(self.world)
-    }
-
-    fn scale(&self, replicas: usize) -> Result<()> {
-        let kubectl = &self.world.kubectl;
-        let deployment = format!("deployment/{OPERATOR}");
-        let limit = format!("--timeout={}s", ROLLOUT_LIMIT.as_secs());
-        kubectl.run(&["--namespace", SYSTEM, "scale", &deployment, &format!("--replicas={replicas}")])?;
-        kubectl.run(&["--namespace", SYSTEM, "rollout", "status", &deployment, &limit])?;
-        eventually(&format!("{replicas} operators run"), ROLLOUT_LIMIT, || {
-            let pids = pids_of(OPERATOR)?;
-            Ok(if pids.len() == replicas { Ok(()) } else { Err(format!("{pids:?}")) })
-        })
-    }
-}
-
-impl Drop for Scaled<'_> {
-    fn drop(&mut self) {
-        if !self.is_back
-            && let Err(error) = self.scale(1)
-        {
-            eprintln!("{error:#}");
-        }
-    }
 }

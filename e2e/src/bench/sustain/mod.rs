@@ -6,7 +6,6 @@
 //! are settled; the page writes of the benchmark in between are taken off.
 
 mod mutations;
-mod replicas;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,11 +14,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use spaceport_crds::names::TERM_PAGE;
 
 pub use self::report::{SustainReport, Sustained};
 
 use self::mutations::{Mutations, OwnCount};
-use self::replicas::Replicas;
 use super::accounts::{self, Accounts};
 use super::cluster::{AT_ONCE, Cluster};
 use super::enough_slots;
@@ -28,6 +27,7 @@ use crate::books::{self, Told, Verdict};
 use crate::kubectl::at;
 use crate::pod_program::{self, ADDRESS, SUSTAIN_LOAD};
 use crate::pool::ChangedPool;
+use crate::replicas::Replicas;
 use crate::story::{NAMESPACE, SPACE};
 use crate::wait::now;
 use crate::world::World;
@@ -161,7 +161,14 @@ impl Run<'_> {
         give_a_past(self.cluster, accounts.callers())?;
         let mut writers = Writers::begin(self.cluster, accounts.pages())?;
         self.calm()?;
+        let term = self.term()?;
         let measured = self.measure(&accounts, &mut writers, say)?;
+        let terms = self.term()? - term;
+        if terms != 0 {
+            say(&format!(
+                "    {terms} new terms began meanwhile: the leader was slow to renew its lease, or was ended"
+            ));
+        }
         say(&format!("    {} bytes a page", writers.bytes()));
         say("  comparing pages, receipts and what the callers were told");
         let verdict = books::judged(self.world, &measured.told, SETTLE_LIMIT)?;
@@ -234,6 +241,11 @@ impl Run<'_> {
         if let Ok(own) = OwnCount::read(self.world) {
             say(&format!("    {} receipts were still to be written at its end", own.receipts_pending));
         }
+    }
+
+    /// Number of the ledger's term (L6).
+    fn term(&self) -> Result<i64> {
+        at(&self.world.page(TERM_PAGE)?, "/epoch").as_i64().context("the term page has no epoch")
     }
 
     /// Waits until accounts, pages and receipts are not written any more.

@@ -6,7 +6,10 @@
 pub mod bench;
 pub mod breakable;
 mod call;
+mod component;
+pub mod crash_matrix;
 pub mod demo;
+mod failpoint;
 mod kubectl;
 pub mod stories;
 pub mod story;

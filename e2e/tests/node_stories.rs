@@ -84,3 +84,13 @@ fn kill_9_of_the_node_agent_in_mid_lease() {
 fn a_receipt_tells_every_boundary_in_order() {
     tell(stories::a_receipt_tells_every_boundary_in_order);
 }
+
+#[test]
+fn those_who_wait_keep_their_place_when_the_leader_dies() {
+    tell(stories::those_who_wait_keep_their_place_when_the_leader_dies);
+}
+
+#[test]
+fn without_an_api_server_leases_run_on_and_nothing_is_granted() {
+    tell(stories::without_an_api_server_leases_run_on_and_nothing_is_granted);
+}

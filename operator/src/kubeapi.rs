@@ -8,11 +8,13 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures::Stream;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::api::{DeleteParams, ListParams, PartialObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::NamespaceResourceScope;
+use kube::runtime::utils::Backoff;
 use kube::runtime::watcher;
 use kube::{Api, Client, Config, Resource};
 use serde::Serialize;
@@ -122,6 +124,35 @@ pub struct KubeApi {
     client: Client,
     /// Counts what changes something; none where nobody reads it.
     metrics: Option<Metrics>,
+}
+
+/// Pauses between tries to watch: at most 3 s, because a leader grants nothing before its own watch has shown its term, and
+/// random, because every replica and agent tries again when an API server comes back.
+struct WatchBackoff(backon::ExponentialBackoff);
+
+impl WatchBackoff {
+    fn new() -> Self {
+        let builder = ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(3))
+            .with_jitter()
+            .without_max_times();
+        Self(builder.build())
+    }
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next()
+    }
+}
+
+impl Backoff for WatchBackoff {
+    fn reset(&mut self) {
+        *self = Self::new();
+    }
 }
 
 /// The objects of one kind, in one namespace or in the cluster.
@@ -346,7 +377,7 @@ where
         K::DynamicType: Send,
     {
         use kube::runtime::WatchStreamExt as _;
-        watcher(self.api.clone(), config).default_backoff()
+        watcher(self.api.clone(), config).backoff(WatchBackoff::new())
     }
 
     /// Creates an object.

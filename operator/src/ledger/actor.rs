@@ -33,7 +33,7 @@ use super::watches::StoreEvent;
 use super::{convert, node_messages};
 use crate::account::status::{conditions, is_shown, ready};
 use crate::clock;
-use crate::fault;
+use crate::fault::{self, Place};
 use crate::identity::TokenVerifier;
 use crate::metrics::Metrics;
 
@@ -88,6 +88,16 @@ struct Actor<P> {
     stop: CancellationToken,
 }
 
+/// How a term of ours ended.
+enum Over {
+    /// It is time to stop.
+    Stopped,
+    /// The election took the lease from us; we stand by, and may lead again.
+    SteppedDown,
+    /// The ledger ended it.
+    Term(TermEnd),
+}
+
 /// Runs until `stop`, term after term.
 ///
 /// # Errors
@@ -120,10 +130,17 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             tasks: JoinSet::new(),
             stop: stop.clone(),
         };
-        match actor.serve(&mut inputs).await? {
-            None => return Ok(()),
-            Some(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
-            Some(TermEnd::NodeAhead { epoch }) => {
+        match actor.serve(&mut inputs, &mut leading).await? {
+            Over::Stopped => return Ok(()),
+            Over::SteppedDown => {
+                info!(epoch = term.epoch.0, "The term is over; what was under way is found again in pages and reports");
+                // Whoever leads next writes them, from the outboxes.
+                receipts.forget();
+                above = term.epoch;
+                known = actor.known;
+            }
+            Over::Term(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
+            Over::Term(TermEnd::NodeAhead { epoch }) => {
                 warn!(epoch = epoch.0, "A node has accepted a later term; another begins above it");
                 above = epoch;
                 known = actor.known;
@@ -175,22 +192,30 @@ async fn begin<P: Pages>(
 }
 
 impl<P: Pages> Actor<P> {
-    /// Serves until the term ends. None if it is time to stop.
-    async fn serve(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Result<Option<TermEnd>, TermOver> {
+    /// Serves until the term ends.
+    async fn serve(
+        &mut self,
+        inputs: &mut mpsc::Receiver<Input>,
+        leading: &mut watch::Receiver<bool>,
+    ) -> Result<Over, TermOver> {
         self.take_over();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            if self.state.ended.is_some() {
-                return Ok(self.state.ended);
+            if let Some(ended) = self.state.ended {
+                return Ok(Over::Term(ended));
             }
             let stop = self.stop.clone();
             tokio::select! {
-                () = stop.cancelled() => return Ok(None),
+                () = stop.cancelled() => return Ok(Over::Stopped),
+                // The election ends only with the process.
+                led = leading.wait_for(|leads| !*leads) => {
+                    return Ok(if led.is_ok() { Over::SteppedDown } else { Over::Stopped });
+                }
                 input = inputs.recv() => match input.ok_or(TermOver::InputClosed)? {
                     // Another replica leads: our orders and page writes are refused from now on (L6).
                     Input::Store(StoreEvent::Term(seen)) if seen.epoch > self.state.epoch => {
-                        return Ok(Some(TermEnd::Deposed { by: seen.epoch }));
+                        return Ok(Over::Term(TermEnd::Deposed { by: seen.epoch }));
                     }
                     input => self.input(input),
                 },
@@ -278,6 +303,7 @@ impl<P: Pages> Actor<P> {
                 }
             }
             Event::Reserved { lease, waiting, .. } => {
+                Place::HoldDecided.reached();
                 self.records.reserved(lease, waiting, self.state.epoch);
                 if let Some(Promise { given, latest_start }) = waiting.promise {
                     self.metrics.waited(at.steady.since(given), latest_start.since(given));
@@ -292,9 +318,13 @@ impl<P: Pages> Actor<P> {
                 let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at.wall);
                 self.unserved(unserved);
             }
-            Event::Ordered { lease, .. } => self.note_hold(lease, at.wall),
+            Event::Ordered { lease, .. } => {
+                Place::HoldWritten.reached();
+                self.note_hold(lease, at.wall);
+            }
             Event::Adopted { lease, account: Some(_), .. } => self.note_hold(lease, at.wall),
             Event::Changed { change: PageChange::Settle { ending, .. }, .. } => {
+                Place::SettleDecided.reached();
                 self.metrics.lease_ended(convert::outcome_reason(*ending).as_str());
             }
             Event::Denied { denial, .. } => self.metrics.denied(denial.kind()),
@@ -332,6 +362,9 @@ impl<P: Pages> Actor<P> {
                 self.send(&node, |session| node_messages::cancel(epoch, &lease, reason, session.boottime_ms, ttl));
             }
             Effect::Acknowledge { node, lease, ended, freed } => {
+                if ended {
+                    Place::SettleWritten.reached();
+                }
                 self.send(&node, |_| node_messages::acknowledged(&lease, ended, freed));
             }
             Effect::Deny { ticket, node, caller, denial } => self.deny(&ticket, &node, caller, &denial),

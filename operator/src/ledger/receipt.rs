@@ -132,6 +132,11 @@ impl Receipts {
         }
     }
 
+    /// Stops following every lease. Their rows stay in the outboxes, from where the next term offers them again (L10).
+    pub fn forget(&self) {
+        self.lock().clear();
+    }
+
     /// Receipts whose end is not written yet.
     pub fn unwritten_ends(&self) -> usize {
         self.lock().values().filter(|pending| pending.end_is_unwritten()).count()

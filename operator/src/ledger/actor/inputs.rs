@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 
 use super::Actor;
 use crate::clock;
+use crate::fault::Place;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages};
 use crate::ledger::policy;
@@ -35,6 +36,7 @@ impl<P: Pages> Actor<P> {
             Input::Store(event) => self.store_event(event),
             Input::Node(event) => self.node_event(event),
             Input::Receipt(ReceiptEvent::Written { account, lease }) => {
+                Place::ReceiptWritten.reached();
                 self.command(Command::ReceiptWritten { account, lease });
             }
         }
@@ -170,7 +172,10 @@ impl<P: Pages> Actor<P> {
 
     fn message(&mut self, node: &NodeName, message: Incoming) {
         match message {
-            Incoming::Request(request) => self.request(node, request),
+            Incoming::Request(request) => {
+                Place::RequestReceived.reached();
+                self.request(node, request);
+            }
             Incoming::Dequeue(dequeue) => {
                 if let Some(ticket) = self.known.ticket(node, dequeue.ticket) {
                     for calls in self.first_calls.values_mut() {
@@ -205,6 +210,7 @@ impl<P: Pages> Actor<P> {
             }
             Incoming::Running(running) => (&running.lease, &running.boundaries, Report::Running),
             Incoming::Ended(ended) => {
+                Place::EndReceived.reached();
                 let lease = LeaseId::new(&ended.lease);
                 if !ended.message.is_empty() && self.state.leases.contains_key(&lease) {
                     self.end_messages.insert(lease, ended.message.clone());

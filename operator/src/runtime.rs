@@ -260,6 +260,7 @@ impl WriterParts {
             ended = tasks.next() => ended,
         };
         metrics.set_leader(false);
+        metrics.set_write_pressure(false);
         term.cancel();
         let rest = tasks.wait(STOP_LIMIT).await;
         early.unwrap_or(Ok(())).and(rest)

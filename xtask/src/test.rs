@@ -13,7 +13,7 @@ use crate::command::{command, headline, progress, run};
 use crate::generate::{self, GenerateArguments};
 use crate::images::{self, Name};
 use crate::workspace::Workspace;
-use crate::{cargo_deny, clients, prerequisites, simulation};
+use crate::{cargo_deny, clients, fuzz, prerequisites, simulation};
 
 /// Rendered for the Kubernetes of the local cluster: a helm that is built from its module believes in a much older one.
 const TEMPLATE: [&str; 4] = ["template", "spaceport", "--kube-version", "1.34.4"];
@@ -104,6 +104,7 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     headline("unit and property tests");
     let passed = cargo_tests(workspace, &[], &[], &[])?;
     simulation::test(workspace)?;
+    fuzz::test(workspace)?;
     Ok(passed)
 }
 

@@ -40,6 +40,7 @@ pub fn allowance() -> Allowance {
         runs_per_window: Some(1000),
         generation: 1,
         grants: Vec::new(),
+        per_cookie_ms: None,
     }
 }
 
@@ -76,6 +77,7 @@ impl Ledger {
             priority: Priority::Medium,
             caller: CallerClass::Regular,
             deleting: false,
+            conflict: None,
         };
         self.command(Command::AccountSeen { account: AccountName::new(ACCOUNT), page: Box::new(page), policy });
     }
@@ -90,7 +92,9 @@ impl Ledger {
             size,
             declared_ms,
             caller: Ok(AccountName::new(ACCOUNT)),
+            cookie: None,
             budget: None,
+            presented: None,
         })));
     }
 
@@ -127,6 +131,9 @@ impl Ledger {
                 Some(Command::PageWritten { account, write_id })
             }
             Effect::Read { account } => Some(Command::PageRead { account, page: Box::new(self.durable.clone()) }),
+            Effect::Confirm { account, node } => {
+                Some(Command::PageConfirmed { account, node, page: Some(Box::new(self.durable.clone())) })
+            }
             Effect::Receipt { account, closed } => {
                 Some(Command::ReceiptWritten { account, lease: closed.hold.lease.clone() })
             }

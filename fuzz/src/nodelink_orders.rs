@@ -198,5 +198,7 @@ pub fn start(ticket: u64, lease: &str, boottime_ms: u64) -> link::Start {
         after: String::new(),
         avoid: Vec::new(),
         caller: link::CallerClass::Regular.into(),
+        account: "account".to_owned(),
+        wait_limit_ms: 60_000,
     }
 }

@@ -183,6 +183,7 @@ fn order_stories() -> Vec<(&'static str, Vec<orders::Message>)> {
         limit_ms: 60_000,
         resets_in_ms: 1_000,
         largest_declared_ms: 45_000,
+        limiter: spaceport_core::protocol::Limiter::default(),
     };
     let denied = link::Denied {
         ticket: 2,

@@ -47,7 +47,6 @@ scenarios! {
     WaitedTooLong = "lease refused because its slot was not clear within its order's limit",
     PlacePresented = "request presented its place to the next leader",
     PlaceKept = "request told the place that it had under an earlier leader",
-    PromiseOver = "latest start promised by an earlier leader had passed when it was presented",
     StalledOrder = "stalled order refused by its age",
     OldEpochOrder = "order of an old epoch refused or not listened to",
     AllowJustInTime = "/allow came within 20 ms before the allow limit",

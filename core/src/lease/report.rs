@@ -28,7 +28,8 @@ fn acknowledged(node: &NodeName, lease: &LeaseId, ended: bool, freed: bool) -> E
 
 pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, slot: PickedSlot) -> Vec<Event> {
     match find(state, node, &lease) {
-        Some(found) if found.is_open() => {
+        // Of one whose account is gone its slot counts still.
+        Some(found) if found.is_open() || (found.account.is_none() && found.slot == SlotUse::Taken) => {
             vec![Event::Assigned { lease, slot }, Event::NodeHeard { node: node.clone() }]
         }
         _ => Vec::new(),

@@ -31,6 +31,11 @@ pub(super) struct Refusal<'a> {
 }
 
 pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event> {
+    if !state.joined(&request.node) {
+        // It left for an earlier term of ours, or its session is gone. What its agent has waiting comes behind Joined, with
+        // the places that it was told since (L17).
+        return Vec::new();
+    }
     if let Some(known) = known(state, &request.ticket) {
         return known;
     }
@@ -89,9 +94,9 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
 fn presented_place(state: &State, request: &Request) -> Option<u64> {
     let presented = request.presented.filter(|presented| presented.number > 0 && !state.has(Mutant::ForgetsPlaces))?;
     let place = place_of(presented.epoch, presented.number);
-    let is_of_lease =
-        || state.leases_on(&request.node).any(|(_, lease)| lease.request.as_ref().is_some_and(|of| of.place == place));
-    let is_taken = state.queue.at(&request.node, place).is_some() || is_of_lease();
+    let is_others = |of: &Waiting| of.place == place && of.ticket != request.ticket;
+    let is_taken = state.queue.at(&request.node, place).is_some_and(is_others)
+        || state.leases_on(&request.node).any(|(_, lease)| lease.request.as_ref().is_some_and(is_others));
     (place < state.next_place && !is_taken).then_some(place)
 }
 
@@ -170,7 +175,7 @@ fn check<'a>(
     let queued_ms = if placed { 0 } else { state.queue.needed_ms(&name) };
     let frees_in_ms = frees_in_ms(state, account, time);
     quota::admit(page, &account.policy.allowance, time, &demand, queued_ms, frees_in_ms)?;
-    let node = state.nodes.get(&request.node).filter(|node| node.joined);
+    let node = state.nodes.get(&request.node);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
     }

@@ -26,8 +26,8 @@ pub struct CallsSeen {
     pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
     /// Reservations of each term whose order has not left, by node, in the order in which they were made.
     pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
-    /// Nodes where an order left behind one that was reserved later, or where a lease had to wait for its slot: the broker's
-    /// picture of such a node may be wrong (docs/simulation.md, known gaps).
+    /// Nodes where an order left behind one that was reserved later: the broker's picture of such a node may be wrong
+    /// (docs/simulation.md, known gaps).
     pub overtaken: BTreeSet<NodeName>,
 }
 
@@ -56,7 +56,6 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }
-            Event::PromiseOver { .. } => world.coverage.saw(Scenario::PromiseOver),
             Event::Reserved { waiting, lease, .. } => {
                 let full = |account: &Account| account.working.holds.len() >= account.policy.concurrent as usize;
                 if world.state(number).and_then(|state| state.accounts.get(&waiting.account)).is_some_and(full) {

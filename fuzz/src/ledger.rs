@@ -56,6 +56,12 @@ impl Ledger {
         ledger
     }
 
+    /// The same with other ids than any other story: in a cluster they are random, so that no term draws those of another.
+    #[must_use]
+    pub fn drawing_from(self, ids: u128) -> Self {
+        Self { ids, ..self }
+    }
+
     /// The page of the account, as last written.
     pub fn page(&self) -> &Page {
         &self.durable

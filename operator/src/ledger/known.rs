@@ -95,8 +95,11 @@ impl Known {
             StoreEvent::Account(account) => {
                 self.accounts.insert(account.name.clone(), *account);
             }
-            StoreEvent::AccountGone { name, .. } => {
-                self.accounts.remove(&name);
+            StoreEvent::AccountGone { name, uid } => {
+                // Of an object before the known one the watch may tell late.
+                if self.accounts.get(&name).is_some_and(|known| known.uid == uid) {
+                    self.accounts.remove(&name);
+                }
             }
             StoreEvent::Tier(tier) => {
                 self.tiers.insert(tier.name.clone(), *tier);

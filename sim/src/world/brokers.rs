@@ -6,7 +6,7 @@ use spaceport_core::page::Page;
 use spaceport_core::protocol::{Denial, UnauthenticatedReason};
 
 use super::World;
-use crate::agenda::Happening;
+use crate::agenda::{Happening, Wanted};
 use crate::agent::ToAgent;
 use crate::broker::{Broker, Session, Term};
 use crate::check;
@@ -86,7 +86,7 @@ impl World {
     pub(super) fn take_over(&mut self, number: u64, epoch: Epoch) -> Checked {
         let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         broker.begun = None;
-        broker.confirming.clear();
+        broker.reading.clear();
         let awaited = broker.awaited();
         let state = self.plan.broken.map_or_else(
             || State::new(epoch, awaited.clone()),
@@ -242,8 +242,8 @@ impl World {
     fn carry_out(&mut self, number: u64, effect: Effect) -> Checked {
         match effect {
             Effect::Write { account, page } => self.write(number, account, Page::clone(&page))?,
-            Effect::Read { account } => self.read(number, account, None),
-            Effect::Confirm { account, node } => self.confirm(number, account, node),
+            Effect::Read { account } => self.read(number, account, Wanted::Outcome),
+            Effect::Confirm { account, node } => self.read(number, account, Wanted::Leases(node)),
             Effect::Receipt { account, closed } => self.receipt(number, account, closed)?,
             Effect::Start(order) => self.order(number, order)?,
             Effect::Cancel { node, lease, reason } => {

@@ -112,6 +112,7 @@ fn reserve(
             waiting: Box::new(waiting.clone()),
             after: slot.after,
             avoid: slot.avoid,
+            at: at.steady,
         },
     ];
     if state.has(Mutant::OrderEarly) {

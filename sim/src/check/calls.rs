@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Ticket};
-use spaceport_core::lease::{Account, Event, Order, Outcome, PageChange, Place, State};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Steady, Ticket};
+use spaceport_core::lease::{Account, Event, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, State};
 use spaceport_core::page::Page;
 use spaceport_core::protocol::{CallerClass, Denial, wire};
 
@@ -25,6 +25,8 @@ pub struct CallsSeen {
     pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
     /// Reservations of each term whose order has not left, by node, in the order in which they were made.
     pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
+    /// When each hold was decided, by its broker's clock of intervals; until its order leaves.
+    pub decided: BTreeMap<LeaseId, Steady>,
     /// Nodes where an order left behind one that was reserved later, or where a lease had to wait for its slot: the broker's
     /// picture of such a node may be wrong (docs/simulation.md, known gaps).
     pub overtaken: BTreeSet<NodeName>,
@@ -55,7 +57,8 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }
-            Event::Reserved { waiting, lease, .. } => {
+            Event::Reserved { waiting, lease, at, .. } => {
+                world.seen_calls.decided.insert(lease.clone(), *at);
                 let full = |account: &Account| account.working.holds.len() >= account.policy.concurrent as usize;
                 if world.state(number).and_then(|state| state.accounts.get(&waiting.account)).is_some_and(full) {
                     // Its other requests wait for their own account from now on.
@@ -148,6 +151,18 @@ pub fn ordered(world: &World, order: &Order) -> Checked {
     let same = payer == asked.caller.as_ref().ok()
         && (order.size, order.declared_ms, &order.node) == (asked.size, asked.declared_ms, &asked.node);
     Rule::Invariant(10).check(same, || format!("{lease} is paid by {payer:?} and was asked for by {:?}", asked.caller))
+}
+
+/// L9: an order leaves soon after its hold was decided, for a later leader counts on it when it gives the lease up.
+///
+/// # Errors
+/// How late it is.
+pub fn soon(world: &mut World, order: &Order, now: Steady) -> Checked {
+    let Some(decided) = world.seen_calls.decided.remove(&order.lease) else { return Ok(()) };
+    let age_ms = now.since(decided);
+    let lease = &order.lease;
+    Rule::L(9)
+        .check(age_ms <= ORDER_AGE_MAX_MS, || format!("{lease} is ordered {age_ms} ms after its hold was decided"))
 }
 
 /// Writes of different accounts are acknowledged in any order, and so their orders leave.

@@ -294,6 +294,9 @@ impl World {
         let durable = self.store.held_ever.contains_key(&order.lease);
         Rule::Invariant(2).check(durable, || format!("{} is ordered before its hold is durable", order.lease))?;
         check::calls::ordered(self, &order)?;
+        if let Some(now) = self.brokers.get(&number).map(|broker| broker.moment(self.now).steady) {
+            check::calls::soon(self, &order, now)?;
+        }
         self.seen_calls.promised.remove(&order.ticket);
         check::calls::order_left(self, &order);
         if order.after.is_some() {

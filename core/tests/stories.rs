@@ -452,6 +452,8 @@ const PATIENT: Limits =
 /// Of a lease of 10 s: when it is over at the latest.
 const PATIENT_BOUND_MS: u64 = 20_000 + 200_000 + 10_000 + 60_000 + 100_000;
 const DEFAULT_BOUND_MS: u64 = 5_000 + 30_000 + 10_000 + 2_000 + 10_000;
+/// And as much longer if its order was an earlier leader's to send.
+const ORDER_AGE_MS: u64 = 10_000;
 
 /// A term with one lease of 10 s, ordered under the patient limits; then the quick ones apply to its node.
 fn under_other_limits() -> (Story, LeaseId) {
@@ -518,7 +520,7 @@ fn a_lease_of_an_earlier_term_has_the_longest_limits_that_are_likely() {
         next.tell(Command::AccountSeen { account: AccountName::new(BOB), page, policy });
         // What applies to its node later does not count either way.
         next.limits(QUICK);
-        next.pass(bound_ms);
+        next.pass(bound_ms + ORDER_AGE_MS);
         assert_eq!(next.page().holds[0].lease, lease);
         next.pass(1);
         assert_eq!(next.page().closed[0].ending, Ending::Expired);

@@ -94,24 +94,10 @@ pub struct Bounds {
     pub clearing: bool,
     /// Receipts are written, and rows leave the outbox.
     pub receipts: bool,
-    /// A known gap of the code that is looked into; the others are left out, so that what lies behind them is seen.
-    pub gap: Option<Gap>,
     /// A rule is left out.
     pub fault: Fault,
     /// Given each new term's ledger; sets a deliberate fault of the ledger itself.
     pub begin: fn(State) -> State,
-}
-
-/// A gap that this check has found in the code. Each has a test that demands its counterexample: whoever closes one makes that
-/// test fail, and removes the gap here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gap {
-    /// A page that the watch shows while a write is in flight is dropped; if the answer then comes from a read that is older
-    /// than that page, the page is not known until something else is written to the account.
-    DroppedPage,
-    /// A leader that was deposed long ago and has not heard of it still sends the order of a hold that it decided before, to a
-    /// node that has not joined the new term: the bound of L9 counts from the new term's start, and is over by then.
-    LateOrder,
 }
 
 /// A rule around the ledger that is left out, to see that it matters.
@@ -131,6 +117,8 @@ pub enum Fault {
     ReportOnce,
     /// Against L7: a node that joins again tells of no lease.
     JoinsEmpty,
+    /// Against L2: a page that the watch shows while a write is under way is forgotten, also if the answer is older.
+    DroppedPage,
     /// Against L10: a node that is told to end a lease which still waits for its slot gives the call that waits no answer.
     SilentCancel,
 }

@@ -25,8 +25,8 @@ const WALL: LedgerTime = LedgerTime(1_800_000_000_000);
 const BEGUN_MS: u64 = 1_000;
 /// A long pause: beyond every bound of L9.
 pub const PAUSE_MS: u64 = 1_000_000;
-/// A short one: beyond the wait after a failed write, and twice of it below every bound of L9.
-const TICK_MS: u64 = 25_000;
+/// A short one: beyond the wait after a failed write and the time between two Cancels, and below every bound of L9.
+const TICK_MS: u64 = 6_000;
 
 /// A replica.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -15,7 +15,6 @@ pub fn calm(name: &'static str, nodes: usize, calls: &[Call]) -> Bounds {
         never_allowed: true,
         clearing: true,
         receipts: false,
-        gap: None,
         fault: Fault::None,
         begin: |state| state,
     }

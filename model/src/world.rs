@@ -7,10 +7,10 @@ use spaceport_core::lease::{Command, State};
 use spaceport_core::page::Ending;
 
 use crate::api::{Api, Broken, Fate, Write};
-use crate::bounds::{ACCOUNTS, BROKERS, Bounds, Budget, Fault, Gap, NODES};
+use crate::bounds::{ACCOUNTS, BROKERS, Bounds, Budget, Fault, NODES};
 use crate::broker::{self, Broker, Leading, Out, Read, Steps};
 use crate::names;
-use crate::node::{Node, Order, Phase, ToBroker, ToNode, Told};
+use crate::node::{Node, Phase, ToBroker, ToNode, Told};
 
 /// One moment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -230,10 +230,7 @@ impl Cluster {
                 if world.api.held_ever.binary_search(&order.lease).is_err() {
                     world.break_rule(Broken::Visible);
                 }
-                let slept = matches!(&*world.brokers[broker], Broker::Leading(leading) if leading.pauses > 0);
-                let late = slept && order.epoch < world.api.term && self.bounds.gap != Some(Gap::LateOrder);
-                let order = Order { stale: late, ..order.clone() };
-                self.send(world, broker, *node, ToNode::Start(order));
+                self.send(world, broker, *node, ToNode::Start(order.clone()));
             }
             Out::Cancel { node, epoch, lease, nobodys } => {
                 if *nobodys && *epoch == world.api.term && world.api.is_held(*lease) {
@@ -462,12 +459,12 @@ impl Cluster {
         self.show_again(world, broker, account);
     }
 
-    /// What the watch has shown while a write was in flight, as if the gap [`Gap::DroppedPage`] were closed.
+    /// What the watch has shown while a write was in flight is taken behind an answer that is older.
     fn show_again(&self, world: &mut World, broker: usize, account: usize) {
         let Some(leading) = world.leading(broker) else { return };
         let found = leading.core.accounts.get(&names::account(account));
         let behind = found.is_some_and(|found| found.in_flight.is_none() && found.durable.seq < leading.shown[account]);
-        if behind && self.bounds.gap != Some(Gap::DroppedPage) {
+        if behind && self.fault() != Fault::DroppedPage {
             self.watch(world, broker, account);
         }
     }

@@ -107,8 +107,19 @@ pub struct Asked {
     pub account: AccountName,
     /// The object that the broker knew when it asked.
     pub uid: Option<u64>,
-    /// For leases of this node that no known page holds (L7).
-    pub node: Option<NodeName>,
+    /// Why.
+    pub wanted: Wanted,
+}
+
+/// Why an account is read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wanted {
+    /// A write met another revision, or has an unknown outcome (L2).
+    Outcome,
+    /// This node has leases of the account that no known page holds (L7).
+    Leases(NodeName),
+    /// The watch shows another object of the name than the one that is known.
+    Object,
 }
 
 /// The future.

@@ -7,6 +7,7 @@ use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName, Steady, Tick
 use spaceport_core::lease::{Event, Limits, Moment, NodeSettings, Policy, State};
 use spaceport_core::queue::QueueBounds;
 
+use crate::agenda::Wanted;
 use crate::links::LinkId;
 use crate::plan::START;
 use crate::store::Object;
@@ -76,8 +77,8 @@ pub struct Broker {
     pub sessions: BTreeMap<NodeName, Session>,
     /// The object and revision that the next write of a page expects.
     pub targets: BTreeMap<AccountName, Target>,
-    /// Pages that are being read for the leases of a node.
-    pub confirming: BTreeSet<(AccountName, NodeName)>,
+    /// Reads under way.
+    pub reading: BTreeSet<(AccountName, Wanted)>,
     /// Calls whose account is being looked for.
     pub first_calls: BTreeSet<Ticket>,
 }
@@ -133,7 +134,7 @@ impl Broker {
             queue,
             sessions: BTreeMap::new(),
             targets: BTreeMap::new(),
-            confirming: BTreeSet::new(),
+            reading: BTreeSet::new(),
             first_calls: BTreeSet::new(),
         }
     }
@@ -150,6 +151,11 @@ impl Broker {
             world_ms.saturating_sub(term.began).saturating_sub(stood_ms)
         });
         Moment { wall: self.wall(world_ms), steady: Steady(steady) }
+    }
+
+    /// Which object of the account's name it knows.
+    pub fn uid_of(&self, account: &AccountName) -> Option<u64> {
+        self.targets.get(account).map(|target| target.uid)
     }
 
     /// It decides.

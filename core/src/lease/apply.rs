@@ -341,7 +341,7 @@ impl State {
 
     fn apply_lease(&mut self, event: &Event) {
         match event {
-            Event::Reserved { lease, waiting, after, avoid } => {
+            Event::Reserved { lease, waiting, after, avoid, at } => {
                 self.next_reservation += 1;
                 let lane = self.queue.start(&waiting.ticket);
                 self.tickets.insert(waiting.ticket.clone(), lease.clone());
@@ -366,7 +366,7 @@ impl State {
                         limits,
                         waits_ms: 0,
                         slot: SlotUse::Taken,
-                        sent: Steady(0),
+                        sent: *at,
                         abandoned: false,
                         cancelled: None,
                     },

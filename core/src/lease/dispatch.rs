@@ -134,7 +134,13 @@ fn reserve(
     let limits = state.settings(&waiting.node).limits;
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved { lease: lease.clone(), waiting: Box::new(waiting), after: slot.after, avoid: slot.avoid },
+        Event::Reserved {
+            lease: lease.clone(),
+            waiting: Box::new(waiting),
+            after: slot.after,
+            avoid: slot.avoid,
+            at: at.steady,
+        },
     ];
     if state.has(Mutant::OrderEarly) {
         events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });

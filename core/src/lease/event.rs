@@ -82,7 +82,7 @@ pub enum Event {
 
     // Leases.
     /// A slot is meant for a request; its hold is not durable yet.
-    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId>, avoid: Vec<u32> },
+    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId>, avoid: Vec<u32>, at: Steady },
     /// The hold is aborted.
     Unreserved { lease: LeaseId },
     /// The hold is durable: the order leaves.

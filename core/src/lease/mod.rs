@@ -45,6 +45,7 @@ pub use event::{Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
 pub use node::NOBODYS;
+pub use pages::ORDER_AGE_MAX_MS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::ATTEMPTS_MAX;
 pub use spaces::SpaceUse;

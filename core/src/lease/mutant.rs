@@ -40,6 +40,8 @@ pub enum Mutant {
     ReadProvesFailure,
     /// Against L7: a lease that no known page holds is nobody's, without a look at its page.
     JudgeAtOnce,
+    /// Against L9: an order leaves however long ago its hold was decided.
+    OrderLate,
     /// Against L9: a silent node's lease expires at once.
     ExpireAtOnce,
     /// Against L9: the limits of a lease are those that its node has now, not those of its order.

@@ -13,6 +13,11 @@ use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Steady};
 use crate::page::{Ending, Hold, Page};
 use crate::protocol::Denial;
 
+/// An order leaves within so long of the decision of its hold, or not at all (L9). Somebody who is cut off from the API server
+/// hears late that the hold is durable; meanwhile a later leader may have met it, and counts from then until it gives it up.
+/// Twice the operator's default limit of a page write, so that one whose answer was lost is still in time.
+pub const ORDER_AGE_MAX_MS: u64 = 10_000;
+
 /// Wait after a first failed write; it doubles with each further one.
 const RETRY_FIRST_MS: u64 = 1_000;
 /// Longest wait between tries of a write that fails.
@@ -77,8 +82,8 @@ fn adopt(at: Moment, state: &State, name: &AccountName, page: &Page, hold: &Hold
         stage: Stage::Ordered,
         slot: known.map_or(SlotUse::Taken, |known| known.slot),
         limits,
-        waits_ms: hold.after.as_ref().map_or(0, |_| limits.clear_limit_ms),
-        // The order may have left at any time up to now.
+        // The order may leave as long after the decision of the hold, which was before now.
+        waits_ms: ORDER_AGE_MAX_MS.saturating_add(hold.after.as_ref().map_or(0, |_| limits.clear_limit_ms)),
         at: at.steady,
     };
     if state.stranger(&hold.node, &hold.lease).is_some() {
@@ -240,7 +245,7 @@ fn committed(at: Moment, state: &State, name: AccountName, batch: &Batch) -> Vec
         match change {
             PageChange::Hold { hold, .. } => {
                 if let Some(lease) = state.leases.get(&hold.lease).filter(|lease| lease.stage == Stage::Reserving) {
-                    events.extend(order(at, state, &hold.lease, lease));
+                    events.extend(order(at, state, hold, lease));
                 }
             }
             PageChange::Settle { lease, .. } => events.extend(settled(state, &name, lease)),
@@ -250,8 +255,15 @@ fn committed(at: Moment, state: &State, name: AccountName, batch: &Batch) -> Vec
     events
 }
 
-fn order(at: Moment, state: &State, id: &LeaseId, lease: &Lease) -> Vec<Event> {
-    if lease.abandoned || !state.joined(&lease.node) {
+/// How long ago a hold was decided. The wall clock counts too, for that of intervals may stand still with its machine.
+fn age_ms(at: Moment, hold: &Hold, lease: &Lease) -> u64 {
+    at.steady.since(lease.sent).max(at.wall.since(hold.since))
+}
+
+fn order(at: Moment, state: &State, hold: &Hold, lease: &Lease) -> Vec<Event> {
+    let id = &hold.lease;
+    let late = age_ms(at, hold, lease) > ORDER_AGE_MAX_MS && !state.has(Mutant::OrderLate);
+    if lease.abandoned || late || !state.joined(&lease.node) {
         // Nobody was told of it, so nobody has to be asked.
         return report::void(at, state, id, Ending::Undelivered, SlotUse::Free);
     }

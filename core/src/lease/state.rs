@@ -171,7 +171,7 @@ pub struct Lease {
     pub waits_ms: u64,
     /// Its slot.
     pub slot: SlotUse,
-    /// When the order was sent; the start of the term for leases of an earlier one (L9).
+    /// When the order was sent, before that when its hold was decided; for leases of an earlier term when they were met (L9).
     pub sent: Steady,
     /// Its visitor left before it began.
     pub abandoned: bool,

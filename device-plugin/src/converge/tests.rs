@@ -97,6 +97,7 @@ impl Node {
             allow_limit_ms: 30_000,
             clear_limit_ms: 10_000,
             order_ttl_ms: 5_000,
+            account: "bob".to_owned(),
             ..link::Start::default()
         }
     }
@@ -391,6 +392,21 @@ fn an_epoch_is_recorded_before_the_node_joins_it_and_a_lower_leader_is_not_joine
     assert!(matches!(&steps[1], Step::Send(Message::Joined(joined)) if joined.epoch == 7 && joined.cards.len() == 1));
     node.happens(Event::Linked { epoch: 6 });
     assert_eq!(node.seen(), []);
+}
+
+/// A later leader that does not know the lease asks that account's page (L7).
+#[test]
+fn a_lease_is_told_with_the_account_of_its_order() {
+    let mut node = Node::with_cards(1);
+    node.runs("l1", &pod("a"), 1, LARGE).seen();
+    let snapshot = serde_json::to_string(&node.machine.snapshot()).unwrap();
+    assert!(snapshot.contains(r#""account":"bob""#), "also after a restart: {snapshot}");
+    node.happens(Event::Linked { epoch: 8 });
+    let told = node.seen().into_iter().find_map(|step| match step {
+        Step::Send(Message::Joined(joined)) => Some(joined.leases),
+        _ => None,
+    });
+    assert_eq!(told.unwrap()[0].account, "bob");
 }
 
 #[test]

@@ -23,12 +23,12 @@ use tracing::{debug, error, info, warn};
 use super::display::{Display, TierShown};
 use super::durations::Durations;
 use super::known::{Known, Session};
-use super::pages::{self, Done, Pages};
+use super::pages::{self, Done, Pages, Wanted};
 use super::ports::{ActorParts, Input};
 use super::receipt::{LeaseRecord, Receipts};
 use super::records::{Records, Unserved};
 use super::seen::AccountSeen;
-use super::store::{PageTarget, TermBegun, TermError, WriteOutcome};
+use super::store::{PageTarget, TermBegun, TermError};
 use super::watches::StoreEvent;
 use super::{convert, node_messages};
 use crate::account::status::{conditions, is_shown, ready};
@@ -38,6 +38,7 @@ use crate::identity::TokenVerifier;
 use crate::metrics::Metrics;
 
 mod inputs;
+mod objects;
 #[cfg(test)]
 mod tests;
 
@@ -75,8 +76,8 @@ struct Actor<P> {
     durations: Durations,
     known: Known,
     targets: BTreeMap<AccountName, PageTarget>,
-    /// Pages that are being read for the leases of a node. Bounded by the leases that nodes have.
-    confirming: BTreeSet<(AccountName, NodeName)>,
+    /// Reads under way. Bounded by the accounts, and by the leases that nodes have.
+    reading: BTreeSet<(AccountName, Wanted)>,
     /// Calls whose account is being made or looked for.
     first_calls: BTreeMap<AccountName, Vec<Request>>,
     records: Records,
@@ -126,7 +127,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             durations: durations.clone(),
             known,
             targets: BTreeMap::new(),
-            confirming: BTreeSet::new(),
+            reading: BTreeSet::new(),
             first_calls: BTreeMap::new(),
             records: Records::default(),
             out_of_date: BTreeSet::new(),
@@ -372,16 +373,8 @@ impl<P: Pages> Actor<P> {
     fn effect(&mut self, effect: Effect) {
         match effect {
             Effect::Write { account, page } => self.write(account, page),
-            Effect::Read { account } => {
-                self.tasks.spawn(pages::read(self.store.clone(), account, self.stop.clone()));
-            }
-            Effect::Confirm { account, node } => {
-                // A node that comes and goes while the API server is away begins no second one.
-                if self.confirming.insert((account.clone(), node.clone())) {
-                    let (store, stop) = (self.store.clone(), self.stop.clone());
-                    self.tasks.spawn(pages::confirm(store, account, node, stop));
-                }
-            }
+            Effect::Read { account } => self.read(account, Wanted::Outcome),
+            Effect::Confirm { account, node } => self.read(account, Wanted::Leases(node)),
             Effect::Receipt { account, closed } => {
                 let message = self.end_messages.remove(&closed.hold.lease).unwrap_or_default();
                 let record = self.records.settled(&account, &closed, message);
@@ -475,54 +468,18 @@ impl<P: Pages> Actor<P> {
 
     fn done(&mut self, done: Done) {
         match done {
-            Done::Written { account, write_id, target, outcome } => match outcome {
-                WriteOutcome::Written { resource_version } => {
-                    self.targets.insert(account.clone(), PageTarget { resource_version, ..target });
-                    self.command(Command::PageWritten { account, write_id });
-                }
-                WriteOutcome::Conflict => self.command(Command::PageConflict { account, write_id }),
-                WriteOutcome::Unknown { .. } => self.command(Command::PageUnknown { account, write_id }),
-                WriteOutcome::Refused { .. } => self.command(Command::PageFailed { account, write_id }),
-                WriteOutcome::Gone => self.account_gone(account),
-            },
-            Done::Read { account, found: Some(seen) } => self.page_read(account, *seen),
-            Done::Read { account, found: None } => self.account_gone(account),
-            Done::Confirmed { account, node, found } => self.page_confirmed(account, node, found),
+            Done::Written { account, write_id, target, outcome } => {
+                self.written(account.clone(), write_id, target, outcome);
+                self.show_again(&account);
+            }
+            Done::Read { asked, found } => {
+                let account = asked.account.clone();
+                self.page_read(asked, found.map(|seen| *seen));
+                self.show_again(&account);
+            }
             Done::FirstSeen { account, found } => self.first_seen(account, found),
             Done::Stopped => {}
         }
-    }
-
-    fn page_read(&mut self, account: AccountName, seen: AccountSeen) {
-        if self.targets.get(&account).is_some_and(|target| target.uid != seen.uid) {
-            // Another object of the same name: what was known and under way was of the old one.
-            self.account_gone(account.clone());
-            self.known.take_account(seen);
-            self.account_seen(&account);
-            return;
-        }
-        self.targets.insert(account.clone(), PageTarget::of(&seen));
-        if let Ok(page) = seen.page {
-            self.command(Command::PageRead { account, page: Box::new(page) });
-        }
-    }
-
-    /// The page of an account that a node has leases of.
-    fn page_confirmed(&mut self, account: AccountName, node: NodeName, found: Option<Box<AccountSeen>>) {
-        self.confirming.remove(&(account.clone(), node.clone()));
-        let page = found.and_then(|seen| {
-            let known = self.state.accounts.get(&account).map(|known| known.durable.seq);
-            let page = seen.page.clone().ok()?;
-            if known.is_none() {
-                // The watch has not shown it.
-                self.known.accounts.insert(account.clone(), *seen);
-                self.account_seen(&account);
-            } else if known <= Some(page.seq) {
-                self.targets.insert(account.clone(), PageTarget::of(&seen));
-            }
-            Some(Box::new(page))
-        });
-        self.command(Command::PageConfirmed { account, node, page });
     }
 
     fn account_gone(&mut self, account: AccountName) {

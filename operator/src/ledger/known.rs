@@ -100,8 +100,11 @@ impl Known {
     pub fn store(&mut self, event: StoreEvent) {
         match event {
             StoreEvent::Account(account) => self.take_account(*account),
-            StoreEvent::AccountGone { name, .. } => {
-                self.drop_account(&name);
+            StoreEvent::AccountGone { name, uid } => {
+                // Of an object before the known one the watch may tell late.
+                if self.accounts.get(&name).is_some_and(|known| known.uid == uid) {
+                    self.drop_account(&name);
+                }
             }
             StoreEvent::Space(SpaceSeen { uid, settings }) if settings != SpaceSettings::default() => {
                 self.spaces.insert(uid, settings);

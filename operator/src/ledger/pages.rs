@@ -52,6 +52,28 @@ impl Pages for PageStore {
     }
 }
 
+/// Why a page is read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wanted {
+    /// A write of it met another revision, or has an unknown outcome (L2).
+    Outcome,
+    /// This node has leases of its account that no known page holds (L7).
+    Leases(NodeName),
+    /// The watch shows another object of the name than the one that is known: which of them is there now.
+    Object,
+}
+
+/// A read, and what was known when it began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Whose page.
+    pub account: AccountName,
+    /// The object of that name that was known.
+    pub uid: Option<String>,
+    /// Why.
+    pub wanted: Wanted,
+}
+
 /// What came back from a task.
 pub enum Done {
     /// A write ended.
@@ -67,17 +89,8 @@ pub enum Done {
     },
     /// A page was read, or its account is gone.
     Read {
-        /// Whose.
-        account: AccountName,
-        /// The account.
-        found: Option<Box<AccountSeen>>,
-    },
-    /// A page was read for leases that a node has and no known page holds (L7), or its account is gone.
-    Confirmed {
-        /// Whose.
-        account: AccountName,
-        /// For which node.
-        node: NodeName,
+        /// What was asked.
+        asked: Asked,
         /// The account.
         found: Option<Box<AccountSeen>>,
     },
@@ -107,30 +120,23 @@ pub async fn write<P: Pages>(store: P, target: PageTarget, page: Arc<Page>, disp
 
 /// Reads a page until it is read. One that cannot be used is read again too: an admin has to repair it, and until then
 /// nothing is decided about its account.
-pub async fn read<P: Pages>(store: P, account: AccountName, stop: CancellationToken) -> Done {
+pub async fn read<P: Pages>(store: P, asked: Asked, stop: CancellationToken) -> Done {
+    let account = &asked.account;
     let mut tries = 0;
     loop {
         let wait_ms = READ_WAITS_MS.get(tries).or(READ_WAITS_MS.last()).copied().unwrap_or_default();
         if !pause(Duration::from_millis(wait_ms), &stop).await {
             return Done::Stopped;
         }
-        match store.read(&account).await {
-            Ok(None) => return Done::Read { account, found: None },
+        match store.read(account).await {
+            Ok(None) => return Done::Read { asked, found: None },
             Ok(Some(seen)) => match &seen.page {
-                Ok(_) => return Done::Read { account, found: Some(Box::new(seen)) },
+                Ok(_) => return Done::Read { asked, found: Some(Box::new(seen)) },
                 Err(problem) => error!(%account, error = %error_chain(problem), "A page cannot be used"),
             },
             Err(error) => warn!(%account, error = %error_chain(&error), "A page cannot be read; it is tried again"),
         }
         tries = (tries + 1).min(READ_WAITS_MS.len());
-    }
-}
-
-/// Reads a page for the leases of a node, until it is read.
-pub async fn confirm<P: Pages>(store: P, account: AccountName, node: NodeName, stop: CancellationToken) -> Done {
-    match read(store, account, stop).await {
-        Done::Read { account, found } => Done::Confirmed { account, node, found },
-        stopped => stopped,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Ticket};
-use spaceport_core::lease::{Account, Event, Lease, Order, Outcome, PageChange, Place, Stage, State};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Steady, Ticket};
+use spaceport_core::lease::{Account, Event, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State};
 use spaceport_core::page::{Hold, Page};
 use spaceport_core::protocol::{CallerClass, Denial, wire};
 use spaceport_core::queue::WaitsFor;
@@ -28,6 +28,8 @@ pub struct CallsSeen {
     pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
     /// Reservations of each term whose order has not left, by node, in the order in which they were made.
     pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
+    /// When each hold was decided, by its broker's clock of intervals; until its order leaves.
+    pub decided: BTreeMap<LeaseId, Steady>,
     /// Nodes where an order left behind one that was reserved later: the broker's picture of such a node may be wrong
     /// (docs/simulation.md, known gaps).
     pub overtaken: BTreeSet<NodeName>,
@@ -61,7 +63,8 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 world.seen_calls.promised.remove(ticket);
             }
             Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
-            Event::Reserved { waiting, lease, .. } => {
+            Event::Reserved { waiting, lease, at, .. } => {
+                world.seen_calls.decided.insert(lease.clone(), *at);
                 let own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
                 let full = |account: &Account| {
                     account.working.holds.iter().filter(own).count() >= account.policy.concurrent as usize
@@ -185,6 +188,18 @@ pub fn ordered(world: &World, order: &Order) -> Checked {
         && (order.size, &order.node) == (asked.size, &asked.node)
         && (order.declared_ms == asked.declared_ms || shortened);
     Rule::Invariant(10).check(same, || format!("{lease} is paid by {payer:?} and was asked for by {:?}", asked.caller))
+}
+
+/// L9: an order leaves soon after its hold was decided, for a later leader counts on it when it gives the lease up.
+///
+/// # Errors
+/// How late it is.
+pub fn soon(world: &mut World, order: &Order, now: Steady) -> Checked {
+    let Some(decided) = world.seen_calls.decided.remove(&order.lease) else { return Ok(()) };
+    let age_ms = now.since(decided);
+    let lease = &order.lease;
+    Rule::L(9)
+        .check(age_ms <= ORDER_AGE_MAX_MS, || format!("{lease} is ordered {age_ms} ms after its hold was decided"))
 }
 
 /// Writes of different accounts are acknowledged in any order, and so their orders leave.

@@ -7,7 +7,7 @@ use spaceport_core::lease::{Command, Request};
 use spaceport_core::page::{Closed, Page};
 
 use super::{World, Write};
-use crate::agenda::{Asked, Happening};
+use crate::agenda::{Asked, Happening, Wanted};
 use crate::broker::Target;
 use crate::check;
 use crate::coverage::Scenario;
@@ -103,20 +103,27 @@ impl World {
         if term.is_none_or(|term| term.state.epoch != write.page.epoch) {
             return Ok(());
         }
+        let name = account.clone();
         match outcome {
             Swapped::Written(revision) => {
-                if let Some(broker) = self.brokers.get_mut(&number) {
+                let known = self.state(number).and_then(|state| state.accounts.get(&account));
+                let in_flight = known.and_then(|known| known.in_flight.as_ref());
+                // Otherwise a read or the watch was faster, or the account has another object now.
+                if in_flight.is_some_and(|batch| batch.write_id == write_id)
+                    && let Some(broker) = self.brokers.get_mut(&number)
+                {
                     broker.targets.insert(account.clone(), Target { revision, ..write.target });
                 }
-                self.command(number, Command::PageWritten { account, write_id })
+                self.command(number, Command::PageWritten { account, write_id })?;
             }
             Swapped::Conflict => {
                 self.coverage.saw(Scenario::WriteConflict);
-                self.command(number, Command::PageConflict { account, write_id })
+                self.command(number, Command::PageConflict { account, write_id })?;
             }
-            Swapped::Refused => self.command(number, Command::PageFailed { account, write_id }),
-            Swapped::Gone => self.gone_if(number, account, Some(write.target.uid)),
+            Swapped::Refused => self.command(number, Command::PageFailed { account, write_id })?,
+            Swapped::Gone => self.gone_if(number, account, write.target.uid)?,
         }
+        self.show_again(number, &name)
     }
 
     pub(super) fn write_times_out(&mut self, id: u64) -> Checked {
@@ -135,19 +142,15 @@ impl World {
 
     // === reads ===
 
-    pub(super) fn read(&mut self, number: u64, account: AccountName, node: Option<NodeName>) {
+    /// Reads an account, unless a read for the same is under way. Of its writes only one is under way at a time.
+    pub(super) fn read(&mut self, number: u64, account: AccountName, wanted: Wanted) {
         let at = self.now + self.latency();
         let Some(epoch) = self.state(number).map(|state| state.epoch) else { return };
-        let target = self.brokers.get(&number).and_then(|broker| broker.targets.get(&account));
-        let uid = target.map(|target| target.uid);
-        self.agenda.add(at, Happening::ReadArrives(number, Asked { epoch, account, uid, node }));
-    }
-
-    /// Reads the page for leases of a node that no known page holds, unless that is under way.
-    pub(super) fn confirm(&mut self, number: u64, account: AccountName, node: NodeName) {
         let Some(broker) = self.brokers.get_mut(&number) else { return };
-        if broker.confirming.insert((account.clone(), node.clone())) {
-            self.read(number, account, Some(node));
+        let is_new = broker.reading.insert((account.clone(), wanted.clone()));
+        if is_new || wanted == Wanted::Outcome {
+            let uid = broker.uid_of(&account);
+            self.agenda.add(at, Happening::ReadArrives(number, Asked { epoch, account, uid, wanted }));
         }
     }
 
@@ -162,52 +165,70 @@ impl World {
         self.agenda.add(at, Happening::ReadAnswered(number, asked, object));
     }
 
-    pub(super) fn read_answered(&mut self, number: u64, asked: &Asked, object: Option<Object>) -> Checked {
+    pub(super) fn read_answered(&mut self, number: u64, asked: Asked, found: Option<Object>) -> Checked {
+        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         // The tasks of a term end with it.
-        if self.state(number).is_none_or(|state| state.epoch != asked.epoch) {
+        if broker.term.as_ref().is_none_or(|term| term.state.epoch != asked.epoch) {
             return Ok(());
         }
-        match &asked.node {
-            None => self.page_read(number, asked.account.clone(), asked.uid, object),
-            Some(node) => self.page_confirmed(number, asked.account.clone(), node.clone(), object),
-        }
+        let account = asked.account.clone();
+        broker.reading.remove(&(account.clone(), asked.wanted.clone()));
+        self.page_read(number, asked, found)?;
+        self.show_again(number, &account)
     }
 
-    fn page_confirmed(&mut self, number: u64, account: AccountName, node: NodeName, found: Option<Object>) -> Checked {
-        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
-        broker.confirming.remove(&(account.clone(), node.clone()));
-        let known = broker.term.as_ref().and_then(|term| term.state.accounts.get(&account));
-        let known = known.map(|known| known.durable.seq);
-        if let Some(object) = &found {
-            if known.is_none() {
-                // The watch has not shown it.
-                self.show(number, account.clone(), object.clone())?;
-            } else if known <= Some(object.page.seq) {
-                broker.targets.insert(account.clone(), Target::of(object));
+    /// A read sees what was there when it began, or came later. So another object than the one that was known then is a later
+    /// one; but if the watch has shown yet another meanwhile, nobody can tell, and it is read again.
+    fn page_read(&mut self, number: u64, asked: Asked, found: Option<Object>) -> Checked {
+        let Asked { account, uid, wanted, .. } = asked;
+        let known = self.brokers.get(&number).and_then(|broker| broker.uid_of(&account));
+        match &found {
+            None if known == uid => self.account_gone(number, account.clone())?,
+            None if !matches!(wanted, Wanted::Leases(_)) => return Ok(()),
+            Some(object) if known == Some(object.uid) => self.take_revision(number, &account, object),
+            Some(object) if known == uid => {
+                if uid.is_some() {
+                    self.account_gone(number, account.clone())?;
+                }
+                self.take_object(number, &account, object.clone())?;
+            }
+            _ => {
+                self.coverage.saw(Scenario::ReadAgain);
+                self.read(number, account, wanted);
+                return Ok(());
             }
         }
         let page = found.map(|object| object.page);
-        let confirmed = page.as_ref().map(|page| Box::new(Page::clone(page)));
-        self.command(number, Command::PageConfirmed { account, node, page: confirmed })?;
+        let told = page.as_ref().map(|page| Box::new(Page::clone(page)));
+        match (wanted, told) {
+            (Wanted::Leases(node), page) => self.command(number, Command::PageConfirmed { account, node, page })?,
+            (Wanted::Outcome, Some(page)) => self.command(number, Command::PageRead { account, page })?,
+            (Wanted::Outcome, None) | (Wanted::Object, _) => return Ok(()),
+        }
         page.map_or(Ok(()), |page| check::ledger::deposed(self, number, &page))
     }
 
-    fn page_read(&mut self, number: u64, account: AccountName, uid: Option<u64>, object: Option<Object>) -> Checked {
-        let Some(object) = object else { return self.gone_if(number, account, uid) };
-        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
-        // A watch may have been faster, also with the object after this one.
-        if broker.targets.get(&account).is_some_and(|target| target.uid > object.uid) {
-            return Ok(());
+    /// The next write expects the revision of the page that it is made from, so not one of before.
+    fn take_revision(&mut self, number: u64, account: &AccountName, object: &Object) {
+        let known = self.state(number).and_then(|state| state.accounts.get(account));
+        let newest = known.map_or(0, |known| known.durable.seq);
+        if object.page.seq >= newest
+            && let Some(broker) = self.brokers.get_mut(&number)
+        {
+            broker.targets.insert(account.clone(), Target::of(object));
         }
-        if broker.targets.get(&account).is_some_and(|target| target.uid != object.uid) {
-            // Another object of the same name: what was known and under way was of the old one.
-            self.account_gone(number, account.clone())?;
-            return self.show(number, account, object);
+    }
+
+    /// What the watch has shown while a write was under way, behind an answer that was older.
+    fn show_again(&mut self, number: u64, account: &AccountName) -> Checked {
+        let Some(broker) = self.brokers.get(&number) else { return Ok(()) };
+        let shown = broker.accounts.get(account).map(|object| object.page.seq);
+        let known = broker.term.as_ref().and_then(|term| term.state.accounts.get(account));
+        if known.is_some_and(|known| known.in_flight.is_none() && Some(known.durable.seq) < shown) {
+            self.coverage.saw(Scenario::ShownAgain);
+            return self.account_seen(number, account);
         }
-        broker.targets.insert(account.clone(), Target::of(&object));
-        let page = Box::new((*object.page).clone());
-        self.command(number, Command::PageRead { account, page })?;
-        check::ledger::deposed(self, number, &object.page)
+        Ok(())
     }
 
     pub(super) fn first_seen(&mut self, number: u64, request: Request) -> Checked {
@@ -283,7 +304,7 @@ impl World {
         match change {
             Change::Account(account, object) => self.show(number, account, object),
             // The watch may lag behind a read that has shown the object after it.
-            Change::Gone(account, uid) => self.gone_if(number, account, Some(uid)),
+            Change::Gone(account, uid) => self.gone_if(number, account, uid),
             Change::Term(epoch, write_id) => {
                 let deposed = broker.term.as_ref().is_some_and(|term| epoch > term.state.epoch);
                 match broker.begun.clone() {
@@ -350,13 +371,19 @@ impl World {
 
     /// An account as a watch or a first read shows it.
     pub(super) fn show(&mut self, number: u64, account: AccountName, object: Object) -> Checked {
-        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
-        // A watch that lags behind a read may show the object before the one that is known.
-        if broker.targets.get(&account).is_some_and(|target| target.uid > object.uid) {
+        let Some(broker) = self.brokers.get(&number) else { return Ok(()) };
+        // Another object than the one that is known: of before, if the watch lags behind a read, or the one after it.
+        if broker.serves() && broker.uid_of(&account).is_some_and(|uid| uid != object.uid) {
+            self.read(number, account, Wanted::Object);
             return Ok(());
         }
+        self.take_object(number, &account, object)
+    }
+
+    fn take_object(&mut self, number: u64, account: &AccountName, object: Object) -> Checked {
+        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         broker.accounts.insert(account.clone(), object);
-        self.account_seen(number, &account)
+        self.account_seen(number, account)
     }
 
     pub(super) fn account_seen(&mut self, number: u64, account: &AccountName) -> Checked {
@@ -383,9 +410,13 @@ impl World {
     }
 
     /// This object of the name is gone; a newer one may be known.
-    fn gone_if(&mut self, number: u64, account: AccountName, uid: Option<u64>) -> Checked {
-        let known = self.brokers.get(&number).and_then(|broker| broker.targets.get(&account)).map(|target| target.uid);
-        if known.is_none() || known == uid { self.account_gone(number, account) } else { Ok(()) }
+    fn gone_if(&mut self, number: u64, account: AccountName, uid: u64) -> Checked {
+        let known = self.brokers.get(&number).and_then(|broker| broker.uid_of(&account));
+        if known.is_none_or(|known| known == uid) {
+            return self.account_gone(number, account);
+        }
+        self.coverage.saw(Scenario::LateGone);
+        Ok(())
     }
 
     pub(super) fn account_gone(&mut self, number: u64, account: AccountName) -> Checked {

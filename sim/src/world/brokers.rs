@@ -6,7 +6,7 @@ use spaceport_core::page::Page;
 use spaceport_core::protocol::{Denial, Limiter, UnauthenticatedReason};
 
 use super::World;
-use crate::agenda::Happening;
+use crate::agenda::{Happening, Wanted};
 use crate::agent::ToAgent;
 use crate::broker::{Broker, Session, Term};
 use crate::check;
@@ -86,7 +86,7 @@ impl World {
     pub(super) fn take_over(&mut self, number: u64, epoch: Epoch) -> Checked {
         let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         broker.begun = None;
-        broker.confirming.clear();
+        broker.reading.clear();
         let awaited = broker.awaited();
         let state = self.plan.broken.map_or_else(
             || State::new(epoch, awaited.clone()),
@@ -249,8 +249,8 @@ impl World {
     fn carry_out(&mut self, number: u64, effect: Effect) -> Checked {
         match effect {
             Effect::Write { account, page } => self.write(number, account, Page::clone(&page))?,
-            Effect::Read { account } => self.read(number, account, None),
-            Effect::Confirm { account, node } => self.confirm(number, account, node),
+            Effect::Read { account } => self.read(number, account, Wanted::Outcome),
+            Effect::Confirm { account, node } => self.read(number, account, Wanted::Leases(node)),
             Effect::Receipt { account, closed } => self.receipt(number, account, closed)?,
             Effect::Start(order) => self.order(number, order)?,
             Effect::Cancel { node, lease, reason } => {
@@ -306,6 +306,9 @@ impl World {
         let durable = self.store.held_ever.contains_key(&order.lease);
         Rule::Invariant(2).check(durable, || format!("{} is ordered before its hold is durable", order.lease))?;
         check::calls::ordered(self, &order)?;
+        if let Some(now) = self.brokers.get(&number).map(|broker| broker.moment(self.now).steady) {
+            check::calls::soon(self, &order, now)?;
+        }
         self.seen_calls.promised.remove(&order.ticket);
         check::calls::order_left(self, &order);
         if order.after.is_some() {

@@ -267,7 +267,7 @@ impl World {
             Happening::WriteAnswered(write) => self.write_answered(write)?,
             Happening::WriteTimesOut(write) => self.write_times_out(write)?,
             Happening::ReadArrives(broker, asked) => self.read_arrives(broker, asked),
-            Happening::ReadAnswered(broker, asked, object) => self.read_answered(broker, &asked, object)?,
+            Happening::ReadAnswered(broker, asked, object) => self.read_answered(broker, asked, object)?,
             Happening::FirstSeen(broker, request) => self.first_seen(broker, *request)?,
             Happening::ReceiptArrives(broker, account, closed) => self.receipt_arrives(broker, account, closed)?,
             Happening::ReceiptWritten(broker, account, lease) => self.receipt_written(broker, account, lease)?,

@@ -12,7 +12,7 @@ use super::Actor;
 use crate::clock;
 use crate::fault::Place;
 use crate::ledger::node_messages;
-use crate::ledger::pages::{self, Pages};
+use crate::ledger::pages::{self, Pages, Wanted};
 use crate::ledger::policy;
 use crate::ledger::ports::Input;
 use crate::ledger::receipt::ReceiptEvent;
@@ -94,9 +94,10 @@ impl<P: Pages> Actor<P> {
     // === watches ===
 
     fn store_event(&mut self, event: StoreEvent) {
-        if let StoreEvent::AccountGone { name, .. } = event {
-            self.account_gone(name);
-            return;
+        match event {
+            StoreEvent::AccountGone { name, uid } => return self.object_gone(name, &uid),
+            StoreEvent::Account(seen) if self.is_another(&seen) => return self.read(seen.name, Wanted::Object),
+            _ => {}
         }
         let concerned = self.known.concerned(&event);
         let pools = matches!(event, StoreEvent::Pool(_) | StoreEvent::PoolGone { .. });

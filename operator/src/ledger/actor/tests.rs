@@ -18,11 +18,13 @@ use crate::ledger::durations::Durations;
 use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::seen::{TermSeen, TierSeen};
 use crate::ledger::store::CreateError;
+use crate::ledger::store::WriteOutcome;
 use crate::ledger::watches::Watched;
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
 mod cards;
+mod objects;
 mod places;
 mod pools;
 
@@ -44,6 +46,8 @@ enum Fate {
     Refused,
     /// It is refused when the test says so.
     RefusedLater,
+    /// It does not happen, for the account is gone, which is answered when the test says so.
+    GoneLater,
     /// It does not happen, and it takes for ever to say so.
     NoAnswer,
 }
@@ -56,8 +60,20 @@ struct Objects {
     shown: BTreeMap<AccountName, Display>,
     epoch: u64,
     writes: u64,
-    /// Lets the write of [`Fate::RefusedLater`] go on.
+    /// Lets the write of [`Fate::RefusedLater`] or [`Fate::GoneLater`] go on.
     refuse: Arc<tokio::sync::Notify>,
+    /// Which object of its name an account is, if it is not the first.
+    uids: BTreeMap<AccountName, String>,
+    /// Answers to reads wait until the test says so; what they say is what was there before.
+    holds_reads: bool,
+    reads: u64,
+    answer: Arc<tokio::sync::Notify>,
+}
+
+impl Objects {
+    fn uid(&self, name: &AccountName) -> String {
+        self.uids.get(name).cloned().unwrap_or_else(|| "uid".to_owned())
+    }
 }
 
 #[derive(Clone, Default)]
@@ -102,20 +118,24 @@ impl Pages for Memory {
         if fate == Some(Fate::NoAnswer) {
             return std::future::pending().await;
         }
-        if fate == Some(Fate::RefusedLater) {
+        if matches!(fate, Some(Fate::RefusedLater | Fate::GoneLater)) {
             let refuse = Arc::clone(&self.0.lock().unwrap().refuse);
             refuse.notified().await;
-            return WriteOutcome::Refused { reason: "test".to_owned() };
+            let gone = fate == Some(Fate::GoneLater);
+            return if gone { WriteOutcome::Gone } else { WriteOutcome::Refused { reason: "test".to_owned() } };
         }
         let mut objects = self.0.lock().unwrap();
         let lost = WriteOutcome::Unknown { reason: "test".to_owned() };
         objects.writes += 1;
+        if objects.uid(&target.name) != target.uid {
+            return WriteOutcome::Conflict;
+        }
         let Some((revision, stored)) = objects.accounts.get_mut(&target.name) else { return WriteOutcome::Gone };
         match fate {
             Some(Fate::LostRequest) => return lost,
             Some(Fate::Refused) => return WriteOutcome::Refused { reason: "test".to_owned() },
             Some(Fate::SpecEdited) => *revision += 1,
-            Some(Fate::LostAnswer | Fate::NoAnswer | Fate::RefusedLater) | None => {}
+            Some(Fate::LostAnswer | Fate::NoAnswer | Fate::RefusedLater | Fate::GoneLater) | None => {}
         }
         if revision.to_string() != target.resource_version {
             return WriteOutcome::Conflict;
@@ -129,8 +149,17 @@ impl Pages for Memory {
     }
 
     async fn read(&self, name: &AccountName) -> Result<Option<AccountSeen>, ApiError> {
-        let objects = self.0.lock().unwrap();
-        Ok(objects.accounts.get(name).map(|(revision, page)| Self::seen(name, *revision, page)))
+        let (found, answer) = {
+            let mut objects = self.0.lock().unwrap();
+            objects.reads += 1;
+            let found = objects.accounts.get(name).map(|(revision, page)| Self::seen(name, *revision, page));
+            let found = found.map(|seen| AccountSeen { uid: objects.uid(name), ..seen });
+            (found, objects.holds_reads.then(|| Arc::clone(&objects.answer)))
+        };
+        if let Some(answer) = answer {
+            answer.notified().await;
+        }
+        Ok(found)
     }
 
     async fn create(&self, name: &AccountName) -> Result<AccountSeen, CreateError> {

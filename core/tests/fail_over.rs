@@ -1,12 +1,13 @@
-//! L7: leases that a node has and that no page is known to hold. Their pages decide, read behind the node's Joined: an earlier
-//! leader may have written a hold, and ordered its lease, that no watch has shown yet.
+//! What is left of an earlier leader. L7: leases that a node has and that no page is known to hold; their pages decide, read
+//! behind the node's Joined, for an earlier leader may have written a hold, and ordered its lease, that no watch has shown yet.
+//! L9: an order leaves soon after its hold was decided, or not at all, for a later leader gives the lease up.
 
 use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, PickedSlot, Policy, Priority,
-    Request, State, step,
+    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, ORDER_AGE_MAX_MS, PickedSlot, Policy,
+    Priority, Request, State, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
@@ -22,6 +23,8 @@ const REPORT: EndReport = EndReport { ending: Ending::Released, used_ms: 4_000 }
 struct Term {
     state: State,
     now: u64,
+    /// Time that its clock of intervals did not count.
+    slept: i64,
     seed: u128,
 }
 
@@ -29,7 +32,7 @@ impl Term {
     /// A term that has been shown bob's page, and one node with a card of two slots that has these leases.
     fn begin(epoch: u64, page: Page, leases: Vec<AgentLease>) -> (Self, Vec<Effect>) {
         let state = State::new(Epoch(epoch), BTreeSet::new());
-        let mut term = Self { state, now: 0, seed: u128::from(epoch) << 64 };
+        let mut term = Self { state, now: 0, slept: 0, seed: u128::from(epoch) << 64 };
         term.show(page);
         let effects = term.join(leases);
         (term, effects)
@@ -61,7 +64,7 @@ impl Term {
         let mut effects = Vec::new();
         while let Some(command) = commands.pop() {
             self.seed += 1000;
-            let at = Moment { wall: LedgerTime(1_000_000 + self.now as i64), steady: Steady(self.now) };
+            let at = self.at();
             let outcome = step(&mut self.state, at, IdSeed(self.seed), command);
             assert_eq!(outcome.violations, []);
             for effect in outcome.effects {
@@ -78,7 +81,28 @@ impl Term {
         effects
     }
 
+    /// Asks, and leaves the write of the hold unanswered.
+    fn decide(&mut self) -> Command {
+        self.seed += 1000;
+        let (at, request) = (self.at(), self.request(Size::Large));
+        let outcome = step(&mut self.state, at, IdSeed(self.seed), request);
+        let write = outcome.effects.into_iter().find_map(|effect| match effect {
+            Effect::Write { account, page } => Some(Command::PageWritten { account, write_id: page.write_id.clone() }),
+            _ => None,
+        });
+        write.expect("a hold is written")
+    }
+
     fn ask(&mut self, size: Size) -> Vec<Effect> {
+        let request = self.request(size);
+        self.tell(request)
+    }
+
+    fn at(&self) -> Moment {
+        Moment { wall: LedgerTime(1_000_000 + self.now as i64 + self.slept), steady: Steady(self.now) }
+    }
+
+    fn request(&self, size: Size) -> Command {
         let ticket = Ticket { agent_instance: "a".into(), number: u64::try_from(self.seed % 1_000_000).unwrap() };
         let space = SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() };
         let (node, caller) = (NodeName::new(NODE), Ok(AccountName::new(BOB)));
@@ -93,7 +117,7 @@ impl Term {
             budget: None,
             presented: None,
         };
-        self.tell(Command::Request(Box::new(request)))
+        Command::Request(Box::new(request))
     }
 
     fn confirm(&mut self, page: Option<Page>) -> Vec<Effect> {
@@ -298,4 +322,55 @@ fn a_lease_without_its_record_is_nobodys_at_once() {
     assert!(!effects.contains(&acknowledged(&lease, true, true)), "this one is held");
     let (_, effects) = Term::begin(2, Page::default(), vec![AgentLease { account: None, ..ended }]);
     assert_eq!(effects, [acknowledged(&lease, true, true)]);
+}
+
+/// Its leader hears late that the hold is durable: a later leader may have met it and given it up meanwhile.
+#[test]
+fn a_hold_that_is_known_late_is_void_and_its_request_is_served_anew() {
+    for asleep in [false, true] {
+        let (mut term, _) = Term::begin(1, Page::default(), Vec::new());
+        let written = term.decide();
+        let late = ORDER_AGE_MAX_MS + 1;
+        if asleep {
+            term.slept = late as i64
+        } else {
+            term.now = late
+        }
+        let effects = term.tell(written);
+        let closed = term.page().closed[0].clone();
+        assert_eq!((closed.ending, closed.charged_ms), (Ending::Undelivered, 0));
+        let orders: Vec<_> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Start(order) => Some(&order.lease),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(orders.len(), 1, "its request has its turn again: {effects:?}");
+        assert_ne!(*orders[0], closed.hold.lease, "the order of the late hold never leaves");
+    }
+}
+
+#[test]
+fn a_hold_that_is_known_in_time_is_ordered() {
+    let (mut term, _) = Term::begin(1, Page::default(), Vec::new());
+    let written = term.decide();
+    term.now = ORDER_AGE_MAX_MS;
+    let effects = term.tell(written);
+    assert!(matches!(&effects[..], [Effect::Start(_)]), "{effects:?}");
+    assert!(term.page().closed.is_empty());
+}
+
+/// The age limit is part of the bound of a lease whose order is another's to send, and of no other.
+#[test]
+fn a_met_hold_is_given_up_when_its_order_can_not_come_any_more() {
+    let (page, lease) = late_hold();
+    let state = State::new(Epoch(2), BTreeSet::new());
+    let mut term = Term { state, now: 0, slept: 0, seed: 2 << 64 };
+    term.show(page);
+    // order_ttl 5 + allow_limit 30 + declared 10 + grace 2 + clear_limit 10
+    term.pass(57_000 + ORDER_AGE_MAX_MS);
+    assert_eq!(term.page().holds[0].lease, lease);
+    term.pass(1);
+    assert_eq!(term.page().closed[0].ending, Ending::Expired);
 }

@@ -78,7 +78,7 @@ impl<P: Pages> Actor<P> {
                 if uid.is_some() {
                     self.account_gone(account.clone());
                 }
-                self.known.accounts.insert(account.clone(), seen.clone());
+                self.known.take_account(seen.clone());
                 self.account_seen(&account);
             }
             Some(_) => return self.read(account, wanted),

@@ -172,7 +172,8 @@ async fn a_page_that_is_shown_before_an_older_answer_is_not_forgotten() {
     story.say(10, Incoming::Ended(ended(&order.lease, 1_000))).await;
     story.memory.reads_begun(1).await;
     let late = Box::new(Hold { lease: LeaseId::new("late"), ..hold });
-    let shown = story.memory.change(SPACE, &[PageChange::Hold { hold: late, window, grants: Vec::new() }]);
+    let shown =
+        story.memory.change(SPACE, &[PageChange::Hold { hold: late, window, grants: Vec::new(), cookie: None }]);
     story.shows(shown).await;
     // Nothing answers that it was taken in, but what is said behind it on the same input is.
     story

@@ -103,7 +103,7 @@ impl Term {
     }
 
     fn request(&self, size: Size) -> Command {
-        let ticket = Ticket { agent_instance: "a".into(), number: u64::try_from(self.seed % 1_000_000).unwrap() };
+        let ticket = Ticket { agent_instance: "a".into(), number: (self.seed % 1_000_000) as u64 };
         let space = SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() };
         let (node, caller) = (NodeName::new(NODE), Ok(AccountName::new(BOB)));
         let request = Request {
@@ -147,9 +147,13 @@ impl Term {
 fn late_hold() -> (Page, LeaseId) {
     let (mut earlier, _) = Term::begin(1, Page::default(), Vec::new());
     let effects = earlier.ask(Size::Large);
-    let [Effect::Start(order)] = &effects[..] else { panic!("{effects:?}") };
+    let order = effects.into_iter().find_map(|effect| match effect {
+        Effect::Start(order) => Some(order),
+        _ => None,
+    });
+    let order = order.expect("the hold is durable");
     assert_eq!(order.account, AccountName::new(BOB), "the node can say whose it is");
-    (earlier.page(), order.lease.clone())
+    (earlier.page(), order.lease)
 }
 
 fn on_node(lease: &LeaseId, phase: AgentPhase) -> AgentLease {

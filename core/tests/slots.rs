@@ -34,6 +34,7 @@ impl Story {
             runs_per_window: None,
             generation: 1,
             grants: Vec::new(),
+            per_cookie_ms: None,
         };
         let policy = Policy {
             tier: "demo".into(),
@@ -42,6 +43,7 @@ impl Story {
             priority: Priority::Medium,
             caller: CallerClass::Regular,
             deleting: false,
+            conflict: None,
         };
         story.tell(Command::AccountSeen { account: AccountName::new("bob"), page: Box::default(), policy });
         story.join(Vec::new());
@@ -85,6 +87,7 @@ impl Story {
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new("bob")),
+            cookie: None,
             budget: None,
             presented: None,
         })))
@@ -146,7 +149,13 @@ fn a_lease_that_got_its_slot_and_ended_while_its_node_was_away_holds_it_until_th
         let (mut story, _, waits) = Story::follower(1);
         story.started(&waits, told);
         let phase = AgentPhase::Ended { report: REPORT, freed: false };
-        story.join(vec![AgentLease { lease: waits.clone(), size: Size::Large, slot: PickedSlot::Has(0), phase }]);
+        story.join(vec![AgentLease {
+            lease: waits.clone(),
+            account: None,
+            size: Size::Large,
+            slot: PickedSlot::Has(0),
+            phase,
+        }]);
         let orders = story.ask(Size::Xlarge);
         assert!(orders.iter().all(|order| order.after.as_ref() == Some(&waits)), "{told:?}: {orders:?}");
         story.free(&waits);

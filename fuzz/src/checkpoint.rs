@@ -45,7 +45,10 @@ pub fn check(bytes: &[u8]) -> Verdict {
 fn survives(checkpoint: &Checkpoint, snapshot: &Snapshot) {
     let text = checkpoint.text(snapshot).expect("a snapshot is JSON");
     let read = checkpoint.parse(&text);
-    assert!(matches!(&read, Ok(Found::SameBoot(again)) if again == snapshot), "{read:?} of {snapshot:?}");
+    // Of an order nothing is written down: what has not begun ends with its agent.
+    let mut written = snapshot.clone();
+    written.leases.iter_mut().for_each(|lease| lease.order = Default::default());
+    assert!(matches!(&read, Ok(Found::SameBoot(again)) if *again == written), "{read:?} of {snapshot:?}");
 }
 
 /// The agent restarted; every other worker is still there.

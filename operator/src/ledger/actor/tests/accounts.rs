@@ -202,7 +202,7 @@ async fn an_identity_of_two_accounts_belongs_to_the_older_one() {
     ready("False", "IdentityConflict").await;
     assert_eq!(memory.condition("older", "Ready"), None, "it is as expected and costs no write");
     story.store(StoreEvent::Account(Box::new(seen(BOB, 2)))).await;
-    story.store(StoreEvent::AccountGone { name: AccountName::new("older"), uid: "u".to_owned() }).await;
+    story.store(StoreEvent::AccountGone { name: AccountName::new("older"), uid: memory.shown("older").uid }).await;
     // Notes of one account are written every 5 s at most (L5).
     clock::passed::pass(Duration::from_millis(NOTE_PERIOD_MS));
     ready("True", "AsExpected").await;

@@ -121,22 +121,42 @@ pub struct Epoch(pub u64);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ticket {
-    /// Fresh at every start of the agent.
-    pub agent_instance: String,
+    /// Fresh at every start of the agent. Shared, like a name.
+    pub agent_instance: Arc<str>,
     /// Counts up within the instance.
     pub number: u64,
 }
 
-/// A Space: the object that a pod belongs to.
+/// A Space: the object that a pod belongs to. Cheap to clone, like a name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SpaceKey(Arc<SpaceNames>);
+
+/// What a Space is called.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SpaceKey {
+pub struct SpaceNames {
     /// Namespace of the Space.
     pub namespace: String,
     /// Name of the Space.
     pub name: String,
     /// `metadata.uid`; the audience of its tokens.
     pub uid: String,
+}
+
+impl SpaceKey {
+    /// Takes the names as they stand on the object.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>, uid: impl Into<String>) -> Self {
+        Self(Arc::new(SpaceNames { namespace: namespace.into(), name: name.into(), uid: uid.into() }))
+    }
+}
+
+impl Deref for SpaceKey {
+    type Target = SpaceNames;
+
+    fn deref(&self) -> &SpaceNames {
+        &self.0
+    }
 }
 
 /// Size of a lease (docs/rules.md). The weight is what a second of it costs.

@@ -89,7 +89,7 @@ impl Story {
         self.tell(Command::Request(Box::new(Request {
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
-            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            space: SpaceKey::new("n", "s", "u"),
             size,
             declared_ms,
             caller: Ok(AccountName::new(account)),
@@ -562,7 +562,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
     let request = Request {
         ticket: Ticket { agent_instance: "a".into(), number: 100 },
         node: NodeName::new(NODE),
-        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        space: SpaceKey::new("n", "s", "u"),
         size: Size::Xlarge,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(BOB)),

@@ -19,13 +19,15 @@ impl State {
         match event {
             Event::AccountTaken { account, page, policy } => {
                 self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
-                self.accounts.insert(account.clone(), Account::new(page, policy.clone()));
+                let policy = self.policies.share(policy);
+                self.accounts.insert(account.clone(), Account::new(page, policy));
                 self.unpark(account);
             }
             Event::PolicyChanged { account, policy } => {
                 self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
+                let policy = self.policies.share(policy);
                 if let Some(found) = self.accounts.get_mut(account) {
-                    found.policy = policy.clone();
+                    found.policy = policy;
                 }
                 self.reschedule(account);
                 self.unpark(account);
@@ -511,7 +513,7 @@ impl State {
 }
 
 impl Account {
-    fn new(page: &Page, policy: super::command::Policy) -> Self {
+    fn new(page: &Page, policy: Arc<super::command::Policy>) -> Self {
         let page = Arc::new(page.clone());
         Self {
             policy,

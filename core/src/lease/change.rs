@@ -1,6 +1,8 @@
 //! What one compare-and-swap does to a page. A change is checked against the page it meets, so that the same change can
 //! be made on the working state, on the durable page, and again on a page that somebody else has written (L2).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{LeaseId, LedgerTime};
@@ -16,7 +18,7 @@ pub enum PageChange {
     /// Reserves. Opens its window if it is not on the page, and takes the base that applies into it.
     Hold {
         /// The reservation.
-        hold: Box<Hold>,
+        hold: Arc<Hold>,
         /// Its window as admission saw it: start, base and generation.
         window: Window,
         /// Grants among its parts.
@@ -50,9 +52,9 @@ pub enum PageChange {
         generation: i64,
     },
     /// Remembers the last refusal (L5).
-    Denied(Box<DenialRow>),
+    Denied(Arc<DenialRow>),
     /// Remembers an ending without receipt.
-    Outcome(Outcome),
+    Outcome(Arc<Outcome>),
     /// Nothing that is decided upon, so not its time either (L20): what the shell shows beside the page has changed, and no
     /// other write carries it.
     Shown,
@@ -167,14 +169,14 @@ impl PageChange {
             }
             Self::Denied(row) => {
                 page.last_time = page.last_time.max(row.at);
-                page.last_denial = Some((**row).clone());
+                page.last_denial = Some(Arc::clone(row));
                 Ok(())
             }
             Self::Outcome(outcome) => {
                 page.last_time = page.last_time.max(outcome.at);
                 let surplus = (page.recent_outcomes.len() + 1).saturating_sub(OUTCOMES_MAX);
                 page.recent_outcomes.drain(..surplus);
-                page.recent_outcomes.push(outcome.clone());
+                page.recent_outcomes.push(Arc::clone(outcome));
                 Ok(())
             }
             Self::Shown => Ok(()),
@@ -192,7 +194,7 @@ fn limit_of(page: &Page, source: &Source) -> Option<(u64, u64)> {
     }
 }
 
-fn make_hold(page: &mut Page, hold: &Hold, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
+fn make_hold(page: &mut Page, hold: &Arc<Hold>, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
     let lease = &hold.lease;
     let closed = page.closed.iter().any(|closed| closed.hold.lease == *lease);
     if closed || page.holds.iter().any(|open| open.lease == *lease) {
@@ -234,7 +236,7 @@ fn make_hold(page: &mut Page, hold: &Hold, window: &Window, grants: &[GrantRow])
             return Err(Misfit::OverLimit { lease: lease.clone(), which: part.source.clone(), sum_ms, limit_ms });
         }
     }
-    next.holds.push(hold.clone());
+    next.holds.push(Arc::clone(hold));
     *page = next;
     Ok(())
 }
@@ -247,16 +249,16 @@ fn settle(
     charged_ms: u64,
     at: LedgerTime,
 ) -> Result<(), Misfit> {
-    let hold = page.holds[index].clone();
+    let hold = Arc::clone(&page.holds[index]);
     let bound_ms = hold.weight.saturating_mul(hold.declared_ms);
     if charged_ms > bound_ms {
-        return Err(Misfit::OverCharge { lease: hold.lease, charged_ms, bound_ms });
+        return Err(Misfit::OverCharge { lease: hold.lease.clone(), charged_ms, bound_ms });
     }
     if page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("closed"));
     }
     if hold.parts.iter().any(|part| limit_of(page, &part.source).is_none()) {
-        return Err(Misfit::NoSource(hold.lease));
+        return Err(Misfit::NoSource(hold.lease.clone()));
     }
     for (source, ms) in fill(&hold.parts, charged_ms) {
         match source {

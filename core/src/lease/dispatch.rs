@@ -1,6 +1,8 @@
 //! Who gets the next slot of a node, as its lanes say (`queue`). At the end of a lease its slot is given to the next one
 //! while it still clears (L14).
 
+use std::sync::Arc;
+
 use super::Moment;
 use super::change::PageChange;
 use super::event::Event;
@@ -102,9 +104,9 @@ fn reserve(
         since: account.working.time(at.wall),
         after: slot.after.clone(),
         generation: account.policy.allowance.generation,
-        via: waiting.via.clone(),
+        via: waiting.via.to_string(),
     };
-    let change = PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants };
+    let change = PageChange::Hold { hold: Arc::new(hold), window: admission.window, grants: admission.grants };
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
         Event::Reserved {

@@ -22,6 +22,7 @@ mod expiry;
 mod mutant;
 mod node;
 mod pages;
+mod policies;
 mod promise;
 mod report;
 mod request;

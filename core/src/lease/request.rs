@@ -1,5 +1,7 @@
 //! Requests: the checks on arrival (docs/rules.md, Admission), leaving, refusals, and what is told to those who wait.
 
+use std::sync::Arc;
+
 use super::Moment;
 use super::change::PageChange;
 use super::command::{Budget, Request};
@@ -60,7 +62,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 demand,
                 turn,
                 caller: account.policy.caller,
-                via: if request.budget.is_some() { "token" } else { "space" }.to_owned(),
+                via: if request.budget.is_some() { "token" } else { "space" }.into(),
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
                 arrived: at.steady,
@@ -239,7 +241,7 @@ fn outcome(
         message,
         at: found.working.time(at.wall),
     };
-    Some(Event::Changed { account: account.clone(), change: PageChange::Outcome(outcome), at: at.steady })
+    Some(Event::Changed { account: account.clone(), change: PageChange::Outcome(Arc::new(outcome)), at: at.steady })
 }
 
 impl<'a> Refusal<'a> {
@@ -263,7 +265,7 @@ impl<'a> Refusal<'a> {
         if let Some((name, account)) = found {
             let row = DenialRow { denial, space: self.space.clone(), at: account.working.time(at.wall) };
             let (kind, message) = (row.denial.kind(), human_message(&row.denial));
-            let change = PageChange::Denied(Box::new(row));
+            let change = PageChange::Denied(Arc::new(row));
             events.push(Event::Changed { account: name.clone(), change, at: at.steady });
             events.extend(outcome(at, state, name, self.ticket, kind, self.boundary, message));
         }

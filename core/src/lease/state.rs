@@ -7,6 +7,7 @@ use super::change::{PageChange, Urgency};
 use super::command::{Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
+use super::policies::Policies;
 use super::schedule::{Schedule, Scheduled};
 use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
 use crate::page::{CLOSED_MAX, Page};
@@ -51,6 +52,8 @@ pub struct State {
     pub awaited: BTreeSet<NodeName>,
     /// Which lease was made for which request.
     pub(super) tickets: ByName<Ticket, LeaseId>,
+    /// The policies that accounts share.
+    pub(super) policies: Policies,
     /// The longest call that any account of the term could make: an upper bound of what may come before anybody.
     pub(super) longest_call_ms: u64,
     /// Accounts with changes that no write carries yet.
@@ -65,8 +68,8 @@ pub struct State {
 /// One account: its page three times, and its policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
-    /// What it may do.
-    pub policy: Policy,
+    /// What it may do; shared with the other accounts of its tier.
+    pub policy: Arc<Policy>,
     /// As last acknowledged by the store.
     pub durable: Arc<Page>,
     /// Durable, and all that is in flight or waits for the next write: decisions see this one (L3).
@@ -239,6 +242,7 @@ impl State {
             queue: Queue::default(),
             history: History::default(),
             tickets: ByName::default(),
+            policies: Policies::default(),
             longest_call_ms: 0,
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),

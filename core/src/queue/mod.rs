@@ -8,6 +8,7 @@ mod history;
 mod lanes;
 mod ranked;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
@@ -43,7 +44,7 @@ pub struct Waiting {
     /// Id of the token that the visitor's call began with; None without a token.
     pub root: Option<String>,
     /// How its caller was known, for the row: `token` or `space`.
-    pub via: String,
+    pub via: Cow<'static, str>,
     /// When it came, wall clock, for people.
     pub since: LedgerTime,
     /// When it came.
@@ -429,11 +430,11 @@ mod tests {
 
     fn waiting(place: u64, node: &str, account: &str) -> Waiting {
         Waiting {
-            ticket: Ticket { agent_instance: node.to_owned(), number: place },
+            ticket: Ticket { agent_instance: node.into(), number: place },
             place,
             node: NodeName::new(node),
             account: AccountName::new(account),
-            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            space: SpaceKey::new("n", "s", "u"),
             demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100 },
             turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
             caller: CallerClass::Regular,

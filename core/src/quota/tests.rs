@@ -25,7 +25,7 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
     let admission = admit(page, allowance, at, &demand, 0, 1).unwrap();
     let hold = Hold {
         lease: LeaseId::new(lease),
-        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        space: SpaceKey::new("n", "s", "u"),
         parts: admission.parts,
         node: NodeName::new("node"),
         avoid: Vec::new(),
@@ -38,7 +38,7 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
         generation: 1,
         via: "token".into(),
     };
-    PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants }.make(page).unwrap();
+    PageChange::Hold { hold: hold.into(), window: admission.window, grants: admission.grants }.make(page).unwrap();
 }
 
 fn settle(page: &mut Page, lease: &str, at: LedgerTime, charged_ms: u64) {

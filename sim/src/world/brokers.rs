@@ -259,7 +259,7 @@ impl World {
             Effect::Deny { ticket, node, denial, .. } => {
                 self.cover_denial(&denial);
                 let session = self.brokers.get(&number).and_then(|broker| broker.sessions.get(&node));
-                if session.is_some_and(|session| session.instance == ticket.agent_instance) {
+                if session.is_some_and(|session| *session.instance == *ticket.agent_instance) {
                     self.send_to(number, &node, |_| ToAgent::Deny(ticket));
                 }
             }

@@ -118,7 +118,7 @@ impl World {
             1 => 100_000,
             _ => self.random.between(500, self.plan.declared_max_ms),
         };
-        let ticket = Ticket { agent_instance: String::new(), number: 0 };
+        let ticket = Ticket { agent_instance: "".into(), number: 0 };
         let request = Request { ticket, node, space, size, declared_ms, caller, budget };
         self.ask(request, 0);
     }
@@ -132,7 +132,7 @@ impl World {
         self.clients.tickets += 1;
         let number = self.clients.tickets;
         let Some(agent) = self.agents.get_mut(&request.node) else { return };
-        let ticket = Ticket { agent_instance: agent.instance_name(), number };
+        let ticket = Ticket { agent_instance: agent.instance_name().into(), number };
         let request = Request { ticket: ticket.clone(), ..request };
         let (node, now) = (request.node.clone(), agent.clock(self.now));
         agent.ask(request.clone(), now);

@@ -244,7 +244,7 @@ impl<P: Pages> Actor<P> {
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
-        let space = SpaceKey { namespace: pod.namespace, name: pod.space, uid: pod.space_uid };
+        let space = SpaceKey::new(pod.namespace, pod.space, pod.space_uid);
         let (caller, budget) = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
         let request = Request { ticket, node: node.clone(), space, size, declared_ms, caller, budget };

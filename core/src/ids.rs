@@ -56,9 +56,16 @@ macro_rules! name_type {
         $(#[$doc])*
         ///
         /// Cheap to clone: names travel through every command, event and row.
-        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Debug, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(from = "String", into = "String")]
+        #[allow(clippy::derived_hash_with_manual_eq)] // The same names are equal; the shared ones are found so at once.
         pub struct $name(Arc<str>);
+
+        impl PartialEq for $name {
+            fn eq(&self, other: &Self) -> bool {
+                Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+            }
+        }
 
         impl $name {
             /// Takes the name as it stands on the object it comes from.
@@ -248,15 +255,15 @@ impl IdSeed {
 /// The 26 characters of a ULID, in lower case (Crockford's base 32, most significant first).
 pub fn ulid_text(ulid: u128) -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
-    const CHARACTERS: u32 = 26;
-    (0..CHARACTERS)
-        .rev()
-        .map(|position| {
-            // Five bits a character; the first has only three left.
-            let index = (ulid >> (5 * position)) & 0x1f;
-            char::from(ALPHABET[usize::try_from(index).unwrap_or_default()])
-        })
-        .collect()
+    const CHARACTERS: usize = 26;
+    let mut text = [0; CHARACTERS];
+    let mut rest = ulid;
+    for character in text.iter_mut().rev() {
+        // Five bits a character; the first has only three left.
+        *character = ALPHABET[usize::from(rest as u8 & 0x1f)];
+        rest >>= 5;
+    }
+    text.iter().copied().map(char::from).collect()
 }
 
 #[cfg(test)]

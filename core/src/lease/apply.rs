@@ -47,13 +47,13 @@ impl State {
             Event::Queued(waiting) => {
                 self.next_place = self.next_place.max(waiting.place.saturating_add(1));
                 let settings = self.settings(&waiting.node).lanes;
-                self.queue.insert((**waiting).clone(), settings);
+                self.queue.insert(Arc::clone(waiting), settings);
             }
             Event::Confirmed { ticket } => {
                 self.queue.confirm(ticket);
                 let lease = self.tickets.get(ticket).and_then(|lease| self.leases.get_mut(lease));
                 if let Some(waiting) = lease.and_then(|lease| lease.request.as_mut()) {
-                    waiting.unconfirmed = None;
+                    Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
             Event::Left { ticket } => {
@@ -136,6 +136,10 @@ impl State {
     /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
     /// after a failed write ends with time, see `expiry`.
     fn unpark(&mut self, account: &AccountName) {
+        // Few have any.
+        if self.queue.parked_on(account).next().is_none() {
+            return;
+        }
         let blocked = self.accounts.get(account).is_some_and(|found| {
             let page = self.page_of(found);
             found.is_full(page) || found.retry_at.is_some()
@@ -156,7 +160,7 @@ impl State {
         let Some(known) = self.nodes.get(node) else { return };
         for id in &known.leases {
             if let Some(waiting) = self.leases.get_mut(id).and_then(|lease| lease.request.as_mut()) {
-                waiting.unconfirmed = Some(confirm_by);
+                Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
             }
         }
     }
@@ -245,18 +249,33 @@ impl State {
     }
 
     fn reschedule(&mut self, account: &AccountName) {
-        let Some(found) = self.accounts.get(account) else { return };
-        let scheduled = self.schedule.place(account, Some(found), found.scheduled);
-        if let Some(found) = self.accounts.get_mut(account) {
-            found.scheduled = scheduled;
-        }
+        let Some(found) = self.accounts.get_mut(account) else { return };
+        found.scheduled = self.schedule.place(account, Some(found), found.scheduled);
     }
 
     fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
         let epoch = self.epoch;
         let (stateful, twice) = (self.has(Mutant::Stateful), self.has(Mutant::SettleTwice));
         let Some(found) = self.accounts.get_mut(account) else { return };
-        let (changes, written) = found.take_batch();
+        let seq = found.durable.seq.saturating_add(1);
+        let head = |page: &mut Arc<Page>| {
+            let page = Arc::make_mut(page);
+            (page.seq, page.epoch) = (seq, epoch);
+            write_id.clone_into(&mut page.write_id);
+        };
+        head(&mut found.working);
+        // The fault leaves on the working page what no change accounts for.
+        let (changes, page) = if found.fits_one_write() && !twice {
+            // The working page has all the changes that wait, and nothing else that is not durable (L3).
+            (std::mem::take(&mut found.pending), Arc::clone(&found.working))
+        } else {
+            let (changes, mut page) = found.take_first();
+            head(&mut page);
+            if found.pending.is_empty() && !twice {
+                found.working = Arc::clone(&page);
+            }
+            (changes, page)
+        };
         if changes.iter().any(|change| change.urgency() == Urgency::Note) {
             found.noted_at = Some(at);
         }
@@ -264,17 +283,6 @@ impl State {
         let still = |urgency| found.pending.iter().any(|change| change.urgency() == urgency);
         found.lazy_since = found.lazy_since.filter(|_| still(Urgency::Lazy));
         found.settle_since = found.settle_since.filter(|_| still(Urgency::Soon));
-        let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
-        let page = Arc::new(page);
-        if found.pending.is_empty() && !twice {
-            // The working page is what is written.
-            found.working = Arc::clone(&page);
-        } else {
-            // The header is this write's; the rest of the working page has the batch already.
-            let working = Arc::make_mut(&mut found.working);
-            (working.seq, working.epoch) = (page.seq, page.epoch);
-            working.write_id.clone_from(&page.write_id);
-        }
         let batch = Box::new(Batch { write_id: write_id.to_owned(), changes, page, unknown: false });
         self.writes_in_flight += 1;
         self.holds_in_flight += usize::from(batch.has_hold());
@@ -357,7 +365,7 @@ impl State {
                         node: waiting.node.clone(),
                         size: waiting.demand.size,
                         declared_ms: waiting.demand.declared_ms,
-                        request: Some((**waiting).clone()),
+                        request: Some(Arc::clone(waiting)),
                         lane,
                         stage: Stage::Reserving,
                         card: None,
@@ -423,8 +431,8 @@ impl State {
                 lease.stage = lease.stage.max(Stage::Assigned);
                 lease.card = card.or(lease.card);
                 // The node has it, so its request is alive if the node gives it back.
-                if let Some(waiting) = &mut lease.request {
-                    waiting.unconfirmed = None;
+                if let Some(waiting) = lease.request.as_mut().filter(|waiting| waiting.unconfirmed.is_some()) {
+                    Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
             Event::Running { .. } => lease.stage = lease.stage.max(Stage::Running),
@@ -449,14 +457,14 @@ impl State {
     fn note_holder(&mut self, id: &LeaseId) {
         let Some(lease) = self.leases.get(id) else { return };
         let Some(node) = self.nodes.get_mut(&lease.node) else { return };
-        let known = node.holders.iter().position(|holder| holder.lease == *id);
-        match (known, lease.holder(id)) {
+        // They are in the order of their numbers; only leases of earlier terms have one in common.
+        let first = node.holders.partition_point(|other| other.number < lease.number);
+        let same = node.holders[first..].iter().take_while(|other| other.number == lease.number).count();
+        let known = node.holders[first..first + same].iter().position(|holder| holder.lease == *id);
+        match (known.map(|index| first + index), lease.holder(id)) {
             (Some(index), Some(holder)) => node.holders[index] = holder,
             (Some(index), None) => drop(node.holders.remove(index)),
-            (None, Some(holder)) => {
-                let index = node.holders.partition_point(|other| other.number <= holder.number);
-                node.holders.insert(index, holder);
-            }
+            (None, Some(holder)) => node.holders.insert(first + same, holder),
             (None, None) => {}
         }
     }
@@ -530,10 +538,18 @@ impl Account {
         }
     }
 
-    /// The changes that the next write carries, and the page with them. All that wait, but for one case: a base that is
-    /// lowered after a hold was admitted under the higher one goes into a write of its own, so that at every revision the
-    /// limit that admitted a hold is the one on the page (invariant 1).
-    fn take_batch(&mut self) -> (Vec<PageChange>, Page) {
+    /// True if the next write carries all the changes that wait, as all but one case do: a base that is lowered after a hold
+    /// was admitted under the higher one goes into a write of its own, so that at every revision the limit that admitted a
+    /// hold is the one on the page (invariant 1).
+    fn fits_one_write(&self) -> bool {
+        let mut from_first_hold = self.pending.iter().skip_while(|change| !matches!(change, PageChange::Hold { .. }));
+        let _first_hold = from_first_hold.next();
+        !from_first_hold.any(|change| matches!(change, PageChange::Hold { .. } | PageChange::Base { .. }))
+    }
+
+    /// The changes that the next write carries, and the page with them, where not all that wait may be among them
+    /// ([`Self::fits_one_write`]).
+    fn take_first(&mut self) -> (Vec<PageChange>, Arc<Page>) {
         let mut page = (*self.durable).clone();
         let mut changes = Vec::new();
         let mut waiting = std::mem::take(&mut self.pending).into_iter();
@@ -549,7 +565,7 @@ impl Account {
             }
         }
         self.pending.extend(waiting);
-        (changes, page)
+        (changes, Arc::new(page))
     }
 
     /// How long a call ran to its end, if that is what the change says: from it the queue learns. One that failed or was cut

@@ -204,40 +204,54 @@ fn make_hold(page: &mut Page, hold: &Arc<Hold>, window: &Window, grants: &[Grant
     if page.holds.len() >= HOLDS_MAX || page.holds.len() + page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("holds"));
     }
-    let mut next = page.clone();
-    next.last_time = next.last_time.max(hold.since);
-    prune(&mut next, hold.since);
-    match next.windows.iter_mut().find(|found| found.start == window.start) {
+    let before = (page.last_time, page.windows.clone(), page.grants.clone());
+    let admitted = open_sources(page, hold, window, grants).and_then(|()| check_parts(page, hold));
+    match admitted {
+        Ok(()) => page.holds.push(Arc::clone(hold)),
+        Err(_) => (page.last_time, page.windows, page.grants) = before,
+    }
+    admitted
+}
+
+/// Brings the window and the grants of a hold onto the page.
+fn open_sources(page: &mut Page, hold: &Hold, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
+    page.last_time = page.last_time.max(hold.since);
+    prune(page, hold.since);
+    match page.windows.iter_mut().find(|found| found.start == window.start) {
         Some(found) => (found.base_ms, found.generation) = (window.base_ms, window.generation),
         None => {
-            if next.windows.iter().any(|other| other.covers(window.start) || window.covers(other.start)) {
-                return Err(Misfit::NoSource(lease.clone()));
+            if page.windows.iter().any(|other| other.covers(window.start) || window.covers(other.start)) {
+                return Err(Misfit::NoSource(hold.lease.clone()));
             }
-            if next.windows.len() >= WINDOWS_MAX {
+            if page.windows.len() >= WINDOWS_MAX {
                 return Err(Misfit::Full("windows"));
             }
-            next.windows.push(Window { charged_ms: 0, runs: 0, ..window.clone() });
+            page.windows.push(Window { charged_ms: 0, runs: 0, ..window.clone() });
         }
     }
     for row in grants {
-        if next.grants.iter().any(|known| known.uid == row.uid) {
+        if page.grants.iter().any(|known| known.uid == row.uid) {
             continue;
         }
-        if next.grants.len() >= GRANTS_MAX {
+        if page.grants.len() >= GRANTS_MAX {
             return Err(Misfit::Full("grants"));
         }
-        next.grants.push(GrantRow { used_ms: 0, ..row.clone() });
+        page.grants.push(GrantRow { used_ms: 0, ..row.clone() });
     }
+    Ok(())
+}
+
+/// Invariant 1: each part fits its source.
+fn check_parts(page: &Page, hold: &Hold) -> Result<(), Misfit> {
+    let lease = &hold.lease;
     for part in &hold.parts {
-        let (limit_ms, charged_ms) = limit_of(&next, &part.source).ok_or(Misfit::NoSource(lease.clone()))?;
-        let sum_ms = charged_ms.saturating_add(next.reserved_ms(&part.source)).saturating_add(part.ms);
-        // Invariant 1. A part of 0 ms takes nothing, also from a base that was lowered below what is charged.
+        let (limit_ms, charged_ms) = limit_of(page, &part.source).ok_or(Misfit::NoSource(lease.clone()))?;
+        let sum_ms = charged_ms.saturating_add(page.reserved_ms(&part.source)).saturating_add(part.ms);
+        // A part of 0 ms takes nothing, also from a base that was lowered below what is charged.
         if part.ms > 0 && sum_ms > limit_ms {
             return Err(Misfit::OverLimit { lease: lease.clone(), which: part.source.clone(), sum_ms, limit_ms });
         }
     }
-    next.holds.push(Arc::clone(hold));
-    *page = next;
     Ok(())
 }
 
@@ -286,15 +300,13 @@ fn settle(
 /// Drops what is over and what never was: windows that ended or of which all holds ended at charge 0 (L12), expired grants.
 /// Nothing that an open hold refers to.
 fn prune(page: &mut Page, at: LedgerTime) {
-    let windows = page
-        .windows
-        .iter()
-        .filter(|window| {
-            let unused = window.charged_ms == 0 && window.runs == 0;
-            page.is_referenced(&Source::Window(window.start)) || (!unused && at < window.end())
-        })
-        .cloned()
-        .collect();
-    let grants = page.grants.iter().filter(|row| keeps(page, row, at)).cloned().collect();
-    (page.windows, page.grants) = (windows, grants);
+    let mut windows = std::mem::take(&mut page.windows);
+    windows.retain(|window| {
+        let unused = window.charged_ms == 0 && window.runs == 0;
+        page.is_referenced(&Source::Window(window.start)) || (!unused && at < window.end())
+    });
+    page.windows = windows;
+    let mut grants = std::mem::take(&mut page.grants);
+    grants.retain(|row| keeps(page, row, at));
+    page.grants = grants;
 }

@@ -35,7 +35,7 @@ pub use change::{Misfit, PageChange, Urgency};
 pub use command::{AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request};
 pub use decide::decide;
 pub use dispatch::dispatch;
-pub use effect::{Effect, Order, Place, effects};
+pub use effect::{Effect, Order, Place, add_effects};
 pub use event::{Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
@@ -114,7 +114,7 @@ impl Outcome {
                 self.violations.push(misfit);
                 return false;
             }
-            self.effects.extend(effects(state, &event));
+            add_effects(state, &event, &mut self.effects);
             self.events.push(event);
         }
         true

@@ -1,6 +1,7 @@
 //! Nodes come, tell what they have, and go (L6, L7).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Moment;
 use super::command::{AgentLease, AgentPhase};
@@ -60,7 +61,7 @@ pub(super) fn joined(
     }
     for event in &mut events {
         if let Event::Queued(waiting) = event {
-            waiting.unconfirmed = Some(confirm_by);
+            Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
         }
     }
     events

@@ -53,7 +53,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 let (root, expires) = (budget.root.clone(), budget.expires);
                 events.push(Event::BudgetTaken { root, calls: 1, ms: demand.needed_ms(), expires });
             }
-            events.push(Event::Queued(Box::new(Waiting {
+            events.push(Event::Queued(Arc::new(Waiting {
                 ticket: request.ticket,
                 place: state.next_place,
                 node: request.node,
@@ -221,7 +221,7 @@ pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) 
     if state.has(Mutant::ForgetsReturned) {
         return Vec::new();
     }
-    vec![Event::Queued(Box::new(waiting))]
+    vec![Event::Queued(Arc::new(waiting))]
 }
 
 fn outcome(

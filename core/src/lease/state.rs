@@ -139,7 +139,7 @@ pub struct Lease {
     /// Longest run.
     pub declared_ms: u64,
     /// The request it was made for; None after a fail-over.
-    pub request: Option<Waiting>,
+    pub request: Option<Arc<Waiting>>,
     /// By which lane of its queue it had its turn; None after a fail-over.
     pub lane: Option<Lane>,
     /// How far it is.

@@ -1,11 +1,11 @@
 //! How long the calls of a function really run. Prediction orders, declaration kills: what is learned here decides who goes
 //! first, never how long anybody may run.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::Size;
+use crate::ids::{ByName, Size};
 
 /// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 400 bytes each.
 pub const FUNCTIONS_MAX: usize = 8192;
@@ -28,9 +28,9 @@ pub struct Function {
 /// All that was learned in a term.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    functions: BTreeMap<Function, Samples>,
+    functions: ByName<Function, Samples>,
     /// By the number of their last call.
-    by_use: BTreeSet<(u64, Function)>,
+    by_use: BTreeMap<u64, Function>,
     calls: u64,
 }
 
@@ -45,14 +45,17 @@ impl History {
     /// A call ran so long.
     pub fn learn(&mut self, function: &Function, used_ms: u64) {
         self.calls += 1;
-        let samples = self.functions.entry(function.clone()).or_default();
+        if !self.functions.contains_key(function) {
+            self.functions.insert(function.clone(), Samples::default());
+        }
+        let Some(samples) = self.functions.get_mut(function) else { return };
         if samples.used_ms.len() >= SAMPLES_MAX {
             samples.used_ms.pop_front();
         }
         samples.used_ms.push_back(used_ms);
         let last_call = std::mem::replace(&mut samples.last_call, self.calls);
-        self.by_use.remove(&(last_call, function.clone()));
-        self.by_use.insert((self.calls, function.clone()));
+        let used = self.by_use.remove(&last_call).unwrap_or_else(|| function.clone());
+        self.by_use.insert(self.calls, used);
         if self.functions.len() > FUNCTIONS_MAX
             && let Some((_, forgotten)) = self.by_use.pop_first()
         {
@@ -66,10 +69,12 @@ impl History {
         let Some(samples) = self.functions.get(function).filter(|samples| samples.used_ms.len() >= SAMPLES_MIN) else {
             return function.declared_ms;
         };
-        let mut sorted: Vec<u64> = samples.used_ms.iter().copied().collect();
-        sorted.sort_unstable();
-        let rank = (sorted.len() * 9).div_ceil(10);
-        sorted.get(rank - 1).copied().unwrap_or(function.declared_ms).min(function.declared_ms)
+        let mut used_ms = [0; SAMPLES_MAX];
+        let count = samples.used_ms.len().min(SAMPLES_MAX);
+        used_ms.iter_mut().zip(&samples.used_ms).for_each(|(place, used_ms)| *place = *used_ms);
+        let rank = (count * 9).div_ceil(10);
+        let (_, ninth_decile, _) = used_ms[..count].select_nth_unstable(rank - 1);
+        (*ninth_decile).min(function.declared_ms)
     }
 }
 

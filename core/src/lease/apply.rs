@@ -20,7 +20,7 @@ impl State {
             Event::AccountTaken { account, page, policy } => {
                 self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
                 let policy = self.policies.share(policy);
-                self.accounts.insert(account.clone(), Account::new(page, policy));
+                self.accounts.insert(account.clone(), Box::new(Account::new(page, policy)));
                 self.unpark(account);
             }
             Event::PolicyChanged { account, policy } => {

@@ -30,8 +30,8 @@ pub struct State {
     pub ended: Option<TermEnd>,
     /// The clock is this far off: nothing is granted (L20).
     pub clock_off_ms: Option<u64>,
-    /// Pages.
-    pub accounts: ByName<AccountName, Account>,
+    /// Pages. Boxed: up to half of the map's places are empty, and they are small so.
+    pub accounts: ByName<AccountName, Box<Account>>,
     /// Nodes that were ever heard of in this term.
     pub nodes: BTreeMap<NodeName, Node>,
     /// Every lease that has an open hold or a slot.

@@ -57,11 +57,8 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
             }
             Event::Reserved { waiting, lease, .. } => {
                 let full = |account: &Account| account.working.holds.len() >= account.policy.concurrent as usize;
-                if world
-                    .state(number)
-                    .and_then(|state| state.accounts.get(&waiting.account))
-                    .is_some_and(|found| full(found))
-                {
+                let payer = world.state(number).and_then(|state| state.accounts.get(&waiting.account));
+                if payer.is_some_and(|account| full(account)) {
                     // Its other requests wait for their own account from now on.
                     world.seen_calls.promised.retain(|_, promise| promise.account != waiting.account);
                 }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, Policy, Priority, Request, State, step,
+    Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, PickedSlot, Policy, Priority, Request,
+    State, step,
 };
 use spaceport_core::page::{Ending, Page, Window};
 use spaceport_core::protocol::CallerClass;
@@ -143,7 +144,11 @@ impl Bench {
             Effect::Start(order) => {
                 let Order { node, lease, declared_ms, size, avoid, .. } = *order;
                 let card = self.place(&node, size, &avoid);
-                self.next.push_back(Command::Started { node: node.clone(), lease: lease.clone(), card: Some(card) });
+                self.next.push_back(Command::Started {
+                    node: node.clone(),
+                    lease: lease.clone(),
+                    slot: PickedSlot::Has(card),
+                });
                 self.next.push_back(Command::Running { node: node.clone(), lease: lease.clone() });
                 let slots = if size == Size::Large { 1 } else { 2 };
                 self.running.push_back(Running { node, lease, card, slots, declared_ms });
@@ -184,6 +189,7 @@ impl Bench {
         let size = if self.draw(100) < 85 { Size::Large } else { Size::Xlarge };
         let declared_ms = (5 + 5 * self.draw(12)) * 1000;
         self.next.push_back(Command::Request(Box::new(Request {
+            cookie: None,
             ticket: Ticket { agent_instance: format!("instance-{at}").into(), number: self.tickets },
             node: node(at),
             space: SpaceKey::new("demo", format!("space-{space}"), format!("00000000-0000-0000-0000-{space:012}")),
@@ -191,6 +197,7 @@ impl Bench {
             declared_ms,
             caller: Ok(account),
             budget: None,
+            presented: None,
         })));
     }
 
@@ -211,6 +218,7 @@ fn policy() -> Policy {
     Policy {
         tier: "free".to_owned(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms: 300_000,
             longest_call_ms: 120_000,
             runs_per_window: None,
@@ -221,6 +229,7 @@ fn policy() -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 

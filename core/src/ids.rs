@@ -107,7 +107,19 @@ name_type! {
     /// Name of a Kubernetes node.
     NodeName
 }
+name_type! {
+    /// A visitor who is not signed in, within an address prefix: the opaque id of a signed cookie (docs/rules.md, Tiers).
+    CookieId
+}
 impl AccountName {
+    /// What the names of guest pages begin with (L4).
+    pub const GUEST_PREFIX: &str = "guest-";
+
+    /// True for the page of an address prefix, on which cookies are rows (L1).
+    pub fn is_guests(&self) -> bool {
+        self.as_str().starts_with(Self::GUEST_PREFIX)
+    }
+
     /// The account of a Space's own calls, those without a token (docs/rules.md, tier `space`; the prefix is reserved, L4).
     pub fn of_space(uid: &str) -> Self {
         Self(format!("space-{uid}").into())

@@ -1,10 +1,13 @@
 //! The ledger page of one account (L1): what `GPUAccount.status` holds and one compare-and-swap changes.
 
+mod sound;
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+pub use self::sound::Unsound;
+use crate::ids::{CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use crate::protocol::Denial;
 
 /// Most windows on a page: the open one and the one before it, while leases from it still run.
@@ -15,6 +18,8 @@ pub const HOLDS_MAX: usize = 64;
 pub const GRANTS_MAX: usize = 32;
 /// Most settled rows whose receipt is not written; a full outbox pauses this account only (L10).
 pub const CLOSED_MAX: usize = 32;
+/// Most cookies on a guest page.
+pub const COOKIES_MAX: usize = 64;
 /// Most outcomes without receipt that are remembered.
 pub const OUTCOMES_MAX: usize = 20;
 
@@ -25,6 +30,8 @@ pub const OUTCOMES_MAX: usize = 20;
 pub struct Page {
     /// Oldest first.
     pub windows: Vec<Window>,
+    /// Visitors of an address prefix, oldest row first; empty on every other page, and then it takes no memory of its own.
+    pub cookies: Box<[CookieRow]>,
     /// Open reservations, in the order they were made.
     pub holds: Vec<Arc<Hold>>,
     /// Copies of the GPUQuotaGrants of this account.
@@ -60,6 +67,36 @@ pub struct Window {
     /// Generation of the tier that gave the base.
     #[serde(default)]
     pub generation: i64,
+}
+
+/// 24 hours of one visitor of an address prefix: a window beside the page's own, which is that of the whole prefix. What
+/// a guest holds and is charged counts in both, so that both limits are checked by one compare-and-swap (L1).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CookieRow {
+    /// Whose.
+    pub cookie: CookieId,
+    /// When it opened; with the cookie its identity.
+    pub start: LedgerTime,
+    /// Quota of one visitor, as of its last hold, weighted milliseconds.
+    pub base_ms: u64,
+    /// Charged to it so far, weighted milliseconds.
+    pub charged_ms: u64,
+    /// Leases that count as runs (voided ones do not, L18).
+    pub runs: u64,
+    /// Generation of the tier that gave the base.
+    #[serde(default)]
+    pub generation: i64,
+}
+
+/// The row of a guest page that a hold belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CookieWindow {
+    /// Whose.
+    pub cookie: CookieId,
+    /// Start of the row.
+    pub start: LedgerTime,
 }
 
 /// Where held milliseconds come from.
@@ -113,6 +150,31 @@ pub struct Hold {
     pub generation: i64,
     /// How the identity was obtained, for example `token`.
     pub via: String,
+    /// On a guest page the visitor's row, which is reserved and charged as well; None on every other page.
+    #[serde(default)]
+    pub cookie: Option<CookieWindow>,
+    /// Set if the call declares more than it was given.
+    #[serde(default)]
+    pub shortened: Option<Shortened>,
+}
+
+/// A call that was given less than it declares: `declared_ms` of its hold is the hard limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shortened {
+    /// What it declares, unweighted milliseconds.
+    pub declared_ms: u64,
+    /// Why it got less.
+    pub by: ShortenedBy,
+}
+
+/// Why a call is given less than it declares; its Space has chosen it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ShortenedBy {
+    /// Its caller has no more left (requirement A3).
+    RemainingQuota,
+    /// Its function has never been seen to need so much (requirement A13).
+    LearnedDuration,
 }
 
 /// A copy of one GPUQuotaGrant.

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment,
-    NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, NodeSettings, Order, Policy, Priority, Request, SETTLE_PATIENCE_MS, State,
-    TermEnd, step,
+    NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, NodeSettings, Order, PickedSlot, Policy, Priority, Request,
+    SETTLE_PATIENCE_MS, State, TermEnd, step,
 };
 use spaceport_core::page::{CLOSED_MAX, Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
@@ -29,6 +29,7 @@ fn policy(base_ms: u64, concurrent: u32) -> Policy {
     Policy {
         tier: "demo".into(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms,
             longest_call_ms: 50_000,
             runs_per_window: None,
@@ -39,6 +40,7 @@ fn policy(base_ms: u64, concurrent: u32) -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 
@@ -87,6 +89,7 @@ impl Story {
     fn ask_with(&mut self, account: &str, size: Size, declared_ms: u64, budget: Option<Budget>) -> Vec<Effect> {
         self.tickets += 1;
         self.tell(Command::Request(Box::new(Request {
+            cookie: None,
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", "u"),
@@ -94,12 +97,13 @@ impl Story {
             declared_ms,
             caller: Ok(AccountName::new(account)),
             budget,
+            presented: None,
         })))
     }
 
     fn started(&mut self, lease: &LeaseId, card: u32) {
         let (node, lease) = (NodeName::new(NODE), lease.clone());
-        self.tell(Command::Started { node, lease, card: Some(card) });
+        self.tell(Command::Started { node, lease, slot: PickedSlot::Has(card) });
     }
 
     fn end(&mut self, lease: &LeaseId, ending: Ending, used_ms: u64) -> Vec<Effect> {
@@ -218,7 +222,8 @@ fn a_slot_that_still_clears_when_its_node_is_back_is_not_free() {
     story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
     let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
     let phase = AgentPhase::Ended { report, freed: false };
-    let lease = AgentLease { lease: first.clone(), size: Size::Xlarge, card: 0, phase };
+    let account = Some(AccountName::new(BOB));
+    let lease = AgentLease { lease: first.clone(), account, size: Size::Xlarge, slot: PickedSlot::Has(0), phase };
     story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: vec![lease] });
     assert_eq!(order(&story.ask("carol", Size::Xlarge, 10_000)).after, Some(first));
 }
@@ -560,6 +565,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
     story.account("carol", policy(600_000, 9));
     story.pass(100_000);
     let request = Request {
+        cookie: None,
         ticket: Ticket { agent_instance: "a".into(), number: 100 },
         node: NodeName::new(NODE),
         space: SpaceKey::new("n", "s", "u"),
@@ -567,6 +573,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
         declared_ms: 10_000,
         caller: Ok(AccountName::new(BOB)),
         budget: None,
+        presented: None,
     };
     story.tell_unanswered(Command::Request(Box::new(request)));
     let effects = story.ask("carol", Size::Xlarge, 10_000);

@@ -163,17 +163,29 @@ string_enum! {
 }
 
 string_enum! {
+    /// Why a call was given less than it declares: `shortened.by` of a hold, `shortenedBy` of a GPULease.
+    ShortenedReason {
+        /// Its caller had no more left, and its Space has `clampToRemaining`.
+        RemainingQuota = "RemainingQuota",
+        /// Its function was never seen to need so much, and its Space has `reservation: Learned`.
+        LearnedDuration = "LearnedDuration",
+    }
+}
+
+string_enum! {
     /// Why a request was refused: `kind` of `lastDenial` (docs/rules.md). Never one for another.
     DenialKind {
         /// Weight x declared does not fit what is not yet charged.
         QuotaExceeded = "QuotaExceeded",
+        /// The page of an address prefix has a row for as many visitors as it can hold.
+        TooManyGuests = "TooManyGuests",
         /// The tier's number of runs in this window is used up.
         RunsExceeded = "RunsExceeded",
         /// Declared is above the longest call, or above the whole quota.
         IllegalDuration = "IllegalDuration",
         /// It would fit, but running leases have reserved what is left.
         PendingOverquota = "PendingOverquota",
-        /// Too many requests of the account wait for its concurrency limit.
+        /// Too many requests of the account or Space wait for its limit of leases at once.
         ConcurrencyExceeded = "ConcurrencyExceeded",
         /// No healthy slot of that size on the Space's node.
         NoCapacity = "NoCapacity",
@@ -185,6 +197,8 @@ string_enum! {
         AccountDeleting = "AccountDeleting",
         /// The leader's clock is more than 5 s off the API server's (L20).
         ClockSkew = "ClockSkew",
+        /// Card, gate or node failed three times before the grant could be used; nothing is charged.
+        PlatformFault = "PlatformFault",
     }
 }
 
@@ -436,7 +450,14 @@ pub fn documented() -> Vec<Documented> {
     vec![
         kind("Space", explained!(SpaceCondition), vec![(of_conditions, explained!(SpaceReason))]),
         kind("SpaceBuild", explained!(SpaceBuildCondition), vec![(of_conditions, explained!(SpaceBuildReason))]),
-        kind("GPULease", Vec::new(), vec![("Values of `spec.outcome`", explained!(LeaseOutcome))]),
+        kind(
+            "GPULease",
+            Vec::new(),
+            vec![
+                ("Values of `spec.outcome`", explained!(LeaseOutcome)),
+                ("Values of `spec.shortenedBy`", explained!(ShortenedReason)),
+            ],
+        ),
         kind(
             "GPUAccount",
             explained!(GPUAccountCondition),

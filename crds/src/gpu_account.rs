@@ -28,6 +28,8 @@ pub const MAX_PARTS: usize = MAX_GRANTS + 1;
 pub const MAX_GRANTS: usize = 32;
 /// Most settled rows whose receipt is not written; a full outbox pauses the account (L10).
 pub const MAX_CLOSED: usize = 32;
+/// Most cookies on the page of an address prefix.
+pub const MAX_COOKIES: usize = 64;
 /// Most endings without receipt that are remembered.
 pub const MAX_RECENT_OUTCOMES: usize = 20;
 /// Most cards one hold can avoid: no node has more.
@@ -57,7 +59,8 @@ pub const MAX_IDENTITIES: usize = 16;
     printcolumn(name = "Reserved", type_ = "string", json_path = ".status.reserved"),
     printcolumn(name = "Left", type_ = "string", json_path = ".status.left"),
     printcolumn(name = "Resets", type_ = "string", json_path = ".status.resetsAt"),
-    printcolumn(name = "Leases", type_ = "integer", json_path = ".status.leases")
+    printcolumn(name = "Leases", type_ = "integer", json_path = ".status.leases"),
+    printcolumn(name = "Guests", type_ = "integer", json_path = ".status.guests", priority = 1)
 )]
 pub struct GPUAccountSpec {
     /// Who is charged here. Matched exactly; unique over all accounts (a second account with one of them is not Ready).
@@ -98,7 +101,13 @@ pub struct Identity {
          (has(self.windows) && self.windows.exists(w, w.startMilliseconds == o.startMilliseconds)) || \
          self.lastTimeMilliseconds >= o.startMilliseconds + 86400000)",
     )
-    .message("a window with a charge stays on the page until its 24 hours are over (L5, L12)")
+    .message("a window with a charge stays on the page until its 24 hours are over (L5, L12)"),
+    validation = Rule::new(
+        "!has(oldSelf.cookies) || oldSelf.cookies.all(o, o.chargedMilliseconds == 0 || \
+         self.lastTimeMilliseconds >= o.startMilliseconds + 86400000 || \
+         (has(self.cookies) && self.cookies.exists(c, c.startMilliseconds == o.startMilliseconds && c.cookie == o.cookie)))",
+    )
+    .message("a cookie's row with a charge stays on the page until its 24 hours are over (L1, L5)")
 )]
 pub struct GPUAccountStatus {
     /// Counts the writes of this page.
@@ -124,6 +133,22 @@ pub struct GPUAccountStatus {
         .message("what was charged to a window never falls (L5)")
     )]
     pub windows: Vec<Window>,
+    /// On the page of an address prefix its visitors who are not signed in, oldest row first; what they use counts here and
+    /// in the window of the prefix.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_COOKIES))]
+    #[x_kube(
+        validation = Rule::new(
+            "self.all(c, oldSelf.all(o, o.startMilliseconds != c.startMilliseconds || o.cookie != c.cookie || \
+             c.chargedMilliseconds >= o.chargedMilliseconds))",
+        )
+        .message("what was charged to a cookie never falls (L5)")
+    )]
+    pub cookies: Vec<CookieRow>,
+    /// How many rows `cookies` has, for the column.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub guests: Option<i32>,
     /// Open reservations, in the order they were made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = MAX_HOLDS))]
@@ -210,6 +235,62 @@ pub struct Window {
     pub generation: i64,
 }
 
+/// 24 hours of one visitor of an address prefix, opened by the visitor's first hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CookieRow {
+    /// Opaque id of the signed cookie.
+    #[schemars(length(min = 1, max = 64))]
+    pub cookie: String,
+    /// When it opened, milliseconds since the Unix epoch; with the cookie its identity.
+    #[schemars(range(min = 0))]
+    pub start_milliseconds: i64,
+    /// Quota of one visitor as of its last hold, weighted milliseconds.
+    #[schemars(range(min = 0))]
+    pub base_milliseconds: i64,
+    /// Charged so far, weighted milliseconds.
+    #[schemars(range(min = 0))]
+    pub charged_milliseconds: i64,
+    /// Leases that count as runs; voided ones do not (L18).
+    #[schemars(range(min = 0))]
+    pub runs: i64,
+    /// Generation of the tier that gave the base.
+    #[serde(default)]
+    pub generation: i64,
+    /// `chargedMilliseconds` for people: `18.4s`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 32))]
+    pub used: String,
+    /// Held by the visitor's open leases, for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 32))]
+    pub reserved: String,
+}
+
+/// The row of a guest page that a lease belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CookieWindow {
+    /// Opaque id of the signed cookie.
+    #[schemars(length(min = 1, max = 64))]
+    pub cookie: String,
+    /// Start of the row, milliseconds since the Unix epoch.
+    #[schemars(range(min = 0))]
+    pub start_milliseconds: i64,
+}
+
+/// A call that was given less than it declares, because its Space has chosen so.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Shortened {
+    /// What it declares, unweighted.
+    #[schemars(range(min = 0))]
+    pub declared_milliseconds: i64,
+    /// Why it got less, a reason (`ShortenedReason`).
+    #[schemars(length(min = 1, max = 64), regex(pattern = CAMEL_CASE))]
+    pub by: String,
+}
+
 /// Milliseconds from one source.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -271,6 +352,12 @@ pub struct Hold {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 64))]
     pub via: String,
+    /// On a guest page the visitor's row, which is reserved and charged as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<CookieWindow>,
+    /// Set if the call declares more than it was given; then `declaredMilliseconds` is the hard limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shortened: Option<Shortened>,
 }
 
 /// A copy of one GPUQuotaGrant, taken in by the same compare-and-swap that uses it.
@@ -352,6 +439,12 @@ pub struct ClosedLease {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 64))]
     pub via: String,
+    /// On a guest page the visitor's row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<CookieWindow>,
+    /// Set if the call declares more than it was given; then `declaredMilliseconds` is the hard limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shortened: Option<Shortened>,
 }
 
 /// A refusal with its numbers (requirement A3, A6).
@@ -361,6 +454,11 @@ pub struct LastDenial {
     /// Which limit refused, a reason (`DenialKind`).
     #[schemars(length(min = 1, max = 64), regex(pattern = CAMEL_CASE))]
     pub kind: String,
+    /// Whose limit refused, where it is an amount: `Account`, or on the page of an address prefix `Cookie` or
+    /// `AddressPrefix`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 64))]
+    pub limiter: String,
     /// weight x declared.
     #[serde(default)]
     pub needed_milliseconds: i64,

@@ -66,6 +66,7 @@ impl LeasePhase {
     printcolumn(name = "Node", type_ = "string", json_path = ".spec.node"),
     printcolumn(name = "GPU", type_ = "integer", json_path = ".spec.gpu"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Granted", type_ = "string", json_path = ".spec.granted", priority = 1),
     printcolumn(name = "Outcome", type_ = "string", json_path = ".spec.outcome", priority = 1),
     printcolumn(name = "Isolation", type_ = "string", json_path = ".spec.isolation", priority = 1),
     printcolumn(name = "Message", type_ = "string", json_path = ".spec.message", priority = 1),
@@ -89,6 +90,8 @@ impl LeasePhase {
         "!has(self.chargedMilliseconds) || self.chargedMilliseconds <= self.weight * self.declaredMilliseconds",
     )
     .message("a charge is at most weight x declared (invariant 5)"),
+    validation = Rule::new("!has(self.grantedMilliseconds) || self.grantedMilliseconds <= self.declaredMilliseconds")
+        .message("a lease is never given more than it declares"),
     validation = Rule::new(
         "!(self.phase in ['Refunded', 'Expired']) || !has(self.chargedMilliseconds) || self.chargedMilliseconds == 0",
     )
@@ -116,9 +119,21 @@ pub struct GPULeaseSpec {
     pub weight: i64,
     /// Where it is.
     pub phase: LeasePhase,
-    /// Longest run, unweighted.
+    /// Longest run as the function declares it, unweighted.
     #[schemars(range(min = 0, max = 1_000_000_000_000_i64))]
     pub declared_milliseconds: i64,
+    /// Longest run that it was given, unweighted, if that is less than it declares: a hard limit, and what was reserved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub granted_milliseconds: Option<i64>,
+    /// `grantedMilliseconds` for people: `12.5s`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub granted: Option<String>,
+    /// Why it was given less than it declares, a reason (`ShortenedReason`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = CAMEL_CASE))]
+    pub shortened_by: Option<String>,
     /// From the start of the clock to the end, unweighted. Empty until it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]

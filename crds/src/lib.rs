@@ -16,6 +16,7 @@
 mod string_enum;
 
 pub mod conditions;
+pub mod function_duration;
 pub mod gpu_account;
 pub mod gpu_lease;
 pub mod gpu_node;
@@ -30,9 +31,10 @@ pub mod space;
 pub mod space_build;
 mod yaml;
 
+pub use function_duration::FunctionDuration;
 pub use gpu_account::{
-    ClosedLease, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity, LastDenial, Part,
-    RecentOutcome, Window,
+    ClosedLease, CookieRow, CookieWindow, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity,
+    LastDenial, Part, RecentOutcome, Shortened, Window,
 };
 pub use gpu_lease::{GPULease, GPULeaseSpec, LeaseBoundaries, LeasePhase};
 pub use gpu_node::{
@@ -52,8 +54,8 @@ pub use schema::all;
 pub use size::GpuSize;
 pub use space::{
     ArchiveSource, Egress, EgressPolicy, EnvironmentStatus, GitSource, Hardware, ImageSource, InlineSource, Paused,
-    Phase, PreloadItem, Sdk, SecretRef, Source, Space, SpaceResources, SpaceSpec, SpaceStage, SpaceStatus, Variable,
-    Visibility,
+    Phase, PreloadItem, Reservation, Sdk, SecretRef, Source, Space, SpaceResources, SpaceSpec, SpaceStage, SpaceStatus,
+    Variable, Visibility,
 };
 pub use space_build::{
     BuildFailure, BuildLane, BuildLog, BuildPhase, BuildStage, BuildTrigger, FailureClass, SpaceBuild, SpaceBuildSpec,

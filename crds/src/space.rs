@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditions::SpaceCondition;
+use crate::function_duration::{FunctionDuration, MAX_FUNCTIONS};
 use crate::schema::quantity;
 
 /// Most inline files of a Space; anything larger belongs in git.
@@ -65,6 +66,17 @@ string_enum! {
 }
 
 string_enum! {
+    /// What a call reserves, and how long it may run (requirement A13).
+    Reservation default Declared {
+        /// What its function declares.
+        Declared = "Declared",
+        /// What calls like it have been seen to need, with a margin, if that is less: 1.5 times the 99th percentile. A call
+        /// that needs more is killed there; the next one then gets more.
+        Learned = "Learned",
+    }
+}
+
+string_enum! {
     /// Stage of a Space, as the hosted service names them. Derived from the conditions.
     SpaceStage default Building {
         /// The source has no app file.
@@ -116,6 +128,7 @@ string_enum! {
     printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason"),
     printcolumn(name = "Owner", type_ = "string", json_path = ".spec.owner", priority = 1),
+    printcolumn(name = "Suggested", type_ = "string", json_path = ".status.suggestedDuration", priority = 1),
     printcolumn(name = "Commit", type_ = "string", json_path = ".status.commit", priority = 1),
     selectable = ".spec.hardware",
     selectable = ".status.stage"
@@ -218,6 +231,14 @@ pub struct SpaceSpec {
     /// Grants min(declared, what the caller has left) as a hard limit instead of refusing (requirement A3).
     #[serde(default)]
     pub clamp_to_remaining: bool,
+    /// Most leases that all calls of this Space have at once; further calls wait with reason `concurrency`. Absent: no such
+    /// limit. It is soft: leases of an earlier term of the operator count from the moment it has read their accounts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub concurrent_leases: Option<i32>,
+    /// What a call reserves, and how long it may run.
+    #[serde(default)]
+    pub reservation: Reservation,
 }
 
 const fn sleep_after_seconds() -> i64 {
@@ -487,6 +508,15 @@ pub struct SpaceStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub build: Option<String>,
+    /// How long its functions run, over the last calls of each; by size and declared duration, for nothing else tells them
+    /// apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_FUNCTIONS))]
+    pub durations: Vec<FunctionDuration>,
+    /// For the column: what would have been enough to declare, `12s for 60s`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub suggested_duration: Option<String>,
     /// The steps, each with its start and deadline.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]

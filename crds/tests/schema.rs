@@ -82,14 +82,14 @@ fn printer_columns() {
         table.push_str(&format!("{}: {}\n", definition.spec.names.kind, columns.join(" ")));
     }
     insta::assert_snapshot!(table, @r"
-    GPUAccount: USER TIER USED RESERVED LEFT RESETS LEASES
-    GPULease: SPACE ACCOUNT SIZE PHASE DECLARED USED CHARGED NODE GPU AGE OUTCOME(wide) ISOLATION(wide) MESSAGE(wide)
+    GPUAccount: USER TIER USED RESERVED LEFT RESETS LEASES GUESTS(wide)
+    GPULease: SPACE ACCOUNT SIZE PHASE DECLARED USED CHARGED NODE GPU AGE GRANTED(wide) OUTCOME(wide) ISOLATION(wide) MESSAGE(wide)
     GPUNode: CARDS MODE SLOTS HEALTH DRIVER AGE READY(wide) ISOLATION(wide) HOLDERS(wide)
     GPUPool: MODE NODES CARDS SLOTS SEATS AGE READY(wide) RECEIPTS(wide)
     GPUQuotaGrant: ACCOUNT GPU-SECONDS KIND USED EXPIRES REASON AGE
     GPUTier: GPU-SECONDS LONGEST CONCURRENT PRIORITY ACCOUNTS AGE CALLERS(wide) RUNS(wide) GRANTS(wide)
     SpaceBuild: SPACE LANE COMMIT STAGE TOOK REASON AGE TRIGGER(wide) LOCK(wide)
-    Space: SDK HARDWARE STAGE SINCE URL REASON OWNER(wide) COMMIT(wide)
+    Space: SDK HARDWARE STAGE SINCE URL REASON OWNER(wide) SUGGESTED(wide) COMMIT(wide)
     ");
 }
 
@@ -139,13 +139,16 @@ fn every_cel_rule_is_listed() {
     GPUAccount.status: the epoch of a page never falls: another leader has written it (L5, L6)
     GPUAccount.status: ledger time never goes back (L20)
     GPUAccount.status: a window with a charge stays on the page until its 24 hours are over (L5, L12)
+    GPUAccount.status: a cookie's row with a charge stays on the page until its 24 hours are over (L1, L5)
     GPUAccount.status.closed: a lease is settled once (invariant 3)
     GPUAccount.status.closed[]: a charge is at most weight x declared (invariant 5)
+    GPUAccount.status.cookies: what was charged to a cookie never falls (L5)
     GPUAccount.status.grants: what was used of a grant never falls (L12)
     GPUAccount.status.windows: what was charged to a window never falls (L5)
     GPULease.spec: account, space, size, weight and declared duration of a receipt never change
     GPULease.spec: a lease ends once: its last phase and its charge never change (invariant 3)
     GPULease.spec: a charge is at most weight x declared (invariant 5)
+    GPULease.spec: a lease is never given more than it declares
     GPULease.spec: a refunded or expired lease is charged nothing
     GPUNode.spec.cordon: give cards with scope: Cards, and only then
     GPUPool.spec: if large is a whole card both sizes hold the same and must weigh the same
@@ -204,7 +207,8 @@ fn the_ledger_page_has_the_bounds_of_l1() {
     let account = all().into_iter().find(|definition| definition.spec.names.kind == "GPUAccount").unwrap();
     let page = &schema(&account)["properties"]["status"]["properties"];
     let most = |list: &str| page[list]["maxItems"].as_u64().unwrap();
-    assert_eq!(["windows", "holds", "grants", "closed", "recentOutcomes"].map(most), [2, 64, 32, 32, 20], "L1");
+    assert_eq!(["windows", "cookies", "holds", "grants", "closed"].map(most), [2, 64, 64, 32, 32], "L1");
+    assert_eq!(most("recentOutcomes"), 20);
     let hold = &page["holds"]["items"]["properties"];
     assert_eq!(hold["parts"]["maxItems"], 33);
     assert_eq!(hold["avoid"]["maxItems"], 16);

@@ -127,19 +127,27 @@ impl Checkpoint {
             Ok(found) if found.len() > BYTES_MAX => return Err(corrupt(format!("{} bytes", found.len()))),
             Ok(_) => {}
         }
-        let text = fs::read(path).map_err(failed)?;
+        self.parse(&fs::read(path).map_err(failed)?).map_err(corrupt)
+    }
+
+    /// What the text of a file says. Pure.
+    ///
+    /// # Errors
+    /// Why no agent of this version can have written it; then nothing of it may be believed.
+    pub fn parse(&self, text: &[u8]) -> Result<Found, String> {
         let end_of_head = text.iter().position(|byte| *byte == b'\n').unwrap_or(text.len());
         let (head, content) = text.split_at(end_of_head);
-        let head: Head = serde_json::from_slice(head).map_err(|error| corrupt(error.to_string()))?;
+        let head: Head = serde_json::from_slice(head).map_err(|error| error.to_string())?;
         if head.version != VERSION {
-            return Err(corrupt(format!("version {} instead of {VERSION}", head.version)));
+            return Err(format!("version {} instead of {VERSION}", head.version));
         }
         let content = content.trim_ascii();
         let checksum = checksum(content);
         if checksum != head.checksum {
-            return Err(corrupt(format!("checksum {checksum} instead of {}", head.checksum)));
+            return Err(format!("checksum {checksum} instead of {}", head.checksum));
         }
-        let snapshot: Snapshot = serde_json::from_slice(content).map_err(|error| corrupt(error.to_string()))?;
+        let snapshot: Snapshot = serde_json::from_slice(content).map_err(|error| error.to_string())?;
+        snapshot.sound().map_err(|problem| problem.to_string())?;
         let same = head.boot_id == self.boot_id;
         Ok(if same { Found::SameBoot(snapshot) } else { Found::OtherBoot(snapshot) })
     }
@@ -166,9 +174,19 @@ impl Checkpoint {
         write_durably(&self.synced, &text).map_err(failed)
     }
 
-    fn text(&self, snapshot: &Snapshot) -> io::Result<Vec<u8>> {
-        // Compact JSON has no line ends of its own.
-        let content = serde_json::to_vec(snapshot)?;
+    /// The text of a file. Pure.
+    ///
+    /// # Errors
+    /// The snapshot cannot be written as JSON; none of its values causes that.
+    pub fn text(&self, snapshot: &Snapshot) -> io::Result<Vec<u8>> {
+        Ok(self.sealed(serde_json::to_vec(snapshot)?)?)
+    }
+
+    /// A file around a snapshot that is JSON already: one line of it, for compact JSON has no line ends of its own.
+    ///
+    /// # Errors
+    /// As of [`Checkpoint::text`].
+    pub fn sealed(&self, content: Vec<u8>) -> serde_json::Result<Vec<u8>> {
         let head = Head { version: VERSION, boot_id: self.boot_id.clone(), checksum: checksum(&content) };
         let mut text = serde_json::to_vec(&head)?;
         text.push(b'\n');
@@ -260,7 +278,7 @@ mod tests {
 
     fn snapshot() -> Snapshot {
         let slot = Slot { card: 3, place: Place::Part(1) };
-        let book = Book { owners: BTreeMap::from([(slot, "01abc".to_owned())]), ..Book::default() };
+        let book = Book { quarantined: BTreeMap::from([(slot, "01abc".to_owned())]), ..Book::default() };
         Snapshot { leases: Vec::new(), book }
     }
 

@@ -18,6 +18,7 @@ type Labels = [(&'static str, &'static str); 1];
 pub struct Metrics {
     registry: Arc<Registry>,
     ended: Family<Labels, Counter>,
+    refused: Counter,
     slots: Family<Labels, Gauge>,
     queued: Gauge,
     linked: Gauge,
@@ -32,6 +33,9 @@ impl Metrics {
         let mut registry = Registry::with_prefix("spaceport_node");
         let ended = Family::default();
         registry.register("leases_ended", "Leases that ended on this node, by how", ended.clone());
+        let refused = Counter::default();
+        let text = "Orders that were not taken, or whose lease got no slot in time; nothing is charged";
+        registry.register("orders_refused", text, refused.clone());
         let slots = Family::default();
         registry.register("slots", "Slots by state", slots.clone());
         let queued = Gauge::default();
@@ -46,12 +50,18 @@ impl Metrics {
         let left_unseen = Counter::default();
         let text = "Requests given up because their caller had stopped reading the open connection";
         registry.register("callers_left_unseen", text, left_unseen.clone());
-        Self { registry: Arc::new(registry), ended, slots, queued, linked, checkpoint_failures, pods, left_unseen }
+        let registry = Arc::new(registry);
+        Self { registry, ended, refused, slots, queued, linked, checkpoint_failures, pods, left_unseen }
     }
 
     /// A lease ended.
     pub fn ended(&self, kind: EndKind) {
         self.ended.get_or_create(&[("how", kind.as_str_name())]).inc();
+    }
+
+    /// An order was refused.
+    pub fn refused(&self) {
+        self.refused.inc();
     }
 
     /// What the machine shows.
@@ -116,11 +126,13 @@ mod tests {
     fn text_has_what_was_counted_and_ends_as_the_format_wants() {
         let metrics = Metrics::new();
         metrics.ended(EndKind::Released);
+        metrics.refused();
         metrics.linked(true);
         metrics.pod_served(true);
         let text = metrics.encode().unwrap();
         for line in [
             "spaceport_node_leases_ended_total{how=\"END_KIND_RELEASED\"} 1",
+            "spaceport_node_orders_refused_total 1",
             "spaceport_node_broker_linked 1",
             "spaceport_node_space_pods_served 1",
         ] {

@@ -22,7 +22,7 @@ use crate::clock::boottime_ms;
 use crate::converge::{Answer, Caller, Event, Machine, Step, View};
 use crate::device_api::{Denied, Granted, OnDrop, Queued, ScheduleOutcome, Verdict};
 use crate::epoch::EpochFile;
-use crate::fault::{self, Fault};
+use crate::fault::{self, Fault, Place};
 use crate::hardware::{AdmitError, Hardware};
 use crate::metrics::Metrics;
 use crate::node_link::{LinkEvent, Session};
@@ -284,7 +284,10 @@ impl NodeActor {
             LinkEvent::Message { session, message } if leads(self, session) => match message {
                 broker_message::Message::Queued(queued) => self.event(Event::Queued(queued)),
                 broker_message::Message::Denied(denied) => self.event(Event::Denied(denied)),
-                broker_message::Message::Start(order) => self.event(Event::Start(order)),
+                broker_message::Message::Start(order) => {
+                    Place::OrderReceived.reached();
+                    self.event(Event::Start(order))
+                }
                 broker_message::Message::Cancel(order) => self.event(Event::Cancel(order)),
                 broker_message::Message::Acknowledged(done) => self.event(Event::Acknowledged(done)),
                 broker_message::Message::Welcome(_) | broker_message::Message::Standby(_) => Ok(()),
@@ -361,6 +364,7 @@ impl NodeActor {
     }
 
     fn admit(&mut self, lease: String, caller: &Caller, pid: u32, card: u32) -> Event {
+        Place::WorkerNotAdmitted.reached();
         if !self.write_checkpoint() {
             let reason = "the checkpoint cannot be written, so nothing may be started".to_owned();
             return Event::AdmitFailed { lease, reason };
@@ -382,6 +386,13 @@ impl NodeActor {
     }
 
     fn send(&mut self, message: Message) -> Result<(), ActorError> {
+        match &message {
+            Message::Request(_) => Place::RequestNotSent.reached(),
+            Message::Running(_) => Place::RunningNotSent.reached(),
+            Message::Ended(_) => Place::EndNotSent.reached(),
+            Message::Freed(_) => Place::FreedNotSent.reached(),
+            _ => {}
+        }
         if let Message::Ended(ended) = &message {
             tracing::info!(
                 lease = ended.lease,
@@ -391,6 +402,10 @@ impl NodeActor {
                 "A lease ended"
             );
             self.metrics.ended(ended.kind());
+        }
+        if let Message::Refused(refused) = &message {
+            tracing::info!(lease = refused.lease, reason = refused.reason, "An order was refused");
+            self.metrics.refused();
         }
         let Some((_, leader)) = &self.leader else { return Ok(()) };
         if leader.try_send(message).is_err() {
@@ -408,11 +423,15 @@ impl NodeActor {
                 self.queue(ticket, waiting, concurrency, caller_class(caller));
                 return;
             }
-            Answer::Granted { idle, nvidia_index, nvidia_uuid, allow_token, caller } => Ok(Granted {
-                response: ScheduleResponse { idle, nvidia_index, nvidia_uuid, allow_token: Secret::new(allow_token) },
-                caller: caller_class(caller),
-                undelivered: self.withdraw(ticket),
-            }),
+            Answer::Granted { idle, nvidia_index, nvidia_uuid, allow_token, caller } => {
+                Place::GrantNotAnswered.reached();
+                let allow_token = Secret::new(allow_token);
+                Ok(Granted {
+                    response: ScheduleResponse { idle, nvidia_index, nvidia_uuid, allow_token },
+                    caller: caller_class(caller),
+                    undelivered: self.withdraw(ticket),
+                })
+            }
             Answer::Denied { denial, caller } => {
                 let denial = serde_json::from_str(&denial).unwrap_or_else(|error| {
                     tracing::error!(%error, "A denial of the broker is not one that this agent knows");

@@ -195,7 +195,7 @@ fn start_admin(address: SocketAddr, metrics: Metrics, readiness: Readiness, task
     tasks.spawn_fallible("admin endpoint", async move {
         // Bound in here: an address that is taken ends the agent, but only once the gate is shut.
         let listener = admin::bind(address).await?;
-        admin::serve(listener, move || metrics.encode(), readiness, stop).await
+        admin::serve(listener, move || metrics.encode(), readiness, crate::fault::routes(), stop).await
     });
 }
 

@@ -50,7 +50,7 @@ impl Part {
         }
     }
 
-    fn program(self) -> &'static str {
+    pub(crate) fn program(self) -> &'static str {
         match self {
             Self::Operator => "spaceport-operator",
             Self::DevicePlugin => "spaceport-device-plugin",
@@ -85,6 +85,16 @@ impl Replaced<'_> {
         let image = self.part.breakable_image()?;
         self.install(&image, &json!({ "name": FAULT, "value": fault }))
             .with_context(|| format!("{} with the fault {fault}", self.part.workload()))
+    }
+
+    /// Installs the breakable build with nothing broken: it has places where it can be made to stand still.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn for_tests(&self) -> Result<()> {
+        let image = self.part.breakable_image()?;
+        self.install(&image, &json!({ "name": FAULT, "$patch": "delete" }))
+            .with_context(|| format!("{} as a build for tests", self.part.workload()))
     }
 
     /// Installs again what was there.

@@ -4,12 +4,20 @@
 //! `SPACEPORT_KUBECTL` (the kubectl program) and `KUBECONFIG`.
 
 pub mod bench;
+mod books;
 pub mod breakable;
 mod call;
+mod component;
+pub mod crash_matrix;
 pub mod demo;
+mod failpoint;
 mod kubectl;
+mod pod_program;
+mod pool;
+mod replicas;
 pub mod stories;
 pub mod story;
+mod table;
 mod token;
 mod wait;
 mod world;

@@ -57,16 +57,7 @@ impl World {
     /// A new account of tier `demo` with a name that no earlier run used: pages cannot be reset.
     pub fn new_account(&self, story: &str) -> Result<String> {
         let name = format!("{story}-{}", ulid::Ulid::generate().to_string().to_lowercase());
-        let account = json!({
-            "apiVersion": "spaceport.dev/v1alpha1",
-            "kind": "GPUAccount",
-            "metadata": { "name": name },
-            "spec": {
-                "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }],
-                "tier": "demo",
-            },
-        });
-        self.kubectl.apply(&account.to_string())?;
+        self.kubectl.apply(&account(&name, "demo").to_string())?;
         Ok(name)
     }
 
@@ -116,6 +107,32 @@ impl World {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot start a program in the pod")
+    }
+
+    /// Starts a program in the pod that outlives the connection it was started through: that goes by way of the API server and
+    /// kubelet. What it finds out it writes to a file; see [`Self::told`].
+    pub(crate) fn start_detached(&self, program: &str) -> Result<()> {
+        let shell = r#"setsid "/opt/environment/venv/bin/python" -c "$0" >/tmp/detached.log 2>&1 </dev/null &"#;
+        self.in_pod(&["sh", "-c", shell, program]).map(drop)
+    }
+
+    /// Runs a command in the pod of the stories.
+    pub(crate) fn in_pod(&self, command: &[&str]) -> Result<String> {
+        let pod = self.pod(NAMESPACE, SPACE)?;
+        let exec = ["--namespace", NAMESPACE, "exec", &pod, "--container", "app", "--"];
+        self.kubectl.run(&[&exec[..], command].concat())
+    }
+
+    /// Waits until a detached program has written what is `wanted`.
+    pub(crate) fn told(&self, file: &str, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        eventually(&format!("the program in the pod writes {file}"), limit, || {
+            let text = match self.in_pod(&["cat", file, "/tmp/detached.log"]) {
+                Ok(text) => text,
+                Err(error) => return Ok(Err(format!("{error:#}"))),
+            };
+            let said = text.lines().next().and_then(|line| serde_json::from_str::<Value>(line).ok());
+            Ok(said.filter(&wanted).ok_or(text))
+        })
     }
 
     /// The account of calls without a token from the Space of the stories.
@@ -172,6 +189,19 @@ impl World {
         }
         text
     }
+}
+
+/// A GPUAccount of this tier, with an identity of its own.
+pub(crate) fn account(name: &str, tier: &str) -> Value {
+    json!({
+        "apiVersion": "spaceport.dev/v1alpha1",
+        "kind": "GPUAccount",
+        "metadata": { "name": name },
+        "spec": {
+            "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }],
+            "tier": tier,
+        },
+    })
 }
 
 /// Pids of the processes whose program has this name.

@@ -23,6 +23,8 @@ pub struct Token {
     pub max_calls: u64,
     /// Identity of the call.
     pub jti: String,
+    /// The visitor, where the account is the page of an address prefix.
+    pub cookie: Option<String>,
 }
 
 impl Token {
@@ -35,11 +37,29 @@ impl Token {
             max_ms: 600_000,
             max_calls: 1,
             jti: ulid::Ulid::generate().to_string(),
+            cookie: None,
         }
+    }
+
+    /// One call by a visitor who is not signed in: `page` is `guest-<hash of the address prefix>`.
+    pub fn one_call_of_guest(page: &str, cookie: &str, audience: &str) -> Self {
+        Self { cookie: Some(cookie.to_owned()), ..Self::one_call(page, audience) }
     }
 
     /// Signs it with the key from the cluster's Secret.
     pub fn sign(&self, kubectl: &Kubectl) -> Result<String> {
+        Signer::read(kubectl)?.sign(self)
+    }
+}
+
+/// The cluster's key, read once for many tokens.
+pub(crate) struct Signer {
+    header: Header,
+    key: EncodingKey,
+}
+
+impl Signer {
+    pub(crate) fn read(kubectl: &Kubectl) -> Result<Self> {
         let secret =
             kubectl.json(&["--namespace", "spaceport-system", "get", "secret", "spaceport-token-signing-key"])?;
         let field = |name: &str| -> Result<Vec<u8>> {
@@ -51,17 +71,24 @@ impl Token {
         let mut header = Header::new(Algorithm::EdDSA);
         header.kid = Some(String::from_utf8(field("kid")?)?);
         let key = EncodingKey::from_ed_pem(&field("private.pem")?).context("the signing key is not an Ed25519 key")?;
-        let claims = json!({
+        Ok(Self { header, key })
+    }
+
+    pub(crate) fn sign(&self, token: &Token) -> Result<String> {
+        let mut claims = json!({
             "iss": "spaceport-gateway",
-            "aud": self.audience,
-            "sub": self.account,
-            "jti": self.jti,
-            "root_jti": self.jti,
-            "exp": now_s() + self.lifetime_s,
-            "max_ms": self.max_ms,
-            "max_calls": self.max_calls,
+            "aud": token.audience,
+            "sub": token.account,
+            "jti": token.jti,
+            "root_jti": token.jti,
+            "exp": now_s() + token.lifetime_s,
+            "max_ms": token.max_ms,
+            "max_calls": token.max_calls,
         });
-        encode(&header, &claims, &key).context("the token cannot be signed")
+        if let Some(cookie) = &token.cookie {
+            claims["cookie"] = json!(cookie);
+        }
+        encode(&self.header, &claims, &self.key).context("the token cannot be signed")
     }
 }
 

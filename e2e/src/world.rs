@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::books::charged_ms;
 use crate::call::{Answer, Call};
 use crate::kubectl::{Kubectl, at};
 use crate::token::Token;
@@ -66,11 +67,7 @@ impl World {
 
     /// Charged in the account's windows and grants, milliseconds.
     pub fn charged_ms(&self, account: &str) -> Result<i64> {
-        let page = self.page(account)?;
-        let sum = |list: &str, field: &str| {
-            at(&page, list).as_array().into_iter().flatten().filter_map(|row| row.get(field)?.as_i64()).sum::<i64>()
-        };
-        Ok(sum("/windows", "chargedMilliseconds") + sum("/grants", "usedMilliseconds"))
+        Ok(charged_ms(&self.page(account)?))
     }
 
     /// Waits until nothing of the account is held, and gives its page.

@@ -129,6 +129,25 @@ fn charges_within_a_window_never_fall() {
 }
 
 #[test]
+fn charges_of_a_visitor_never_fall_and_its_row_stays_for_its_day() {
+    let world = World::connect().unwrap();
+    let name = "guest-api";
+    world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).ok();
+    world.kubectl.run(&["delete", "gpuaccount", name, "--ignore-not-found"]).unwrap();
+    make_account(&world, name);
+    let row = |cookie: &str, charged: u64| json!({ "cookie": cookie, "startMilliseconds": 1000, "baseMilliseconds": 60000, "chargedMilliseconds": charged, "runs": 1 });
+    let page = |seq: u64, time: u64, rows: Vec<Value>| json!({ "seq": seq, "epoch": 1, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": time, "cookies": rows });
+    write_page(&world, name, Some(OPERATOR), &page(1, 1, vec![row("a", 500), row("b", 500)])).unwrap();
+    let said = write_page(&world, name, Some(OPERATOR), &page(2, 1, vec![row("a", 400), row("b", 600)])).unwrap_err();
+    assert!(said.contains("charged to a cookie"), "{said}");
+    let said = write_page(&world, name, Some(OPERATOR), &page(2, 1, vec![row("a", 500)])).unwrap_err();
+    assert!(said.contains("row with a charge stays"), "{said}");
+    write_page(&world, name, Some(OPERATOR), &page(2, 1000 + 86_400_000, vec![row("a", 600)])).unwrap();
+    world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).unwrap();
+    world.kubectl.run(&["delete", "gpuaccount", name]).unwrap();
+}
+
+#[test]
 fn a_deleted_account_stays_while_something_of_it_is_open() {
     let world = World::connect().unwrap();
     let name = "api-open";

@@ -23,6 +23,7 @@ const AGENT: &[Broken] = &[
 const OPERATOR: &[Broken] = &[
     ("whole-cards-count-once", stories::first_light, "not 2 x"),
     ("receipts-say-less", stories::kill_9_of_the_node_agent_in_mid_lease, "does not add up"),
+    ("receipts-say-less", stories::a_gust_of_a_hundred_mixed_leases_adds_up, "the ledger does not add up"),
     ("refusals-leave-nothing", stories::first_light, "the page shows the refusal"),
     ("charge-declared", stories::first_light, "not 1 x"),
     (

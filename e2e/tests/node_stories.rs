@@ -61,6 +61,11 @@ fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten() {
 }
 
 #[test]
+fn a_storm_of_a_thousand_mixed_leases_adds_up() {
+    tell(stories::a_storm_of_a_thousand_mixed_leases_adds_up);
+}
+
+#[test]
 fn an_app_ends_although_its_worker_is_frozen() {
     tell(stories::an_app_ends_although_its_worker_is_frozen);
 }
@@ -83,4 +88,14 @@ fn kill_9_of_the_node_agent_in_mid_lease() {
 #[test]
 fn a_receipt_tells_every_boundary_in_order() {
     tell(stories::a_receipt_tells_every_boundary_in_order);
+}
+
+#[test]
+fn those_who_wait_keep_their_place_when_the_leader_dies() {
+    tell(stories::those_who_wait_keep_their_place_when_the_leader_dies);
+}
+
+#[test]
+fn without_an_api_server_leases_run_on_and_nothing_is_granted() {
+    tell(stories::without_an_api_server_leases_run_on_and_nothing_is_granted);
 }

@@ -18,8 +18,6 @@ pub struct Api {
     pub writes: Vec<Write>,
     /// Leases that were ever held on a durable page, ascending.
     pub held_ever: Vec<u32>,
-    /// Those of them that a leader made durable when a later term had begun already.
-    pub late: Vec<u32>,
     /// How each of them was settled, ascending by lease.
     pub settled: Vec<Settled>,
     /// Leases with a receipt, ascending.
@@ -103,7 +101,6 @@ impl Api {
             term: 0,
             writes: Vec::new(),
             held_ever: Vec::new(),
-            late: Vec::new(),
             settled: Vec::new(),
             receipts: Vec::new(),
         }
@@ -189,10 +186,6 @@ impl Api {
             match self.held_ever.binary_search(&lease) {
                 Ok(_) => broken.push(Broken::Once),
                 Err(at) => self.held_ever.insert(at, lease),
-            }
-            if hold.epoch.0 < self.term {
-                self.late.push(lease);
-                self.late.sort_unstable();
             }
             if hold.parts.iter().any(|part| part.ms > 0 && is_over(new, &part.source)) {
                 broken.push(Broken::Quota);

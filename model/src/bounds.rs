@@ -106,9 +106,6 @@ pub struct Bounds {
 /// test fail, and removes the gap here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gap {
-    /// A hold that an old leader makes durable after a later term began can be unknown to the new leader when the hold's node
-    /// joins: it takes the lease for nobody's, ends it, and acknowledges its end, so that the hold is voided later.
-    LateHold,
     /// A page that the watch shows while a write is in flight is dropped; if the answer then comes from a read that is older
     /// than that page, the page is not known until something else is written to the account.
     DroppedPage,

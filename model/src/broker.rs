@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use spaceport_core::ids::{Epoch, IdSeed, LedgerTime, Size, SpaceKey, Steady};
 use spaceport_core::lease::{
-    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Policy, Priority, Request,
-    State, step,
+    AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, NodeSettings, PickedSlot, Policy,
+    Priority, Request, State, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
@@ -70,6 +70,8 @@ pub struct Leading {
 pub struct Read {
     /// Whose.
     pub account: usize,
+    /// For leases of this node that no known page holds (L7).
+    pub node: Option<usize>,
     /// As the API server read it; none before it did.
     pub page: Option<Shared<Page>>,
 }
@@ -79,7 +81,7 @@ pub struct Read {
 #[allow(missing_docs)] // As in `spaceport_core::lease::Effect`.
 pub enum Out {
     Write { account: usize, page: Shared<Page> },
-    Read { account: usize },
+    Read { account: usize, node: Option<usize> },
     Receipt { account: usize, lease: u32 },
     Start { node: usize, order: Order },
     Cancel { node: usize, epoch: u64, lease: u32, nobodys: bool },
@@ -167,6 +169,17 @@ impl Leading {
         }
     }
 
+    /// A read for leases that are not in doubt any more changes nothing, so it is not on its way. But for a node that is
+    /// away: it may be back with them before the answer.
+    pub fn forget_reads(&mut self) {
+        let core = &self.core;
+        self.reads.retain(|read| {
+            read.node.map(names::node).is_none_or(|node| {
+                !core.joined(&node) || core.strangers_of(&names::account(read.account), &node).next().is_some()
+            })
+        });
+    }
+
     /// Its clocks now.
     pub fn moment(&self) -> Moment {
         let steady = BEGUN_MS + u64::from(self.pauses) * PAUSE_MS + u64::from(self.ticks) * TICK_MS;
@@ -182,6 +195,7 @@ impl Leading {
             Command::Request(request) => request.ticket.number,
             Command::AccountSeen { account, .. }
             | Command::PageRead { account, .. }
+            | Command::PageConfirmed { account, .. }
             | Command::PageWritten { account, .. }
             | Command::PageConflict { account, .. }
             | Command::PageFailed { account, .. } => 8 + names::account_index(account) as u64,
@@ -214,7 +228,10 @@ fn out(state: &State, effect: Effect) -> Option<Out> {
         Effect::Write { account, page } => {
             Out::Write { account: names::account_index(&account), page: Shared::new(Page::clone(&page)) }
         }
-        Effect::Read { account } => Out::Read { account: names::account_index(&account) },
+        Effect::Read { account } => Out::Read { account: names::account_index(&account), node: None },
+        Effect::Confirm { account, node } => {
+            Out::Read { account: names::account_index(&account), node: Some(names::node_index(&node)) }
+        }
         Effect::Receipt { account, closed } => {
             Out::Receipt { account: names::account_index(&account), lease: names::lease_number(&closed.hold.lease) }
         }
@@ -233,7 +250,7 @@ fn out(state: &State, effect: Effect) -> Option<Out> {
             node: names::node_index(&node),
             epoch: state.epoch.0,
             lease: names::lease_number(&lease),
-            nobodys: reason == "no account has a reservation for this lease",
+            nobodys: reason == NOBODYS,
         },
         Effect::Acknowledge { node, lease, ended, freed } => {
             Out::Acknowledge { node: names::node_index(&node), lease: names::lease_number(&lease), ended, freed }
@@ -258,6 +275,7 @@ fn policy(account: usize) -> Policy {
     Policy {
         tier: "model".into(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms: u64::from(leases) * DECLARED_MS,
             longest_call_ms: DECLARED_MS,
             runs_per_window: None,
@@ -268,6 +286,7 @@ fn policy(account: usize) -> Policy {
         priority: Priority::Medium,
         caller: CallerClass::Regular,
         deleting: false,
+        conflict: None,
     }
 }
 
@@ -277,8 +296,12 @@ pub fn seen(account: usize, page: &Page) -> Command {
 }
 
 /// A page as it was read.
-pub fn read(account: usize, page: &Page) -> Command {
-    Command::PageRead { account: names::account(account), page: Box::new(page.clone()) }
+pub fn read(account: usize, node: Option<usize>, page: &Page) -> Command {
+    let (account, page) = (names::account(account), Box::new(page.clone()));
+    match node {
+        None => Command::PageRead { account, page },
+        Some(node) => Command::PageConfirmed { account, node: names::node(node), page: Some(page) },
+    }
 }
 
 /// The pool of a node.
@@ -305,9 +328,10 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             node: name,
             epoch: Epoch(*epoch),
             cards: vec![Card { index: 0, large_slots: 1, grantable: true, quarantined_slots: 0 }],
-            leases: leases.iter().map(agent_lease).collect(),
+            leases: leases.iter().map(|lease| agent_lease(lease, calls)).collect(),
         },
         ToBroker::Request { call, start } => Command::Request(Box::new(Request {
+            cookie: None,
             ticket: names::ticket(usize::from(*call), node, *start),
             node: name,
             space: SpaceKey::new("model", "space", "space"),
@@ -315,12 +339,15 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             declared_ms: DECLARED_MS,
             caller: Ok(names::account(calls[usize::from(*call)].account)),
             budget: None,
+            // What order calls are served in is not looked at here.
+            presented: None,
         })),
         ToBroker::Dequeue { call, start } => {
             Command::Dequeue { ticket: names::ticket(usize::from(*call), node, *start) }
         }
         ToBroker::Started { lease, card } => {
-            Command::Started { node: name, lease: names::lease(*lease), card: card.then_some(0) }
+            let slot = if *card { PickedSlot::Has(0) } else { PickedSlot::Awaits(0) };
+            Command::Started { node: name, lease: names::lease(*lease), slot }
         }
         ToBroker::Refused { lease } => Command::Refused { node: name, lease: names::lease(*lease) },
         ToBroker::Running { lease } => Command::Running { node: name, lease: names::lease(*lease) },
@@ -336,11 +363,12 @@ const fn report(ending: Ending, used_ms: u64) -> EndReport {
     EndReport { ending, used_ms }
 }
 
-fn agent_lease(lease: &NodeLease) -> AgentLease {
+fn agent_lease(lease: &NodeLease, calls: &[Call]) -> AgentLease {
     AgentLease {
         lease: names::lease(lease.lease),
+        account: Some(names::account(calls[usize::from(lease.call)].account)),
         size: Size::Large,
-        card: 0,
+        slot: if lease.phase == Phase::Waiting { PickedSlot::Awaits(0) } else { PickedSlot::Has(0) },
         phase: match lease.phase {
             Phase::Waiting | Phase::Assigned => AgentPhase::Assigned,
             Phase::Running => AgentPhase::Running,

@@ -110,7 +110,7 @@ impl Cluster {
         }
         world.api.pages.iter().flat_map(|page| &page.holds).all(|hold| {
             let node = crate::names::node_index(&hold.node);
-            world.nodes[node].gone || !self.judges(world, crate::names::lease_number(&hold.lease))
+            world.nodes[node].gone
         })
     }
 }

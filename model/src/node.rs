@@ -30,6 +30,8 @@ pub struct NodeLease {
     pub lease: u32,
     /// The call it was made for.
     pub call: u8,
+    /// The term of its order.
+    pub epoch: u64,
     /// The lease whose slot it waits for (L14).
     pub after: Option<u32>,
     /// Where it stands.
@@ -268,7 +270,8 @@ impl Node {
         }
         self.waiting.retain(|waiting| *waiting != order.call);
         let broken = (order.epoch < self.epoch).then_some(Broken::Fence);
-        self.leases.push(NodeLease { lease, call: order.call, after: order.after, phase: Phase::Waiting });
+        let (call, epoch) = (order.call, order.epoch);
+        self.leases.push(NodeLease { lease, call, epoch, after: order.after, phase: Phase::Waiting });
         let mut told = self.begin_waiting();
         if self.leases.last().is_some_and(|lease| lease.phase == Phase::Waiting) {
             told.messages.push(ToBroker::Started { lease, card: false });
@@ -286,7 +289,7 @@ impl Node {
         let mut told = Told::default();
         let mut index = 0;
         while index < self.leases.len() {
-            let NodeLease { lease, call, after, phase } = self.leases[index];
+            let NodeLease { lease, call, epoch, after, phase } = self.leases[index];
             if phase == Phase::Waiting {
                 let first = self.leases.iter().position(|lease| lease.phase == Phase::Waiting) == Some(index);
                 if first && !self.leases.iter().any(NodeLease::uses_slot) {
@@ -297,6 +300,10 @@ impl Node {
                     self.leases.remove(index);
                     self.waiting.push(call);
                     told.messages.push(ToBroker::Refused { lease });
+                    if epoch < self.epoch {
+                        // Only the leader of its order's term knows whose lease it was.
+                        told.messages.push(ToBroker::Request { call, start: self.start });
+                    }
                     continue;
                 }
             }

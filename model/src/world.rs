@@ -188,6 +188,9 @@ impl Cluster {
         for out in &stepped.outs {
             self.carry_out(world, broker, out);
         }
+        if let Some(leading) = world.leading(broker) {
+            leading.forget_reads();
+        }
     }
 
     fn carry_out(&self, world: &mut World, broker: usize, out: &Out) {
@@ -203,9 +206,13 @@ impl Cluster {
                 };
                 world.api().writes.push(write);
             }
-            Out::Read { account } => {
-                if let Some(leading) = world.leading(broker) {
-                    leading.reads.push(Read { account: *account, page: None });
+            Out::Read { account, node } => {
+                let read = Read { account: *account, node: *node, page: None };
+                let is_same = |known: &Read| (known.account, known.node) == (*account, *node);
+                if let Some(leading) = world.leading(broker)
+                    && (node.is_none() || !leading.reads.iter().any(is_same))
+                {
+                    leading.reads.push(read);
                 }
             }
             Out::Receipt { account, lease } => {
@@ -229,14 +236,14 @@ impl Cluster {
                 self.send(world, broker, *node, ToNode::Start(order));
             }
             Out::Cancel { node, epoch, lease, nobodys } => {
-                if *nobodys && *epoch == world.api.term && world.api.is_held(*lease) && self.judges(world, *lease) {
+                if *nobodys && *epoch == world.api.term && world.api.is_held(*lease) {
                     world.break_rule(Broken::Killed);
                 }
                 self.send(world, broker, *node, ToNode::Cancel { epoch: *epoch, lease: *lease, stale: false });
             }
             Out::Acknowledge { node, lease, ended, freed } => {
                 // Invariant 2: a node may forget an end when it is settled for good.
-                if *ended && world.api.is_held(*lease) && self.judges(world, *lease) {
+                if *ended && world.api.is_held(*lease) {
                     world.break_rule(Broken::Visible);
                 }
                 self.send(world, broker, *node, ToNode::Acknowledge { lease: *lease, ended: *ended, freed: *freed });
@@ -248,12 +255,6 @@ impl Cluster {
             }
             Out::EndTerm => self.stop(world, broker),
         }
-    }
-
-    /// A hold that an old leader made durable after a new term began may not be known to the new leader when its node joins:
-    /// that gap is known (docs/decisions/0006), and a test of its own shows it.
-    pub fn judges(&self, world: &World, lease: u32) -> bool {
-        self.bounds.gap == Some(Gap::LateHold) || !world.api.late.contains(&lease)
     }
 
     /// The process of a broker ends. What it sent is still on its way.
@@ -277,7 +278,7 @@ impl Cluster {
             let Some(settled) = world.api.settled(lease).copied() else { continue };
             world.ended.retain(|(known, _)| *known != lease);
             // A node that was silent beyond the bound is not asked any more (L9).
-            if settled.ending != ending && settled.ending != Ending::Expired && self.judges(world, lease) {
+            if settled.ending != ending && settled.ending != Ending::Expired {
                 world.break_rule(Broken::Report);
             }
         }
@@ -485,10 +486,13 @@ impl Cluster {
     /// A leader gets the page that was read for it.
     pub fn answer_read(&self, world: &mut World, broker: usize, index: usize) {
         let Some(leading) = world.leading(broker) else { return };
-        let Read { account, page } = leading.reads.remove(index);
+        let Read { account, node, page } = leading.reads.remove(index);
         let Some(page) = page else { return };
-        leading.targets[account] = page.seq;
-        self.tell(world, broker, broker::read(account, &page));
+        let newest = leading.core.accounts.get(&names::account(account)).map_or(0, |found| found.durable.seq);
+        if node.is_none() || page.seq >= newest {
+            leading.targets[account] = page.seq;
+        }
+        self.tell(world, broker, broker::read(account, node, &page));
         self.show_again(world, broker, account);
     }
 

@@ -111,9 +111,11 @@ fn a_decision_without_what_is_in_flight_is_seen() {
     is_seen(Bounds { begin, ..calm("two calls", 2, &calls) }, "the ledger takes its own events");
 }
 
+/// An old leader's hold lands after the next term began, and its node joins before the new leader's watch shows it.
 #[test]
-fn the_gap_of_a_late_hold_is_there() {
-    let bounds = Bounds { gap: Some(Gap::LateHold), ..one_call(Budget { terms: 1, ..NONE }) };
+fn a_late_hold_that_is_judged_without_a_read_is_seen() {
+    let begin = |state: State| state.with_mutant(Mutant::JudgeAtOnce);
+    let bounds = Bounds { begin, ..one_call(Budget { terms: 1, ..NONE }) };
     is_seen(bounds.clone(), "L7: a fail-over ends no lease");
     is_seen(bounds, "invariant 2");
 }

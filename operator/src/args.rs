@@ -62,14 +62,16 @@ pub struct LeaderArgs {
     /// Name of the Lease object.
     #[arg(long, env = "SPACEPORT_LEASE_NAME", default_value = "spaceport-operator")]
     pub lease_name: String,
-    /// How long a silent leader keeps the lease. The Lease object stores whole seconds, rounded up.
-    #[arg(long, env = "SPACEPORT_LEASE_DURATION", default_value = "15s", value_parser = duration)]
+    /// How long a silent leader keeps the lease. The Lease object stores whole seconds, rounded up. Two seconds, so that a
+    /// standby grants within five of its leader's end; whoever leads wrongly is fenced by the epoch (invariant 7).
+    #[arg(long, env = "SPACEPORT_LEASE_DURATION", default_value = "2s", value_parser = duration)]
     pub lease_duration: Duration,
-    /// A leader that could not renew for this long stops; below the lease duration, so that it stops before another starts.
-    #[arg(long, env = "SPACEPORT_RENEW_DEADLINE", default_value = "10s", value_parser = duration)]
+    /// A leader that could not renew for this long stands by; below the lease duration, so that it stops before another
+    /// starts.
+    #[arg(long, env = "SPACEPORT_RENEW_DEADLINE", default_value = "1500ms", value_parser = duration)]
     pub renew_deadline: Duration,
     /// Time between tries to renew or to take the lease.
-    #[arg(long, env = "SPACEPORT_RETRY_PERIOD", default_value = "2s", value_parser = duration)]
+    #[arg(long, env = "SPACEPORT_RETRY_PERIOD", default_value = "300ms", value_parser = duration)]
     pub retry_period: Duration,
 }
 

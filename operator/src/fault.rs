@@ -5,6 +5,7 @@
 #[cfg(feature = "faults")]
 use spaceport_core::lease::Mutant;
 use spaceport_core::lease::State;
+use spaceport_shell::admin::Routes;
 use spaceport_shell::fault::Chosen;
 
 /// What is broken.
@@ -55,4 +56,64 @@ pub fn in_ledger(state: State) -> State {
 #[cfg(not(feature = "faults"))]
 pub fn in_ledger(state: State) -> State {
     state
+}
+
+/// Where the process can be made to stand still, in the order in which a lease passes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A request has come; nothing is decided.
+    RequestReceived,
+    /// A slot is meant for a request; the hold is not written.
+    HoldDecided,
+    /// The hold is durable; its order is not sent.
+    HoldWritten,
+    /// The end of a lease has come; nothing is settled.
+    EndReceived,
+    /// The settlement is decided and not written.
+    SettleDecided,
+    /// The settlement is durable; the node does not know.
+    SettleWritten,
+    /// The final receipt is durable; its row is still in the outbox.
+    ReceiptWritten,
+}
+
+impl Place {
+    /// The names, as `PUT /failpoint/NAME` knows them.
+    #[cfg(feature = "faults")]
+    pub const NAMES: &'static [&'static str] = &[
+        "request-received",
+        "hold-decided",
+        "hold-written",
+        "end-received",
+        "settle-decided",
+        "settle-written",
+        "receipt-written",
+    ];
+
+    /// Stands still here, in a build for tests that was told to; nothing in any other.
+    pub fn reached(self) {
+        if cfg!(feature = "faults") {
+            spaceport_shell::failpoint::reached(self.name());
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::RequestReceived => "request-received",
+            Self::HoldDecided => "hold-decided",
+            Self::HoldWritten => "hold-written",
+            Self::EndReceived => "end-received",
+            Self::SettleDecided => "settle-decided",
+            Self::SettleWritten => "settle-written",
+            Self::ReceiptWritten => "receipt-written",
+        }
+    }
+}
+
+/// The admin endpoint's routes of a build for tests.
+pub fn routes() -> Routes {
+    #[cfg(feature = "faults")]
+    return spaceport_shell::failpoint::routes(Place::NAMES);
+    #[cfg(not(feature = "faults"))]
+    return Routes::new();
 }

@@ -13,7 +13,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::runtime::watcher;
 use serde::Deserialize;
-use spaceport_core::ids::AccountName;
+use spaceport_core::ids::{AccountName, CookieId};
 use spaceport_core::protocol::UnauthenticatedReason;
 use spaceport_shell::error_chain;
 use tokio::sync::watch;
@@ -25,6 +25,11 @@ use crate::kubeapi::KubeApi;
 
 /// Longest token that is looked at, bytes. Ours are about 500; an `act` chain of a few Spaces stays far below.
 const TOKEN_LENGTH_MAX: usize = 8192;
+
+/// Longest id of a cookie, characters (the schema's bound).
+const COOKIE_LENGTH_MAX: usize = 64;
+/// Longest name of a guest page: it is a label on receipts.
+const GUEST_NAME_MAX: usize = 63;
 
 /// Public keys by key id.
 #[derive(Clone, Default)]
@@ -44,6 +49,8 @@ pub struct TokenVerifier {
 pub struct Caller {
     /// The account to charge (`sub`).
     pub account: AccountName,
+    /// The visitor (`cookie`), if that is the page of an address prefix; then always there, and never otherwise (L1).
+    pub cookie: Option<CookieId>,
     /// Id of this token.
     pub jti: String,
     /// Id of the token that the visitor's call began with: budgets are counted by it, however often a Space calls on.
@@ -75,6 +82,21 @@ struct Claims {
     exp: i64,
     max_ms: u64,
     max_calls: u64,
+    cookie: Option<String>,
+}
+
+/// The visitor of a token. Where the account is a guest page both have to be well-formed: the page is made by their names.
+fn visitor(claims: &Claims) -> Result<Option<CookieId>, UnauthenticatedReason> {
+    let account = AccountName::new(&claims.sub);
+    let Some(cookie) = claims.cookie.as_ref() else {
+        return if account.is_guests() { Err(UnauthenticatedReason::NotAToken) } else { Ok(None) };
+    };
+    let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let hash = claims.sub.strip_prefix(AccountName::GUEST_PREFIX).unwrap_or_default();
+    let is_page = !hash.is_empty() && is_plain(hash) && claims.sub.len() <= GUEST_NAME_MAX;
+    let is_cookie =
+        !cookie.is_empty() && cookie.len() <= COOKIE_LENGTH_MAX && cookie.bytes().all(|byte| byte.is_ascii_graphic());
+    if is_page && is_cookie { Ok(Some(CookieId::new(cookie))) } else { Err(UnauthenticatedReason::NotAToken) }
 }
 
 // === impl KeySet ===
@@ -134,7 +156,9 @@ impl TokenVerifier {
         if claims.aud != space_uid && !fault::is(Fault::AnyAudience) {
             return Err(UnauthenticatedReason::WrongAudience);
         }
+        let cookie = visitor(&claims)?;
         Ok(Caller {
+            cookie,
             account: AccountName::new(claims.sub),
             jti: claims.jti,
             root_jti: claims.root_jti,
@@ -229,6 +253,19 @@ mod tests {
         claims
     }
 
+    fn guest(page: &str, cookie: &str) -> Value {
+        let mut claims = with("sub", json!(page));
+        claims["cookie"] = json!(cookie);
+        claims
+    }
+
+    #[test]
+    fn a_guests_token_names_the_address_prefix_and_the_visitor() {
+        let mint = mint();
+        let caller = mint.verify(&mint.sign(Some("k1"), &guest("guest-0af3", "c_1"))).unwrap();
+        assert_eq!((caller.account.as_str(), caller.cookie), ("guest-0af3", Some(CookieId::new("c_1"))));
+    }
+
     impl Mint {
         fn sign(&self, kid: Option<&str>, claims: &Value) -> String {
             let mut header = Header::new(Algorithm::EdDSA);
@@ -264,6 +301,12 @@ mod tests {
             ("no end", without("exp"), UnauthenticatedReason::NotAToken),
             ("endless", with("exp", json!(i64::MAX)), UnauthenticatedReason::NotAToken),
             ("ended just now", with("exp", json!(NOW)), UnauthenticatedReason::Expired),
+            ("a guest page without its visitor", with("sub", json!("guest-0af3")), UnauthenticatedReason::NotAToken),
+            ("a visitor of an account", with("cookie", json!("c1")), UnauthenticatedReason::NotAToken),
+            ("a visitor without a name", guest("guest-0af3", ""), UnauthenticatedReason::NotAToken),
+            ("too long a name of a visitor", guest("guest-0af3", &"c".repeat(65)), UnauthenticatedReason::NotAToken),
+            ("no address prefix", guest("guest-", "c1"), UnauthenticatedReason::NotAToken),
+            ("no name of an object", guest("guest-A/b", "c1"), UnauthenticatedReason::NotAToken),
             ("another Space's", with("aud", json!("other")), UnauthenticatedReason::WrongAudience),
         ];
         for (what, claims, reason) in table {

@@ -8,11 +8,13 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures::Stream;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::api::{DeleteParams, ListParams, PartialObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::NamespaceResourceScope;
+use kube::runtime::utils::Backoff;
 use kube::runtime::watcher;
 use kube::{Api, Client, Config, Resource};
 use serde::Serialize;
@@ -20,6 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{self, ClockDifference};
+use crate::metrics::Metrics;
 
 /// Name under which our fields are managed.
 pub const FIELD_MANAGER: &str = "spaceport-operator";
@@ -119,6 +122,37 @@ pub enum ConnectError {
 #[derive(Clone)]
 pub struct KubeApi {
     client: Client,
+    /// Counts what changes something; none where nobody reads it.
+    metrics: Option<Metrics>,
+}
+
+/// Pauses between tries to watch: at most 3 s, because a leader grants nothing before its own watch has shown its term, and
+/// random, because every replica and agent tries again when an API server comes back.
+struct WatchBackoff(backon::ExponentialBackoff);
+
+impl WatchBackoff {
+    fn new() -> Self {
+        let builder = ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(200))
+            .with_max_delay(Duration::from_secs(3))
+            .with_jitter()
+            .without_max_times();
+        Self(builder.build())
+    }
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next()
+    }
+}
+
+impl Backoff for WatchBackoff {
+    fn reset(&mut self) {
+        *self = Self::new();
+    }
 }
 
 /// The objects of one kind, in one namespace or in the cluster.
@@ -127,6 +161,7 @@ pub struct Objects<K> {
     api: Api<K>,
     /// The same objects, of which only the metadata is read from answers.
     metadata: Api<PartialObjectMeta<K>>,
+    metrics: Option<Metrics>,
 }
 
 // === impl Call ===
@@ -146,6 +181,15 @@ impl ApiError {
         match self {
             Self::NotFound { .. } | Self::Conflict { .. } | Self::Exists { .. } | Self::Refused { .. } => true,
             Self::TimedOut { .. } | Self::Unknown { .. } => false,
+        }
+    }
+
+    /// True if the API server has too much to do: it sent the request away, or did not answer, or gave up.
+    pub fn is_overload(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => *code == 429,
+            Self::TimedOut { .. } | Self::Unknown { .. } => true,
+            Self::NotFound { .. } | Self::Conflict { .. } | Self::Exists { .. } => false,
         }
     }
 
@@ -193,12 +237,18 @@ impl KubeApi {
         };
         config.default_retry = false;
         let client = Client::try_from(config).map_err(|error| ConnectError::Client(Box::new(error)))?;
-        Ok(Self { client })
+        Ok(Self::from_client(client))
     }
 
     /// Wraps a client that was made elsewhere. It must have been made with `default_retry: false` (L2).
     pub fn from_client(client: Client) -> Self {
-        Self { client }
+        Self { client, metrics: None }
+    }
+
+    /// The same, and each request that may change something is counted, however it ends.
+    #[must_use]
+    pub fn counted_by(self, metrics: Metrics) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 
     /// The objects of a kind in the whole cluster.
@@ -207,7 +257,11 @@ impl KubeApi {
         K: Resource,
         K::DynamicType: Default,
     {
-        Objects { api: Api::all(self.client.clone()), metadata: Api::all(self.client.clone()) }
+        Objects {
+            api: Api::all(self.client.clone()),
+            metadata: Api::all(self.client.clone()),
+            metrics: self.metrics.clone(),
+        }
     }
 
     /// The objects of a kind in one namespace.
@@ -219,6 +273,7 @@ impl KubeApi {
         Objects {
             api: Api::namespaced(self.client.clone(), namespace),
             metadata: Api::namespaced(self.client.clone(), namespace),
+            metrics: self.metrics.clone(),
         }
     }
 
@@ -233,6 +288,9 @@ impl KubeApi {
             ..TokenReview::default()
         };
         let api: Api<TokenReview> = Api::all(self.client.clone());
+        if let Some(metrics) = &self.metrics {
+            metrics.api_mutation("create", "tokenreviews");
+        }
         let reviewed = limited(call, REQUEST_TIMEOUT, api.create(&PostParams::default(), &review)).await?;
         Ok(reviewed.status.unwrap_or_default())
     }
@@ -268,6 +326,13 @@ where
 {
     fn call(&self, verb: &'static str, name: &str) -> Call {
         Call { verb, kind: K::kind(&K::DynamicType::default()).into_owned(), name: name.to_owned() }
+    }
+
+    /// Counts a request that may change something, by the verb and resource that authorization knows it by.
+    fn changes(&self, verb: &'static str, subresource: &str) {
+        if let Some(metrics) = &self.metrics {
+            metrics.api_mutation(verb, &format!("{}{subresource}", K::plural(&K::DynamicType::default())));
+        }
     }
 
     /// The object as it is now (a quorum read), or none.
@@ -312,7 +377,7 @@ where
         K::DynamicType: Send,
     {
         use kube::runtime::WatchStreamExt as _;
-        watcher(self.api.clone(), config).default_backoff()
+        watcher(self.api.clone(), config).backoff(WatchBackoff::new())
     }
 
     /// Creates an object.
@@ -324,6 +389,7 @@ where
         K: Serialize,
     {
         let name = object.meta().name.clone().unwrap_or_default();
+        self.changes("create", "");
         limited(self.call("create", &name), REQUEST_TIMEOUT, self.api.create(&post_parameters(), object)).await
     }
 
@@ -336,6 +402,7 @@ where
         K: Serialize,
     {
         let name = object.meta().name.clone().unwrap_or_default();
+        self.changes("update", "");
         limited(self.call("replace", &name), limit, self.api.replace(&name, &post_parameters(), object)).await
     }
 
@@ -351,6 +418,7 @@ where
         limit: Duration,
     ) -> Result<PartialObjectMeta<K>, ApiError> {
         let parameters = post_parameters();
+        self.changes("update", "/status");
         let write = self.metadata.replace_subresource("status", name, &parameters, body);
         limited(self.call("replace the status of", name), limit, write).await
     }
@@ -366,6 +434,7 @@ where
     ) -> Result<PartialObjectMeta<K>, ApiError> {
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
         let patch = Patch::Merge(serde_json::json!({ "metadata": metadata }));
+        self.changes("patch", "");
         let write = self.api.patch_metadata(name, &parameters, &patch);
         limited(self.call("patch the metadata of", name), REQUEST_TIMEOUT, write).await
     }
@@ -381,6 +450,7 @@ where
         let name = object.meta().name.clone().unwrap_or_default();
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
         let patch = Patch::Apply(object);
+        self.changes("patch", "");
         let write = self.api.patch(&name, &parameters, &patch);
         limited(self.call("apply", &name), REQUEST_TIMEOUT, write).await
     }
@@ -394,10 +464,29 @@ where
             preconditions: Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None }),
             ..DeleteParams::background()
         };
+        self.changes("delete", "");
         match limited(self.call("delete", name), REQUEST_TIMEOUT, self.api.delete(name, &parameters)).await {
             Ok(_) | Err(ApiError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Deletes, in one request, the objects of the namespace whose `label` has one of `values`; says how many there were.
+    /// Without a value nothing is asked: an empty selector would mean all objects.
+    ///
+    /// # Errors
+    /// See [`ApiError`]; some of them may be gone then.
+    pub async fn delete_labelled(&self, label: &str, values: &[&str]) -> Result<usize, ApiError> {
+        if values.is_empty() {
+            return Ok(0);
+        }
+        let selected = ListParams::default().labels(&format!("{label} in ({})", values.join(",")));
+        self.changes("deletecollection", "");
+        let parameters = DeleteParams::background();
+        let deletion = self.api.delete_collection(&parameters, &selected);
+        // The answer lists them, or only says that it was done.
+        let deleted = limited(self.call("delete a collection of", ""), REQUEST_TIMEOUT, deletion).await?;
+        Ok(deleted.left().map_or(values.len(), |deleted| deleted.items.len()))
     }
 }
 
@@ -426,9 +515,15 @@ pub async fn pause(time: Duration, stop: &CancellationToken) -> bool {
 }
 
 #[cfg(test)]
+pub mod fake;
+
+#[cfg(test)]
 mod tests {
     use kube::core::Status;
+    use serde_json::json;
+    use spaceport_crds::{GPULease, GPULeaseSpec};
 
+    use super::fake::{FakeApi, failure};
     use super::*;
 
     fn classified(code: u16, reason: &str) -> ApiError {
@@ -447,6 +542,42 @@ mod tests {
         for code in [500, 503, 504] {
             assert!(!classified(code, "Timeout").is_without_effect(), "{code} proves nothing");
         }
+    }
+
+    #[tokio::test]
+    async fn requests_that_may_change_something_are_counted_however_they_end() {
+        let fake = FakeApi::answering([failure(409, "AlreadyExists"), failure(404, "NotFound"), failure(429, "Busy")]);
+        let metrics = Metrics::new();
+        let receipts = fake.connect().counted_by(metrics.clone()).namespace::<GPULease>("demo");
+        assert!(receipts.create(&GPULease::new("a", GPULeaseSpec::default())).await.is_err());
+        assert_eq!(receipts.get("a").await.unwrap(), None);
+        let sent_away = receipts.put_status("a", &json!({}), REQUEST_TIMEOUT).await.unwrap_err();
+        assert!(sent_away.is_overload() && sent_away.is_without_effect());
+        let text = metrics.encode().unwrap();
+        let counted: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("spaceport_api_mutations_total")).collect();
+        let mut expected = [
+            "spaceport_api_mutations_total{verb=\"create\",resource=\"gpuleases\"} 1",
+            "spaceport_api_mutations_total{verb=\"update\",resource=\"gpuleases/status\"} 1",
+        ];
+        expected.sort_by_key(|line| counted.iter().position(|found| found == line));
+        assert_eq!(counted, expected, "and the read is not");
+    }
+
+    #[tokio::test]
+    async fn many_receipts_are_deleted_by_one_request_and_none_by_none() {
+        let deleted =
+            json!({"apiVersion": "spaceport.dev/v1alpha1", "kind": "GPULeaseList", "metadata": {}, "items": []});
+        let fake = FakeApi::answering([(200, deleted)]);
+        let receipts = fake.connect().namespace::<GPULease>("demo");
+        assert_eq!(receipts.delete_labelled("spaceport.dev/lease", &[]).await.unwrap(), 0);
+        assert_eq!(fake.asked(), [""; 0], "an empty selector would mean all of them");
+        assert_eq!(receipts.delete_labelled("spaceport.dev/lease", &["01a", "01b"]).await.unwrap(), 0);
+        let asked = fake.asked();
+        assert_eq!(asked.len(), 1);
+        let path = "DELETE /apis/spaceport.dev/v1alpha1/namespaces/demo/gpuleases?";
+        let selector = "labelSelector=spaceport.dev%2Flease+in+%2801a%2C01b%29";
+        assert!(asked[0].starts_with(path) && asked[0].contains(selector), "{asked:?}");
     }
 
     #[test]

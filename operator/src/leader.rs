@@ -1,7 +1,8 @@
 //! Leader election by a coordination.k8s.io Lease, written with compare-and-swap on its resourceVersion.
 //!
 //! Election only decides who *tries*: what a leader may still do is fenced by the epoch in pages and orders (L6,
-//! invariant 7). A leader that cannot renew in time ends its process; the next start begins as a standby.
+//! invariant 7). A leader that cannot renew in time steps down and is a standby again: what it watches stays
+//! warm, so that it can lead again as soon as the API server answers.
 //!
 //! Clocks of other replicas are never compared with ours: a holder is taken for gone when its record has not *changed* for
 //! the lease duration on our own monotonic clock, as Kubernetes' own components do it.
@@ -56,9 +57,9 @@ pub enum LeaderSettingsError {
     },
 }
 
-/// Why leading or trying to lead ended.
+/// Why leading ended before the process was told to stop.
 #[derive(Debug, thiserror::Error)]
-pub enum LeaderError {
+enum SteppedDown {
     /// The lease could not be renewed in time.
     #[error("stopped leading: the Lease could not be renewed for {} ms", .silent.as_millis())]
     Lost {
@@ -159,27 +160,24 @@ impl Observation {
     }
 }
 
-/// Tries to lead, then leads until `stop`. `leading` becomes true when the lease is ours. On `stop` the lease is given
-/// back, so that the next replica need not wait.
-///
-/// # Errors
-/// The lease was lost; the process must end. Failing to become leader is no error, it is tried for ever.
-pub async fn run(
-    api: KubeApi,
-    settings: LeaderSettings,
-    leading: watch::Sender<bool>,
-    stop: CancellationToken,
-) -> Result<(), LeaderError> {
+/// Tries to lead and leads, again and again, until `stop`. `leading` is true while the lease is ours. On `stop` the lease is
+/// given back, so that the next replica need not wait. Failing to become leader is no error; it is tried for ever.
+pub async fn run(api: KubeApi, settings: LeaderSettings, leading: watch::Sender<bool>, stop: CancellationToken) {
     let leases = api.namespace::<Lease>(&settings.namespace);
-    let Some(mut held) = acquire(&leases, &settings, &stop).await else { return Ok(()) };
-    tracing::info!(lease = settings.name, identity = settings.identity, "Leading");
-    leading.send_replace(true);
-    let result = keep(&leases, &settings, &mut held, &stop).await;
-    leading.send_replace(false);
-    if result.is_ok() {
-        give_back(&leases, &settings, held).await;
+    while let Some(mut held) = acquire(&leases, &settings, &stop).await {
+        tracing::info!(lease = settings.name, identity = settings.identity, "Leading");
+        leading.send_replace(true);
+        let result = keep(&leases, &settings, &mut held, &stop).await;
+        leading.send_replace(false);
+        match result {
+            Ok(()) => return give_back(&leases, &settings, held).await,
+            Err(reason) => tracing::warn!(error = %error_chain(&reason), "Not leading any more; standing by"),
+        }
+        // Everything that runs under the term sees that it is over before another try could end that.
+        if !pause(settings.retry_period, &stop).await {
+            return;
+        }
     }
-    result
 }
 
 /// Waits until the lease is ours. None when it is time to stop.
@@ -237,21 +235,21 @@ async fn keep(
     settings: &LeaderSettings,
     held: &mut Lease,
     stop: &CancellationToken,
-) -> Result<(), LeaderError> {
+) -> Result<(), SteppedDown> {
     let mut renewed = clock::monotonic();
     let mut last = None;
     while pause(settings.retry_period, stop).await {
         let sent = clock::monotonic();
         let left = settings.renew_deadline.saturating_sub(sent.saturating_duration_since(renewed));
         if left.is_zero() {
-            return Err(LeaderError::Lost { silent: sent.saturating_duration_since(renewed), last });
+            return Err(SteppedDown::Lost { silent: sent.saturating_duration_since(renewed), last });
         }
         match renew(leases, settings, held, left).await {
             Ok(()) => {
                 renewed = sent;
                 last = None;
             }
-            Err(RenewError::Deposed { holder }) => return Err(LeaderError::Deposed { holder }),
+            Err(RenewError::Deposed { holder }) => return Err(SteppedDown::Deposed { holder }),
             Err(RenewError::Api(error)) => {
                 tracing::warn!(error = %error_chain(&error), "Cannot renew the Lease");
                 last = Some(error);

@@ -26,6 +26,13 @@ pub struct NodeLabel {
     node: String,
 }
 
+/// A kind of request to the API server; their number is that of the resources we write.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabel {
+    verb: &'static str,
+    resource: String,
+}
+
 /// All metrics of the process; a cheap handle.
 #[derive(Clone)]
 pub struct Metrics {
@@ -36,6 +43,7 @@ struct Inner {
     registry: Registry,
     leases: Family<KindLabel, Counter>,
     denials: Family<KindLabel, Counter>,
+    shortened: Family<KindLabel, Counter>,
     queued: Family<NodeLabel, Gauge>,
     worst_wait_over_bound: Gauge<f64, AtomicU64>,
     promises_withdrawn: Counter,
@@ -43,11 +51,14 @@ struct Inner {
     page_writes: Family<KindLabel, Counter>,
     receipts_pending: Gauge,
     receipt_writes: Family<KindLabel, Counter>,
+    write_pressure: Gauge,
+    api_mutations: Family<RequestLabel, Counter>,
     malformed_objects: Family<KindLabel, Counter>,
     leader: Gauge,
     epoch: Gauge<u64, AtomicU64>,
     nodes_connected: Gauge,
     nodes_without_pool: Gauge,
+    leases_in_doubt: Gauge,
     sessions_refused: Family<KindLabel, Counter>,
     clock_ahead_seconds: Gauge<f64, AtomicU64>,
 }
@@ -81,6 +92,12 @@ impl Metrics {
         registry.register("leases", "Leases that ended, by ending", leases.clone());
         let denials = Family::default();
         registry.register("denials", "Requests that were denied, by kind", denials.clone());
+        let shortened = Family::default();
+        registry.register(
+            "leases_shortened",
+            "Leases that were given less than they declare, by reason",
+            shortened.clone(),
+        );
         let queued = Family::default();
         registry.register("queued_requests", "Requests that wait for a slot, by node", queued.clone());
         let worst_wait_over_bound = Gauge::<f64, AtomicU64>::default();
@@ -92,7 +109,7 @@ impl Metrics {
         let promises_withdrawn = Counter::default();
         registry.register(
             "promises_withdrawn",
-            "Nodes that came to have fewer slots while requests waited, which were then told a later latest start",
+            "Times that requests were told a later latest start: their node has fewer slots, or no leader was there in time",
             promises_withdrawn.clone(),
         );
         let page_write_seconds = Histogram::new(WRITE_BUCKETS);
@@ -108,6 +125,18 @@ impl Metrics {
         registry.register("receipts_pending", "Leases whose receipt is not written", receipts_pending.clone());
         let receipt_writes = Family::default();
         registry.register("receipt_writes", "Writes of receipts, by outcome", receipt_writes.clone());
+        let write_pressure = Gauge::default();
+        registry.register(
+            "write_pressure",
+            "1 while the API server can hardly keep up with page writes, and receipts give way",
+            write_pressure.clone(),
+        );
+        let api_mutations = Family::default();
+        registry.register(
+            "api_mutations",
+            "Requests to the API server that may change something, by verb and resource, however they end",
+            api_mutations.clone(),
+        );
         let malformed_objects = Family::default();
         registry.register("malformed_objects", "Objects seen that cannot be used, by kind", malformed_objects.clone());
         let leader = Gauge::default();
@@ -121,6 +150,12 @@ impl Metrics {
             "nodes_without_pool",
             "Nodes of this term whose pool is not known; the defaults apply to them",
             nodes_without_pool.clone(),
+        );
+        let leases_in_doubt = Gauge::default();
+        registry.register(
+            "leases_in_doubt",
+            "Leases that nodes had when they joined and no known page holds, until their pages are read; they keep their slots",
+            leases_in_doubt.clone(),
         );
         let sessions_refused = Family::default();
         registry.register(
@@ -140,6 +175,7 @@ impl Metrics {
                 registry,
                 leases,
                 denials,
+                shortened,
                 queued,
                 worst_wait_over_bound,
                 promises_withdrawn,
@@ -147,11 +183,14 @@ impl Metrics {
                 page_writes,
                 receipts_pending,
                 receipt_writes,
+                write_pressure,
+                api_mutations,
                 malformed_objects,
                 leader,
                 epoch,
                 nodes_connected,
                 nodes_without_pool,
+                leases_in_doubt,
                 sessions_refused,
                 clock_ahead_seconds,
             }),
@@ -178,6 +217,11 @@ impl Metrics {
         self.inner.denials.get_or_create(&KindLabel { kind }).inc();
     }
 
+    /// A lease was given less than it declares; `kind` is a `ShortenedReason`.
+    pub fn shortened(&self, kind: &'static str) {
+        self.inner.shortened.get_or_create(&KindLabel { kind }).inc();
+    }
+
     /// Requests that wait on a node.
     pub fn set_queued(&self, node: &str, requests: usize) {
         self.inner.queued.get_or_create(&NodeLabel { node: node.to_owned() }).set(gauge(requests));
@@ -197,7 +241,7 @@ impl Metrics {
         }
     }
 
-    /// Those who wait for a node were told a later latest start.
+    /// Somebody who waits, or all who wait for a node, were told a later latest start.
     pub fn promises_withdrawn(&self) {
         self.inner.promises_withdrawn.inc();
     }
@@ -226,6 +270,16 @@ impl Metrics {
         self.inner.receipt_writes.get_or_create(&KindLabel { kind }).inc();
     }
 
+    /// Whether receipts give way to page writes.
+    pub fn set_write_pressure(&self, is_high: bool) {
+        self.inner.write_pressure.set(i64::from(is_high));
+    }
+
+    /// A request that may change something is sent; `resource` as authorization knows it, `gpuaccounts/status`.
+    pub fn api_mutation(&self, verb: &'static str, resource: &str) {
+        self.inner.api_mutations.get_or_create(&RequestLabel { verb, resource: resource.to_owned() }).inc();
+    }
+
     /// An object of this kind cannot be used.
     pub fn malformed(&self, kind: &'static str) {
         self.inner.malformed_objects.get_or_create(&KindLabel { kind }).inc();
@@ -249,6 +303,11 @@ impl Metrics {
     /// Nodes to which the defaults apply, for want of a pool.
     pub fn set_nodes_without_pool(&self, nodes: usize) {
         self.inner.nodes_without_pool.set(gauge(nodes));
+    }
+
+    /// Leases whose pages are being read, because no known one holds them.
+    pub fn set_leases_in_doubt(&self, leases: usize) {
+        self.inner.leases_in_doubt.set(gauge(leases));
     }
 
     /// A session of an agent was refused.
@@ -276,19 +335,24 @@ mod tests {
         let metrics = Metrics::new();
         metrics.lease_ended("Released");
         metrics.denied("QuotaExceeded");
+        metrics.shortened("RemainingQuota");
         metrics.set_queued("gpu-1", 3);
         metrics.page_write(PageWrite::Written, Duration::from_millis(3));
         metrics.page_write(PageWrite::Conflict, Duration::from_millis(3));
         metrics.set_epoch(7);
         metrics.set_leader(true);
+        metrics.api_mutation("update", "gpuaccounts/status");
         let text = metrics.encode().unwrap();
         for line in [
             "spaceport_leases_total{kind=\"Released\"} 1",
             "spaceport_denials_total{kind=\"QuotaExceeded\"} 1",
+            "spaceport_leases_shortened_total{kind=\"RemainingQuota\"} 1",
             "spaceport_queued_requests{node=\"gpu-1\"} 3",
             "spaceport_page_writes_total{kind=\"conflict\"} 1",
             "spaceport_page_write_seconds_count 2",
             "spaceport_epoch 7",
+            "spaceport_api_mutations_total{verb=\"update\",resource=\"gpuaccounts/status\"} 1",
+            "spaceport_write_pressure 0",
             "spaceport_leader 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");

@@ -423,12 +423,16 @@ where
     }
 
     async fn forward_messages(&self, session: &mut Session) {
+        let mut leading = self.leading.clone();
         let mut token_ends = std::pin::pin!(self.token_ends(session.token.clone(), session.node.clone()));
         loop {
             let message = tokio::select! {
                 message = session.inbound.message() => message,
                 () = session.outbound.session_end.cancelled() => return,
                 () = &mut token_ends => return,
+                // Not leading any more: the agent connects anew and is told so. A session never outlives the term that it
+                // was given to, so nothing said in one term reaches another.
+                _ = leading.wait_for(|leads| !*leads) => return,
             };
             let message = match message {
                 Ok(Some(NodeMessage { message: Some(node_message::Message::Hello(_)) | None, .. })) => {

@@ -9,7 +9,7 @@ use backon::{ExponentialBuilder, Retryable as _};
 use spaceport_shell::admin::{self, AdminArgs};
 use spaceport_shell::readiness::Readiness;
 use spaceport_shell::signal::StopSignals;
-use spaceport_shell::tasks::Tasks;
+use spaceport_shell::tasks::{TaskError, Tasks};
 use spaceport_shell::{error_chain, log};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -18,13 +18,16 @@ use crate::account::{self, WorkQueue};
 use crate::args::{Args, LeaderArgs, LedgerArgs, NodeLinkArgs, PlaceArgs};
 use crate::clock;
 use crate::credentials::{self, CredentialsError, ServerCertificate};
+use crate::fault;
 use crate::identity::{self, KeySet, TokenVerifier};
 use crate::kubeapi::KubeApi;
 use crate::leader::{self, LeaderSettings};
 use crate::ledger::actor;
+use crate::ledger::durations::Durations;
 use crate::ledger::ports::{ActorParts, Input};
+use crate::ledger::pressure::PressureGauge;
 use crate::ledger::receipt::{self, Receipts};
-use crate::ledger::retention;
+use crate::ledger::retention::{self, Retention};
 use crate::ledger::store::PageStore;
 use crate::ledger::watches::{self, WatchParts};
 use crate::metrics::Metrics;
@@ -55,7 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     } = args;
     log::start(&log)?;
     #[cfg(feature = "faults")]
-    crate::fault::choose(fault);
+    fault::choose(fault);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
@@ -65,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let mut tasks = Tasks::new(stop.clone());
         let listener = admin::bind(admin_listen).await?;
         let counted = metrics.clone();
-        let serve = admin::serve(listener, move || counted.encode(), readiness.clone(), stop.clone());
+        let serve = admin::serve(listener, move || counted.encode(), readiness.clone(), fault::routes(), stop.clone());
         tasks.spawn_fallible("admin endpoint", serve);
         let settings = Settings { place, leader, ledger, node_link, space };
         let started = start(settings, metrics, readiness, &mut tasks).await;
@@ -95,7 +98,7 @@ async fn start(settings: Settings, metrics: Metrics, readiness: Readiness, tasks
     let leader = leader_settings(leader, &namespace, &replica)?;
     let (prepared, linked) = (readiness.condition("credentials"), readiness.condition("node-link"));
 
-    let api = connect(kubeconfig).await?;
+    let api = connect(kubeconfig).await?.counted_by(metrics.clone());
     let dns_names = dns_names(&namespace, nodelink_dns_names);
     let certificate = prepare_credentials(&api, &namespace, &dns_names, tasks.stop_token()).await?;
     prepared.set(true);
@@ -121,7 +124,7 @@ async fn start(settings: Settings, metrics: Metrics, readiness: Readiness, tasks
     linked.set(true);
 
     let elect = leader::run(api.clone(), leader, leading_sender, stop.clone());
-    tasks.spawn_fallible("leader election", elect);
+    tasks.spawn("leader election", elect);
     let store = PageStore::new(&api, page_write_timeout, metrics.clone());
     let parts = LeaderParts {
         api,
@@ -152,13 +155,15 @@ struct LeaderParts {
 
 /// Runs the ledger until `stop` or until a part of it ends. Every replica watches and keeps what it is shown, so that the
 /// one that comes to lead has nothing to list; only the leader decides and writes.
-async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: CancellationToken) -> anyhow::Result<()> {
+async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: CancellationToken) -> anyhow::Result<()> {
     let LeaderParts { api, store, metrics, events, inputs, verifier, clock_skew_max, space } = parts;
-    let receipts = Receipts::new();
+    let receipts = Receipts::new().giving_way_to(store.pressure());
+    let pressure = store.pressure();
     let accounts = WorkQueue::default();
+    let durations = Durations::default();
     let (retention_sender, retention) = watch::channel(None);
-    let mut tasks = Tasks::new(stop.child_token());
-    let stop = tasks.stop_token().clone();
+    let stop = stop.child_token();
+    let mut always = Tasks::new(stop.clone());
 
     let parts = WatchParts {
         api: api.clone(),
@@ -169,7 +174,7 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
         events: events.clone(),
     };
     let watch_objects = watches::run(parts, stop.clone());
-    tasks.spawn("watches", watch_objects);
+    always.spawn("watches", watch_objects);
     let parts = ActorParts {
         inputs,
         leading: leading.clone(),
@@ -177,33 +182,89 @@ async fn lead(parts: LeaderParts, mut leading: watch::Receiver<bool>, stop: Canc
         receipts: receipts.clone(),
         verifier,
         metrics: metrics.clone(),
+        durations: durations.clone(),
         clock_skew_max,
     };
     let act = actor::run(parts, stop.clone());
-    tasks.spawn_fallible("broker", act);
+    always.spawn_fallible("broker", act);
 
-    let led = async { leading.wait_for(|leads| *leads).await.is_ok() };
-    let leads = tokio::select! {
-        led = led => led,
-        () = stop.cancelled() => false,
-        // It ended before its time.
-        Some(ended) = tasks.next() => {
+    let parts =
+        WriterParts { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space };
+    let writers = parts.whenever_leading(leading, &stop);
+    let mut writers = std::pin::pin!(writers);
+    tokio::select! {
+        written = &mut writers => {
             stop.cancel();
-            return Ok(ended.and(tasks.wait(STOP_LIMIT).await)?);
+            Ok(written.and(always.wait(STOP_LIMIT).await)?)
         }
-    };
-    if leads {
-        metrics.set_leader(true);
-        let keep_accounts = account::run(api.clone(), accounts, clock_skew_max, stop.clone());
-        tasks.spawn("accounts", keep_accounts);
-        let write_receipts = receipt::run(receipts, api.clone(), metrics, events, stop.clone());
-        tasks.spawn_fallible("receipts", write_receipts);
-        let run_spaces = space::run(api.clone(), space, stop.clone());
-        tasks.spawn("spaces", run_spaces);
-        let remove_receipts = retention::run(api, retention, stop);
-        tasks.spawn("receipt retention", remove_receipts);
+        // One of them ended, by `stop` or before its time.
+        Some(ended) = always.next() => {
+            stop.cancel();
+            let (rest, written) = tokio::join!(always.wait(STOP_LIMIT), writers);
+            Ok(ended.and(rest).and(written)?)
+        }
     }
-    Ok(tasks.wait(STOP_LIMIT).await?)
+}
+
+/// What writes, besides the broker.
+struct WriterParts {
+    api: KubeApi,
+    receipts: Receipts,
+    accounts: WorkQueue,
+    metrics: Metrics,
+    events: mpsc::Sender<Input>,
+    retention: watch::Receiver<Option<Retention>>,
+    pressure: PressureGauge,
+    durations: Durations,
+    clock_skew_max: Duration,
+    space: space::Settings,
+}
+
+impl WriterParts {
+    /// Writes whenever this replica leads, until `stop`.
+    async fn whenever_leading(
+        &self,
+        mut leading: watch::Receiver<bool>,
+        stop: &CancellationToken,
+    ) -> Result<(), TaskError> {
+        while !stop.is_cancelled() {
+            tokio::select! {
+                // When the election has ended, the process does.
+                led = leading.wait_for(|leads| *leads) => if led.is_err() { return Ok(()) },
+                () = stop.cancelled() => return Ok(()),
+            }
+            self.while_leading(&mut leading, stop).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes until this replica does not lead any more, or until `stop`.
+    async fn while_leading(
+        &self,
+        leading: &mut watch::Receiver<bool>,
+        stop: &CancellationToken,
+    ) -> Result<(), TaskError> {
+        let Self { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space } =
+            self;
+        let mut tasks = Tasks::new(stop.child_token());
+        let term = tasks.stop_token().clone();
+        metrics.set_leader(true);
+        tasks.spawn("accounts", account::run(api.clone(), accounts.clone(), *clock_skew_max, term.clone()));
+        let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), term.clone());
+        tasks.spawn_fallible("receipts", write_receipts);
+        tasks.spawn("spaces", space::run(api.clone(), space.clone(), durations.clone(), term.clone()));
+        tasks
+            .spawn("receipt retention", retention::run(api.clone(), retention.clone(), pressure.clone(), term.clone()));
+        let early = tokio::select! {
+            _ = leading.wait_for(|leads| !*leads) => None,
+            ended = tasks.next() => ended,
+        };
+        metrics.set_leader(false);
+        metrics.set_write_pressure(false);
+        term.cancel();
+        let rest = tasks.wait(STOP_LIMIT).await;
+        early.unwrap_or(Ok(())).and(rest)
+    }
 }
 
 async fn connect(kubeconfig: Option<PathBuf>) -> anyhow::Result<KubeApi> {

@@ -38,6 +38,9 @@ pub enum AdminError {
     Serve(#[source] std::io::Error),
 }
 
+/// Further routes of the endpoint.
+pub type Routes = Router;
+
 type MetricsAnswer = Result<([(&'static str, &'static str); 1], String), StatusCode>;
 
 /// Binds the address, so that a wrong one is an error before anything is served.
@@ -48,7 +51,8 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminError> {
     TcpListener::bind(address).await.map_err(|source| AdminError::Bind { address, source })
 }
 
-/// Serves until `stop`. `metrics` renders what the process counts, as OpenMetrics text, at each request.
+/// Serves until `stop`. `metrics` renders what the process counts, as OpenMetrics text, at each request. `further` are the
+/// routes of builds for tests; no other build has any.
 ///
 /// # Errors
 /// [`AdminError::Serve`].
@@ -56,9 +60,10 @@ pub async fn serve(
     listener: TcpListener,
     metrics: impl Fn() -> Result<String, fmt::Error> + Clone + Send + Sync + 'static,
     readiness: Readiness,
+    further: Routes,
     stop: CancellationToken,
 ) -> Result<(), AdminError> {
-    axum::serve(listener, router(metrics, readiness))
+    axum::serve(listener, router(metrics, readiness).merge(further))
         .with_graceful_shutdown(stop.cancelled_owned())
         .await
         .map_err(AdminError::Serve)

@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod error;
+pub mod failpoint;
 pub mod fault;
 pub mod log;
 pub mod readiness;

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::rc::Rc;
 
-use spaceport_core::ids::{AccountName, LeaseId, NodeName, Ticket};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Ticket};
 use spaceport_core::lease::Request;
 use spaceport_core::page::{Closed, Ending};
 
@@ -34,10 +34,10 @@ pub enum Happening {
     WriteAnswered(u64),
     /// The broker stops waiting for the answer.
     WriteTimesOut(u64),
-    /// A read reaches it; the object that the broker knew when it asked.
-    ReadArrives(u64, AccountName, Option<u64>),
+    /// A read reaches it.
+    ReadArrives(u64, Asked),
     /// Its answer reaches the broker.
-    ReadAnswered(u64, AccountName, Option<u64>, Option<Object>),
+    ReadAnswered(u64, Asked, Option<Object>),
     /// The account of a first call was looked for.
     FirstSeen(u64, Box<Request>),
     /// A receipt reaches it.
@@ -96,6 +96,19 @@ pub enum Happening {
     Reachable(NodeName),
     /// A card comes back.
     CardBack(NodeName, u32),
+}
+
+/// A read of an account.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// Of which term of the broker: its tasks end with it.
+    pub epoch: Epoch,
+    /// Whose page.
+    pub account: AccountName,
+    /// The object that the broker knew when it asked.
+    pub uid: Option<u64>,
+    /// For leases of this node that no known page holds (L7).
+    pub node: Option<NodeName>,
 }
 
 /// The future.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size, Ticket};
-use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, Request};
+use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place, Request};
 use spaceport_core::page::Ending;
 use spaceport_core::slots::{Card, Occupancy, pick};
 
@@ -11,9 +11,7 @@ use crate::broken::NodeFault;
 use crate::links::LinkId;
 
 pub mod reports;
-
-/// Without a broker an agent tells its callers so after this (docs/rules.md, Queue).
-const FAILOVER_WAIT_MS: u64 = 30_000;
+pub mod waiting;
 
 /// A lease on its node.
 #[derive(Clone, Debug)]
@@ -30,6 +28,10 @@ pub struct Held {
     pub waited: bool,
     /// Counts the orders that were taken: who waits begins in this order.
     pub arrival: u64,
+    /// It does not begin later than this, for the broker may have given it up (L9); BOOTTIME.
+    pub begin_by: u64,
+    /// Where its call waited (L17).
+    pub told: Option<Told>,
     /// How far it is.
     pub phase: Phase,
     /// The broker has its end.
@@ -86,6 +88,19 @@ pub enum ToAgent {
     Acknowledge(LeaseId, bool, bool),
     /// A request is refused.
     Deny(Ticket),
+    /// A request waits.
+    Queued(Box<Place>),
+}
+
+/// What a request was told (L17).
+#[derive(Clone, Copy, Debug)]
+pub struct Told {
+    /// Its place.
+    pub place: (Epoch, u64),
+    /// The longest wait that was promised, milliseconds.
+    pub wait_ms: Option<u64>,
+    /// When, BOOTTIME.
+    pub at: u64,
 }
 
 /// What the ticket was for, so that it can be presented again.
@@ -97,6 +112,8 @@ pub struct Asked {
     pub sent: bool,
     /// Since when it has been without a broker, BOOTTIME.
     pub unsent_since: u64,
+    /// Where it waits.
+    pub told: Option<Told>,
 }
 
 /// What the world has to know of what an agent did.
@@ -119,6 +136,8 @@ pub enum Notice {
         /// It was to get the slot of another lease (L14).
         handover: bool,
     },
+    /// It refused a lease that had waited too long for a slot.
+    WaitedTooLong(LeaseId),
     /// It refused an order whose caller is gone.
     CallerGone(LeaseId),
     /// A caller was refused.
@@ -204,26 +223,19 @@ impl Agent {
     }
 
     /// A broker says that it leads. The highest epoch wins (L17); false if it is not joined.
-    pub fn welcome(&mut self, link: LinkId, epoch: Epoch) -> bool {
+    pub fn welcome(&mut self, link: LinkId, epoch: Epoch, now: u64) -> bool {
         if epoch < self.epoch && !self.has(NodeFault::IgnoresEpoch) {
             return false;
         }
         self.epoch = self.epoch.max(epoch);
+        // Joined is the first that a leader hears.
+        self.leader = None;
+        self.refuse_overdue(now);
         self.leader = Some(link);
         let leases = self.leases.values().map(told).collect();
         let (node, cards) = (self.name.clone(), self.cards.clone());
         self.send(Command::NodeJoined { node, epoch, cards, leases });
-        let again: Vec<Request> = self
-            .tickets
-            .values_mut()
-            .map(|asked| {
-                asked.sent = true;
-                asked.request.clone()
-            })
-            .collect();
-        for request in again {
-            self.send(Command::Request(Box::new(request)));
-        }
+        self.present_all(now);
         self.repeat();
         true
     }
@@ -238,9 +250,9 @@ impl Agent {
 
     /// A call.
     pub fn ask(&mut self, request: Request, now: u64) {
-        let sent = self.leader.is_some();
-        self.tickets.insert(request.ticket.clone(), Asked { request: request.clone(), sent, unsent_since: now });
-        self.send(Command::Request(Box::new(request)));
+        let ticket = request.ticket.clone();
+        self.tickets.insert(ticket.clone(), Asked { request, sent: false, unsent_since: now, told: None });
+        self.present(&ticket, now);
     }
 
     /// A caller goes while it waits.
@@ -300,7 +312,7 @@ impl Agent {
     pub fn receive(&mut self, link: LinkId, message: ToAgent, now: u64) {
         let leads = self.leader == Some(link);
         match message {
-            ToAgent::Welcome(epoch) => drop(self.welcome(link, epoch)),
+            ToAgent::Welcome(epoch) => drop(self.welcome(link, epoch, now)),
             ToAgent::Start(order, stamp) if leads || self.has(NodeFault::IgnoresEpoch) => {
                 self.start(*order, stamp, now);
             }
@@ -318,6 +330,7 @@ impl Agent {
                     self.notices.push(Notice::Refused(ticket));
                 }
             }
+            ToAgent::Queued(place) => self.queued(&place, now),
         }
     }
 
@@ -353,16 +366,27 @@ impl Agent {
         let card = place.filter(|(_, clear)| *clear).map(|(card, _)| card);
         let reserved = place.filter(|(_, clear)| !*clear).map(|(card, _)| card);
         let phase = if card.is_some() { Phase::Assigned { since: now } } else { Phase::Waiting };
-        let (request, arrival) = (asked.request, self.arrivals);
+        let (request, arrival, told) = (asked.request, self.arrivals, asked.told);
+        let begin_by = stamp + order.limits.order_ttl_ms + order.wait_ms;
         self.arrivals += 1;
         let (ended_acknowledged, freed_acknowledged) = (false, false);
         let waited = card.is_none();
-        let held =
-            Held { order, request, card, reserved, waited, arrival, phase, ended_acknowledged, freed_acknowledged };
+        let held = Held {
+            order,
+            request,
+            card,
+            reserved,
+            waited,
+            arrival,
+            begin_by,
+            told,
+            phase,
+            ended_acknowledged,
+            freed_acknowledged,
+        };
         self.leases.insert(id.clone(), held);
         self.notices.push(Notice::Taken(id.clone(), ticket));
-        let node = self.name.clone();
-        self.send(Command::Started { node, lease: id.clone(), card });
+        self.tell_slot(&id);
         if card.is_some() {
             self.notices.push(Notice::Began(id));
         }
@@ -372,55 +396,6 @@ impl Agent {
         after
             .and_then(|after| self.leases.get(after))
             .is_some_and(|held| !matches!(held.phase, Phase::Ended { freed: true, .. }))
-    }
-
-    /// Begins what waits and has a clear slot now, in the order in which it came; refuses what can have none any more.
-    fn begin_waiting(&mut self, now: u64) {
-        let mut waiting = self.of_phase(|phase| *phase == Phase::Waiting);
-        waiting.sort_by_key(|id| self.leases.get(id).map(|held| held.arrival));
-        for id in waiting {
-            self.begin(&id, now);
-        }
-    }
-
-    fn begin(&mut self, id: &LeaseId, now: u64) {
-        let Some(held) = self.leases.get(id) else { return };
-        let (size, after) = (held.order.size, held.order.after.clone());
-        let kept = held.reserved.filter(|card| self.fits(*card, size, &self.spoken_for(false, Some(id))));
-        let place = kept.map(|card| (card, self.fits(card, size, &self.occupancy())));
-        let place = place.or_else(|| self.place(size, Some(id)));
-        match place {
-            Some((card, true)) => {
-                if self.is_pending(after.as_ref()) {
-                    self.notices.push(Notice::Swapped(id.clone()));
-                }
-                if let Some(held) = self.leases.get_mut(id) {
-                    (held.card, held.reserved, held.phase) = (Some(card), None, Phase::Assigned { since: now });
-                }
-                let node = self.name.clone();
-                self.send(Command::Started { node, lease: id.clone(), card: Some(card) });
-                self.notices.push(Notice::Began(id.clone()));
-            }
-            Some((card, false)) => {
-                if let Some(held) = self.leases.get_mut(id) {
-                    held.reserved = Some(card);
-                }
-            }
-            None if self.is_pending(after.as_ref()) => {}
-            None => {
-                self.notices.push(Notice::NoSlot { lease: id.clone(), handover: true });
-                self.refuse(id.clone());
-                if let Some(held) = self.leases.remove(id) {
-                    // Its call waits again. A leader of a later term has never heard of it, so it is presented again.
-                    self.ask(held.request, now);
-                }
-            }
-        }
-    }
-
-    fn fits(&self, card: u32, size: Size, occupancy: &Occupancy) -> bool {
-        let cards: Vec<Card> = self.cards.iter().filter(|known| known.index == card).cloned().collect();
-        pick(&cards, occupancy, size, &[]).is_some()
     }
 
     fn of_phase(&self, is: impl Fn(&Phase) -> bool) -> Vec<LeaseId> {
@@ -460,35 +435,37 @@ impl Agent {
                 (limit <= now).then(|| (id.clone(), ending, limit))
             })
             .filter(|(_, ending, _)| *ending != Ending::Deadline || !self.has(NodeFault::ForgetsDeadline))
+            // It was never there: it is refused instead.
+            .filter(|(_, ending, _)| *ending != Ending::Refused)
             .collect();
         for (lease, ending, at) in due {
             self.end(&lease, ending, at);
         }
-    }
-
-    /// Callers without a broker are told so.
-    pub fn give_up(&mut self, now: u64) {
-        let is_late = |asked: &Asked| !asked.sent && asked.unsent_since + FAILOVER_WAIT_MS <= now;
-        let late: Vec<Ticket> =
-            self.tickets.iter().filter(|(_, asked)| is_late(asked)).map(|(ticket, _)| ticket.clone()).collect();
-        for ticket in late {
-            self.tickets.remove(&ticket);
-            self.notices.push(Notice::GaveUp(ticket));
-        }
+        self.refuse_overdue(now);
     }
 }
 
 // === impl Held ===
 
 impl Held {
-    /// When its node ends it by itself, and how.
+    /// Its slot, as its broker is told. One that is over and was lost with everything else had the first card.
+    pub fn slot(&self) -> PickedSlot {
+        match (self.phase, self.reserved) {
+            (Phase::Waiting, Some(card)) => PickedSlot::Awaits(card),
+            (Phase::Waiting, None) => PickedSlot::Open,
+            (_, _) => PickedSlot::Has(self.card.unwrap_or(0)),
+        }
+    }
+
+    /// When its node ends it by itself, or gives it back, and how.
     pub const fn limit(&self) -> Option<(u64, Ending)> {
         match self.phase {
             Phase::Assigned { since } => Some((since + self.order.limits.allow_limit_ms, Ending::NeverAllowed)),
             Phase::Running { since, .. } => {
                 Some((since + self.order.declared_ms + self.order.limits.grace_ms, Ending::Deadline))
             }
-            Phase::Waiting | Phase::Ended { .. } => None,
+            Phase::Waiting => Some((self.begin_by, Ending::Refused)),
+            Phase::Ended { .. } => None,
         }
     }
 }
@@ -501,8 +478,9 @@ const fn is_fresh(now: u64, stamp: u64, order_ttl_ms: u64) -> bool {
 fn told(held: &Held) -> AgentLease {
     AgentLease {
         lease: held.order.lease.clone(),
+        account: Some(held.order.account.clone()),
         size: held.order.size,
-        card: held.card.unwrap_or(0),
+        slot: held.slot(),
         phase: match held.phase {
             Phase::Waiting | Phase::Assigned { .. } => AgentPhase::Assigned,
             Phase::Running { .. } => AgentPhase::Running,

@@ -15,6 +15,8 @@ pub enum NodeFault {
     TakesStaleOrders,
     /// Against invariant 8: nothing is killed at its deadline.
     ForgetsDeadline,
+    /// Against L9: a lease waits for its slot for as long as it takes.
+    WaitsForEver,
     /// Against L10: what had ended is forgotten at a reboot, before the broker acknowledged it.
     ForgetsEnded,
 }

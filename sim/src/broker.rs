@@ -76,6 +76,8 @@ pub struct Broker {
     pub sessions: BTreeMap<NodeName, Session>,
     /// The object and revision that the next write of a page expects.
     pub targets: BTreeMap<AccountName, Target>,
+    /// Pages that are being read for the leases of a node.
+    pub confirming: BTreeSet<(AccountName, NodeName)>,
     /// Calls whose account is being looked for.
     pub first_calls: BTreeSet<Ticket>,
 }
@@ -131,6 +133,7 @@ impl Broker {
             queue,
             sessions: BTreeMap::new(),
             targets: BTreeMap::new(),
+            confirming: BTreeSet::new(),
             first_calls: BTreeSet::new(),
         }
     }

@@ -18,6 +18,7 @@ const fn node(fault: NodeFault, against: Rule, what: &'static str) -> Row {
 /// All of them. Invariant 9 needs a kernel; its faults are those of the agent's own tests and stories.
 pub const TABLE: &[Row] = &[
     ledger(Mutant::DecideOnDurable, Invariant(1), &[], "decisions do not see what is in flight"),
+    ledger(Mutant::PrefixCapIgnored, Invariant(1), &[], "the limit of an address prefix does not count"),
     ledger(Mutant::OrderEarly, Invariant(2), &[], "orders leave when the hold is decided"),
     ledger(Mutant::AcknowledgeEarly, Invariant(2), &[], "an end is acknowledged before it is durable"),
     ledger(Mutant::SettleTwice, Invariant(3), &[L(3)], "a settled hold stays open"),
@@ -32,11 +33,14 @@ pub const TABLE: &[Row] = &[
     ledger(Mutant::ForgetsReturned, Invariant(11), &[], "a request whose order failed is forgotten"),
     ledger(Mutant::NoOutcome, Invariant(12), &[], "a request that dies leaves no row"),
     ledger(Mutant::NoReceipt, Invariant(12), &[], "a lease leaves no receipt"),
+    ledger(Mutant::JudgeAtOnce, L(7), &[Invariant(2)], "a lease that no known page holds is ended without a look"),
     ledger(Mutant::NeverDeposed, L(2), &[], "a leader goes on when it is shown a later term"),
     ledger(Mutant::ReadProvesFailure, L(2), &[], "a read without our write counts as its failure"),
     node(NodeFault::TakesStaleOrders, L(8), "a node takes orders of any age"),
     ledger(Mutant::ExpireAtOnce, L(9), &[], "a silent node's lease expires at once"),
     ledger(Mutant::PresentLimits, L(9), &[], "a lease is held to the limits its pool has now"),
+    node(NodeFault::WaitsForEver, L(9), "a lease waits on its node for as long as its slot takes"),
+    ledger(Mutant::ForgetsPlaces, L(17), &[], "a place that an earlier leader told is not looked at"),
     ledger(Mutant::TimeGoesBack, L(20), &[], "a settlement is dated by the wall clock"),
     ledger(Mutant::Stateful, Replay, &[], "applying counts its calls"),
 ];

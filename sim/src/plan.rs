@@ -1,7 +1,9 @@
 //! The world that a seed stands for: how many of everything, what they may do, and the weather.
 
+use std::collections::BTreeMap;
+
 use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName, SpaceKey};
-use spaceport_core::lease::{Limits, Policy, Priority};
+use spaceport_core::lease::{Limits, Policy, Priority, SpaceSettings};
 use spaceport_core::page::{Page, Window};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::QueueBounds;
@@ -29,6 +31,8 @@ pub struct Plan {
     pub accounts: Vec<AccountPlan>,
     /// Spaces.
     pub spaces: Vec<SpaceKey>,
+    /// What their owners chose, by uid.
+    pub chosen: BTreeMap<String, SpaceSettings>,
     /// Tokens that calls come with.
     pub tokens: Vec<TokenPlan>,
     /// Calls that clients make, retries apart.
@@ -90,14 +94,23 @@ impl Plan {
         let mut random = Random::new(seed);
         let weather = Weather::draw(&mut random);
         let nodes = (1..=random.between(1, 3)).map(|number| node(number, &mut random)).collect();
-        let accounts: Vec<AccountPlan> = (0..random.between(2, 4)).map(|number| account(number, &mut random)).collect();
+        let mut accounts: Vec<AccountPlan> =
+            (0..random.between(2, 4)).map(|number| account(number, &mut random)).collect();
         let tokens = (0..random.between(1, 4)).map(|number| token(number, accounts.len(), &mut random)).collect();
-        let spaces = (0..random.between(1, 2)).map(space).collect();
+        let spaces: Vec<SpaceKey> = (0..random.between(1, 2)).map(space).collect();
+        // In a quarter of the histories, and drawn apart: the others are told as they always were.
+        let mut chosen = BTreeMap::new();
+        if seed % 4 == 3 {
+            let mut random = Random::new(seed ^ 0x6775_6573_7473);
+            accounts.push(guests(&mut random));
+            chosen = spaces.iter().map(|space| (space.uid.clone(), choice(&mut random))).collect();
+        }
         Self {
             seed,
             nodes,
             accounts,
             spaces,
+            chosen,
             tokens,
             calls: random.between(8, 40),
             call_gap_ms: random.between(100, 3_000),
@@ -152,6 +165,7 @@ fn account(number: u64, random: &mut Random) -> AccountPlan {
     let policy = Policy {
         tier: "demo".into(),
         allowance: Allowance {
+            per_cookie_ms: None,
             base_ms,
             longest_call_ms: 50_000,
             runs_per_window: random.chance(250).then(|| random.between(2, 8)),
@@ -162,10 +176,40 @@ fn account(number: u64, random: &mut Random) -> AccountPlan {
         priority: *random.pick(&[Priority::Low, Priority::Medium, Priority::Highest]).unwrap_or(&Priority::Medium),
         caller: *random.pick(&[CallerClass::Guest, CallerClass::Regular]).unwrap_or(&CallerClass::Regular),
         deleting: false,
+        conflict: None,
     };
     // Half of the accounts come with a window that ends soon.
     let page = if random.chance(500) { used(base_ms, random) } else { Page::default() };
     AccountPlan { name, policy, page }
+}
+
+/// An address prefix, with limits that its few visitors reach.
+fn guests(random: &mut Random) -> AccountPlan {
+    let policy = Policy {
+        tier: "guest".into(),
+        allowance: Allowance {
+            base_ms: random.between(20_000, 120_000),
+            per_cookie_ms: Some(random.between(10_000, 60_000)),
+            longest_call_ms: 50_000,
+            runs_per_window: random.chance(250).then(|| random.between(2, 8)),
+            generation: 1,
+            grants: Vec::new(),
+        },
+        concurrent: u32::try_from(random.between(1, 2)).unwrap_or(1),
+        priority: Priority::Low,
+        caller: CallerClass::Guest,
+        deleting: false,
+        conflict: None,
+    };
+    AccountPlan { name: AccountName::new("guest-0af3"), policy, page: Page::default() }
+}
+
+fn choice(random: &mut Random) -> SpaceSettings {
+    SpaceSettings {
+        concurrent: random.chance(600).then(|| u32::try_from(random.between(1, 3)).unwrap_or(1)),
+        clamp_to_remaining: random.chance(500),
+        learned_reservation: random.chance(500),
+    }
 }
 
 /// A grant as an admin makes it at `now_ms`: for long, or until soon.

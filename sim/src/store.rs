@@ -66,7 +66,7 @@ pub struct Store {
     /// Every lease that was ever held on a durable page, and whose.
     pub held_ever: BTreeMap<LeaseId, AccountName>,
     /// Those that an old leader wrote after a later term had begun. The later leader may meet them on their node before its
-    /// watch shows it their hold, see the page of the simulation in docs/.
+    /// watch shows it their hold (L7).
     pub late_holds: BTreeSet<LeaseId>,
     /// How each of them was settled.
     pub settled: BTreeMap<LeaseId, Closed>,
@@ -74,6 +74,8 @@ pub struct Store {
     pub orphaned: BTreeSet<LeaseId>,
     /// Weighted milliseconds charged, of all accounts.
     pub charged_ms: u64,
+    /// The highest base that each account's tier ever gave: of an address prefix that of all its visitors together.
+    pub highest_base_ms: BTreeMap<AccountName, u64>,
     uids: u64,
 }
 
@@ -94,6 +96,7 @@ impl Store {
         let mut store = Self::default();
         for account in accounts {
             store.create(&account.name, account.page.clone());
+            store.highest_base_ms.insert(account.name.clone(), account.policy.allowance.base_ms);
         }
         store
     }

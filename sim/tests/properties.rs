@@ -65,6 +65,21 @@ fn successors_may_take_each_others_slots() {
     assert!(coverage.count(Scenario::HandoverSwapped) > 0);
 }
 
+/// Guests meet both of their limits, and Spaces theirs.
+#[test]
+fn histories_reach_the_limits_of_guests_and_spaces() {
+    let coverage = runs::run(0, 400, 2).coverage;
+    for scenario in [
+        Scenario::GuestCharged,
+        Scenario::DeniedCookie,
+        Scenario::DeniedPrefix,
+        Scenario::WaitedForSpace,
+        Scenario::Clamped,
+    ] {
+        assert!(coverage.count(scenario) > 0, "never: {}", scenario.as_str());
+    }
+}
+
 #[test]
 fn everything_that_is_wrong_on_purpose_is_seen() {
     for row in TABLE {

@@ -30,6 +30,13 @@ enum What {
         /// Print exactly one JSON object on standard output
         #[arg(long)]
         json: bool,
+        /// Whole lease cycles a second under a steady load instead, with one operator and with two, and what a lease costs
+        /// the API server
+        #[arg(long)]
+        sustain: bool,
+        /// Seconds of leases for each number of operators (default 60)
+        #[arg(long, value_name = "N", requires = "sustain", value_parser = clap::value_parser!(u64).range(10..=600))]
+        seconds: Option<u64>,
     },
     /// How many decisions the ledger makes a second, and what an idle account costs; needs no cluster
     Ledger {
@@ -41,7 +48,7 @@ enum What {
 
 pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
     match arguments.what {
-        What::Grant { json } => grant(workspace, json),
+        What::Grant { json, sustain, seconds } => grant(workspace, json, &words(sustain, seconds)),
         What::Ledger { json } => ledger(workspace, json),
     }
 }
@@ -57,7 +64,19 @@ fn ledger(workspace: &Workspace, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn grant(workspace: &Workspace, json: bool) -> Result<()> {
+/// The words by which the benchmark is told what to measure.
+fn words(sustain: bool, seconds: Option<u64>) -> Vec<String> {
+    let mut words = vec!["grant".to_owned()];
+    if sustain {
+        words.push("--sustain".to_owned());
+    }
+    if let Some(seconds) = seconds {
+        words.extend(["--seconds".to_owned(), seconds.to_string()]);
+    }
+    words
+}
+
+fn grant(workspace: &Workspace, json: bool, words: &[String]) -> Result<()> {
     enough_cards(workspace)?;
     headline("the local cluster");
     cluster::up(workspace, &UpArguments { cards: CARDS, real_gpu: false })?;
@@ -71,13 +90,13 @@ fn grant(workspace: &Workspace, json: bool) -> Result<()> {
     ensure!(built.context("cannot start cargo")?.success(), "the benchmark does not build (see above)");
     headline("the benchmark");
     let mut run = workspace.cargo(&["run", "--release", "--quiet"]);
-    run.args(program).args(["--", "grant"]);
+    run.args(program).arg("--").args(words);
     if json {
         run.arg("--json");
     }
     clients::environment(workspace, &mut run)?;
     let status = run.stdin(Stdio::null()).status().context("cannot start the benchmark")?;
-    ensure!(status.success(), "there are no numbers (see above); the cluster stays up for you to look");
+    ensure!(status.success(), "the benchmark failed (see above); the cluster stays up for you to look");
     Ok(())
 }
 
@@ -96,4 +115,33 @@ fn enough_cards(workspace: &Workspace) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Bench {
+        #[command(flatten)]
+        arguments: BenchArguments,
+    }
+
+    #[test]
+    fn what_is_asked_for_is_what_the_benchmark_is_told() {
+        let told = |text: &str| {
+            let bench = Bench::try_parse_from(text.split(' ')).map_err(|error| error.kind())?;
+            match bench.arguments.what {
+                What::Grant { sustain, seconds, .. } => Ok(words(sustain, seconds).join(" ")),
+                What::Ledger { .. } => Ok("ledger".to_owned()),
+            }
+        };
+        assert_eq!(told("bench grant --json"), Ok("grant".to_owned()));
+        assert_eq!(told("bench grant --sustain --json"), Ok("grant --sustain".to_owned()));
+        assert_eq!(told("bench grant --sustain --seconds 20"), Ok("grant --sustain --seconds 20".to_owned()));
+        assert_eq!(told("bench grant --seconds 20"), Err(clap::error::ErrorKind::MissingRequiredArgument));
+        assert_eq!(told("bench grant --sustain --seconds 5"), Err(clap::error::ErrorKind::ValueValidation));
+    }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use sha2::{Digest as _, Sha256};
 
 use crate::cluster::binaries;
@@ -39,6 +39,8 @@ pub fn environment(workspace: &Workspace, command: &mut Command) -> Result<()> {
         .env("KUBECONFIG", workspace.kubeconfig())
         .env("SPACEPORT_KUBECTL", binaries::kubernetes(workspace)?)
         .env("SPACEPORT_CLIENT_PYTHON", python(workspace)?)
-        .env("SPACEPORT_LOCAL", &workspace.local);
+        .env("SPACEPORT_LOCAL", &workspace.local)
+        // Stories kill components and start them again.
+        .env("SPACEPORT_XTASK", std::env::current_exe().context("this program has no path")?);
     Ok(())
 }

@@ -11,6 +11,7 @@ mod cluster;
 mod command;
 mod demo;
 mod down;
+mod fuzz;
 mod generate;
 mod images;
 mod kubectl;
@@ -56,6 +57,8 @@ enum Action {
     /// Simulates the ledger, checks its protocol, replays demand under several queueing policies
     #[command(disable_help_flag = true)]
     Sim(simulation::SimulationArguments),
+    /// Makes up what strangers, nodes and old files may say, guided by the code that reads it
+    Fuzz(fuzz::FuzzArguments),
     /// Measures, in one run
     Bench(bench::BenchArguments),
     /// Writes the files that are generated from the Rust types
@@ -86,6 +89,7 @@ fn run() -> Result<()> {
         Action::Demo => demo::demo(&workspace),
         Action::Test(arguments) => test::run_tests(&workspace, &arguments),
         Action::Sim(arguments) => simulation::simulate(&workspace, &arguments),
+        Action::Fuzz(arguments) => fuzz::fuzz(&workspace, &arguments),
         Action::Bench(arguments) => bench::bench(&workspace, &arguments),
         Action::Gen(arguments) => generate::run(&workspace, &arguments),
     }

@@ -24,6 +24,7 @@ const PACKAGES: &[(&str, Probe, &str)] = &[
     ("ca-certificates", Probe::File("/etc/ssl/certs/ca-certificates.crt"), "downloads over TLS"),
     ("debian-archive-keyring", Probe::File("/usr/share/keyrings/debian-archive-keyring.gpg"), "checks the base image"),
     ("debootstrap", Probe::Program("debootstrap"), "the base image"),
+    ("g++", Probe::Program("c++"), "libFuzzer"),
     ("gcc", Probe::Program("cc"), "runc and the pause program"),
     ("git", Probe::Program("git"), "Go modules, sources of Spaces"),
     ("iproute2", Probe::Program("ip"), "the pod bridge"),

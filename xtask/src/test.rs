@@ -1,4 +1,5 @@
-//! `cargo xtask test [unit|api|e2e]`: every check there is, in the order in which they are cheap.
+//! `cargo xtask test [unit|api|e2e]`: every check there is, in the order in which they are cheap. `crash` takes a quarter of
+//! an hour and is only run when it is named.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -12,15 +13,18 @@ use crate::command::{command, headline, progress, run};
 use crate::generate::{self, GenerateArguments};
 use crate::images::{self, Name};
 use crate::workspace::Workspace;
-use crate::{cargo_deny, clients, prerequisites, simulation};
+use crate::{cargo_deny, clients, fuzz, prerequisites, simulation};
 
 /// Rendered for the Kubernetes of the local cluster: a helm that is built from its module believes in a much older one.
 const TEMPLATE: [&str; 4] = ["template", "spaceport", "--kube-version", "1.34.4"];
 
 #[derive(Args)]
 pub struct TestArguments {
-    /// Which class; all of them without a word
+    /// Which class; all of them but `crash` without a word
     class: Option<Class>,
+    /// Of `crash`: only the places with this in their name
+    #[arg(long, default_value = "")]
+    only: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -31,6 +35,8 @@ enum Class {
     Api,
     /// The stories on the real node
     E2e,
+    /// kill -9 of operator, agent, API server and kubelet at each place of a lease's path
+    Crash,
 }
 
 pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()> {
@@ -40,7 +46,8 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
     if wanted(Class::Unit) {
         passed += unit(workspace)?;
     }
-    if wanted(Class::Api) || wanted(Class::E2e) {
+    let crash = arguments.class == Some(Class::Crash);
+    if wanted(Class::Api) || wanted(Class::E2e) || crash {
         headline("the local cluster with the charts");
         cluster::up(workspace, &UpArguments::default())?;
         charts::run(workspace, &ChartsArguments::default())?;
@@ -58,7 +65,11 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
         headline("stories on the real node");
         passed += cluster_tests(workspace, &["node_stories"], &[])?;
         headline("the same stories on what is broken on purpose");
-        passed += broken_on_purpose(workspace)?;
+        passed += with_breakable(workspace, &["broken_on_purpose"], &[])?;
+    }
+    if crash {
+        headline("everyone may die everywhere");
+        passed += with_breakable(workspace, &["crash_matrix"], &[("SPACEPORT_CRASH_ONLY", &arguments.only)])?;
     }
     println!("{passed} tests passed");
     Ok(())
@@ -93,6 +104,7 @@ fn unit(workspace: &Workspace) -> Result<usize> {
     headline("unit and property tests");
     let passed = cargo_tests(workspace, &[], &[], &[])?;
     simulation::test(workspace)?;
+    fuzz::test(workspace)?;
     Ok(passed)
 }
 
@@ -144,15 +156,15 @@ fn operator_tests(workspace: &Workspace) -> Result<usize> {
     passed
 }
 
-/// Stories that must fail: operator and agent are replaced by builds that know how to be wrong, and put back.
-fn broken_on_purpose(workspace: &Workspace) -> Result<usize> {
+/// Tests that replace operator and agent by builds for tests for a while, and put them back.
+fn with_breakable(workspace: &Workspace, tests: &[&str], variables: &[(&str, &str)]) -> Result<usize> {
     let images = images::build(workspace, &[Name::BreakableOperator, Name::BreakableDevicePlugin])?;
     images::import_missing(workspace, &images)?;
-    let variables: Vec<(&str, &str)> = ["SPACEPORT_BREAKABLE_OPERATOR", "SPACEPORT_BREAKABLE_DEVICE_PLUGIN"]
+    let images = ["SPACEPORT_BREAKABLE_OPERATOR", "SPACEPORT_BREAKABLE_DEVICE_PLUGIN"]
         .into_iter()
-        .zip(images.iter().map(|image| image.reference.as_str()))
-        .collect();
-    cluster_tests(workspace, &["broken_on_purpose"], &variables)
+        .zip(images.iter().map(|image| image.reference.as_str()));
+    let variables: Vec<(&str, &str)> = images.chain(variables.iter().copied()).collect();
+    cluster_tests(workspace, tests, &variables)
 }
 
 fn cluster_tests(workspace: &Workspace, names: &[&str], variables: &[(&str, &str)]) -> Result<usize> {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use super::change::{Misfit, PageChange, Urgency};
 use super::event::Event;
 use super::mutant::Mutant;
-use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State};
+use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State, Stranger};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
-use crate::page::{Ending, OUTCOMES_MAX, Page};
-use crate::queue::{Function, Lane};
+use crate::page::Page;
+use crate::queue::Lane;
 
 impl State {
     /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
@@ -60,8 +60,8 @@ impl State {
                 self.queue.remove(ticket);
             }
             Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
-            Event::Parked { ticket } => self.queue.park(ticket),
-            Event::Unparked { account } => self.queue.unpark(account),
+            Event::Parked { ticket, waits_for } => self.queue.park(ticket, *waits_for),
+            Event::Unparked { account } => self.unpark_where(account),
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
             Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
@@ -91,6 +91,11 @@ impl State {
             | Event::Abandoned { .. }
             | Event::Cancelled { .. } => self.apply_lease(event),
 
+            Event::StrangerMet { node, lease } => {
+                let stranger = Stranger { node: node.clone(), lease: (**lease).clone() };
+                self.strangers.insert(lease.lease.clone(), stranger);
+            }
+            Event::StrangerJudged { lease } => drop(self.strangers.remove(lease)),
             Event::NoDeviceCounted { space, at } => {
                 let count = self.no_device.entry(space.uid.clone()).or_insert((*at, 0));
                 count.1 = count.1.saturating_add(1);
@@ -99,6 +104,7 @@ impl State {
                 self.nodes.entry(node.clone()).or_default().settings = *settings;
                 self.queue.configure(node, settings.lanes);
             }
+            Event::SpaceConfigured { space, settings } => self.configure_space(space, *settings),
             Event::NodeHello { node, agent_instance } => {
                 self.nodes.entry(node.clone()).or_default().agent_instance.clone_from(agent_instance);
             }
@@ -126,27 +132,13 @@ impl State {
             }
             Event::TermEnded(end) => self.ended = Some(*end),
             Event::Denied { .. }
+            | Event::PromiseOver { .. }
             | Event::Acknowledged { .. }
+            | Event::PageDoubted { .. }
             | Event::WriteContested { .. }
             | Event::WriteRepeated { .. } => {}
         }
         Ok(())
-    }
-
-    /// Lets the requests of an account have their turn again, if nothing of the account's own keeps them waiting. A pause
-    /// after a failed write ends with time, see `expiry`.
-    fn unpark(&mut self, account: &AccountName) {
-        // Few have any.
-        if self.queue.parked_on(account).next().is_none() {
-            return;
-        }
-        let blocked = self.accounts.get(account).is_some_and(|found| {
-            let page = self.page_of(found);
-            found.is_full(page) || found.retry_at.is_some()
-        });
-        if !blocked {
-            self.queue.unpark(account);
-        }
     }
 
     fn set_rest(&mut self, node: &NodeName, rests: bool) {
@@ -169,6 +161,8 @@ impl State {
         let Some(known) = self.nodes.get_mut(node) else { return };
         (known.joined, known.rests, known.silent_since) = (false, false, Some(at));
         self.unconfirm(node, at.plus(super::expiry::DISCONNECTED_QUEUE_MS));
+        // It tells of them again when it joins again.
+        self.strangers.retain(|_, stranger| stranger.node != *node);
         // Its slots do not exist until it joins again and says who uses them (L7).
         let gone: Vec<LeaseId> = self
             .leases_on(node)
@@ -362,6 +356,7 @@ impl State {
                     lease,
                     Lease {
                         account: Some(waiting.account.clone()),
+                        space: Some(waiting.space.uid.as_str().into()),
                         node: waiting.node.clone(),
                         size: waiting.demand.size,
                         declared_ms: waiting.demand.declared_ms,
@@ -369,6 +364,7 @@ impl State {
                         lane,
                         stage: Stage::Reserving,
                         card: None,
+                        awaits: None,
                         number: self.next_reservation,
                         after: after.clone(),
                         follows: after.is_some(),
@@ -383,11 +379,15 @@ impl State {
                 );
             }
             Event::Unreserved { lease } => self.remove_lease(lease),
-            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, limits, waits_ms, at } => self
-                .add_lease(
+            Event::Adopted { lease, account, node, size, declared_ms, card, stage, slot, limits, waits_ms, at } => {
+                let page = account.as_ref().and_then(|account| self.accounts.get(account)).map(|found| &found.working);
+                let hold = page.and_then(|page| page.holds.iter().find(|hold| hold.lease == *lease));
+                let space = hold.map(|hold| hold.space.uid.as_str().into());
+                self.add_lease(
                     lease,
                     Lease {
                         account: account.clone(),
+                        space,
                         node: node.clone(),
                         size: *size,
                         declared_ms: *declared_ms,
@@ -395,6 +395,7 @@ impl State {
                         lane: None,
                         stage: *stage,
                         card: *card,
+                        awaits: None,
                         number: 0,
                         after: None,
                         follows: false,
@@ -406,7 +407,8 @@ impl State {
                         abandoned: false,
                         cancelled: None,
                     },
-                ),
+                );
+            }
             Event::SlotFreed { lease } => self.free_slot(lease),
             Event::Ordered { lease, .. }
             | Event::Assigned { lease, .. }
@@ -422,14 +424,16 @@ impl State {
     fn advance_lease(&mut self, id: &LeaseId, event: &Event) {
         let early = self.has(Mutant::FreeAtEnd);
         let Some(lease) = self.leases.get_mut(id) else { return };
+        let space = lease.space.clone().filter(|_| lease.busy_space().is_some());
         match event {
             Event::Ordered { at, limits, waits_ms, .. } => {
                 (lease.stage, lease.sent) = (Stage::Ordered, *at);
                 (lease.limits, lease.waits_ms) = (*limits, *waits_ms);
             }
-            Event::Assigned { card, .. } => {
+            Event::Assigned { slot, .. } => {
                 lease.stage = lease.stage.max(Stage::Assigned);
-                lease.card = card.or(lease.card);
+                lease.card = slot.has().or(lease.card);
+                lease.awaits = slot.awaits();
                 // The node has it, so its request is alive if the node gives it back.
                 if let Some(waiting) = lease.request.as_mut().filter(|waiting| waiting.unconfirmed.is_some()) {
                     Arc::make_mut(waiting).unconfirmed = None;
@@ -439,15 +443,19 @@ impl State {
             Event::Ended { slot, .. } => {
                 lease.stage = lease.stage.max(Stage::Settling);
                 lease.slot = if early { SlotUse::Free } else { *slot };
-                if lease.slot == SlotUse::Free {
-                    self.free_slot(id);
-                    return;
-                }
             }
             Event::Settled { .. } => lease.stage = Stage::Settled,
             Event::Abandoned { .. } => lease.abandoned = true,
             Event::Cancelled { at, .. } => lease.cancelled = Some(*at),
             _ => {}
+        }
+        let (over, freed) = (lease.busy_space().is_none(), lease.slot == SlotUse::Free);
+        if let Some(space) = space.filter(|_| over) {
+            self.space_lease_over(&space);
+        }
+        if freed && matches!(event, Event::Ended { .. }) {
+            self.free_slot(id);
+            return;
         }
         self.note_holder(id);
         self.remove_if_over(id);
@@ -471,12 +479,22 @@ impl State {
 
     fn add_lease(&mut self, id: &LeaseId, lease: Lease) {
         self.nodes.entry(lease.node.clone()).or_default().leases.insert(id.clone());
-        self.leases.insert(id.clone(), lease);
+        if let Some(space) = lease.busy_space() {
+            let space = space.to_owned();
+            self.space_lease_begins(&space);
+        }
+        let before = self.leases.insert(id.clone(), lease);
+        if let Some(space) = before.as_ref().and_then(Lease::busy_space) {
+            self.space_lease_over(space);
+        }
         self.note_holder(id);
     }
 
     fn remove_lease(&mut self, id: &LeaseId) {
         let Some(lease) = self.leases.remove(id) else { return };
+        if let Some(space) = lease.busy_space() {
+            self.space_lease_over(space);
+        }
         if let Some(request) = &lease.request
             && self.tickets.get(&request.ticket) == Some(id)
         {
@@ -535,64 +553,6 @@ impl Account {
             retry_at: None,
             failures: 0,
             scheduled: None,
-        }
-    }
-
-    /// True if the next write carries all the changes that wait, as all but one case do: a base that is lowered after a hold
-    /// was admitted under the higher one goes into a write of its own, so that at every revision the limit that admitted a
-    /// hold is the one on the page (invariant 1).
-    fn fits_one_write(&self) -> bool {
-        let mut from_first_hold = self.pending.iter().skip_while(|change| !matches!(change, PageChange::Hold { .. }));
-        let _first_hold = from_first_hold.next();
-        !from_first_hold.any(|change| matches!(change, PageChange::Hold { .. } | PageChange::Base { .. }))
-    }
-
-    /// The changes that the next write carries, and the page with them, where not all that wait may be among them
-    /// ([`Self::fits_one_write`]).
-    fn take_first(&mut self) -> (Vec<PageChange>, Arc<Page>) {
-        let mut page = (*self.durable).clone();
-        let mut changes = Vec::new();
-        let mut waiting = std::mem::take(&mut self.pending).into_iter();
-        for change in waiting.by_ref() {
-            let holds = changes.iter().any(|change| matches!(change, PageChange::Hold { .. }));
-            if holds && change.lowers_base(&page) {
-                self.pending.push(change);
-                break;
-            }
-            // It was made on the working page in this order before, so it fits.
-            if change.make(&mut page).is_ok() {
-                changes.push(change);
-            }
-        }
-        self.pending.extend(waiting);
-        (changes, Arc::new(page))
-    }
-
-    /// How long a call ran to its end, if that is what the change says: from it the queue learns. One that failed or was cut
-    /// short says nothing about the next.
-    fn function_of(&self, change: &PageChange) -> Option<(Function, u64)> {
-        let PageChange::Settle { lease, ending: Ending::Released | Ending::Deadline, used_ms, .. } = change else {
-            return None;
-        };
-        let hold = self.working.holds.iter().find(|hold| hold.lease == *lease)?;
-        let function = Function { space_uid: hold.space.uid.clone(), size: hold.size, declared_ms: hold.declared_ms };
-        Some((function, *used_ms))
-    }
-
-    /// Of notes that no write carries yet only the newest are kept (L5).
-    fn coalesce(&mut self, change: &PageChange) {
-        match change {
-            PageChange::Denied(_) => self.pending.retain(|pending| !matches!(pending, PageChange::Denied(_))),
-            PageChange::Shown => self.pending.retain(|pending| *pending != PageChange::Shown),
-            PageChange::Outcome(_) => {
-                let is_outcome = |pending: &PageChange| matches!(pending, PageChange::Outcome(_));
-                if self.pending.iter().filter(|pending| is_outcome(pending)).count() >= OUTCOMES_MAX
-                    && let Some(oldest) = self.pending.iter().position(is_outcome)
-                {
-                    self.pending.remove(oldest);
-                }
-            }
-            _ => {}
         }
     }
 }

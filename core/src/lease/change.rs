@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{LeaseId, LedgerTime};
 use crate::page::{
-    CLOSED_MAX, Closed, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX, Outcome, Page, Source,
-    WINDOWS_MAX, Window,
+    CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX,
+    Outcome, Page, Source, WINDOWS_MAX, Window,
 };
 use crate::quota::{fill, keeps};
 
@@ -23,6 +23,8 @@ pub enum PageChange {
         window: Window,
         /// Grants among its parts.
         grants: Vec<GrantRow>,
+        /// On a guest page the visitor's row as admission saw it.
+        cookie: Option<Box<CookieRow>>,
     },
     /// Posts or voids a hold: once only (invariant 3).
     Settle {
@@ -98,6 +100,16 @@ pub enum Misfit {
         /// Its limit.
         limit_ms: u64,
     },
+    /// Invariant 1: the same of a visitor's row on a guest page.
+    #[error("lease {lease} would bring its visitor to {sum_ms} ms of {limit_ms} ms")]
+    OverCookie {
+        /// Whose hold.
+        lease: LeaseId,
+        /// charged + reserved + new.
+        sum_ms: u64,
+        /// The visitor's limit.
+        limit_ms: u64,
+    },
     /// Invariant 5: more than weight x declared.
     #[error("lease {lease} would be charged {charged_ms} ms of at most {bound_ms} ms")]
     OverCharge {
@@ -130,8 +142,15 @@ impl PageChange {
         }
     }
 
-    /// True if it would lower the base of a window.
+    /// True if it would lower the base of a window, or of a visitor's row.
     pub(super) fn lowers_base(&self, page: &Page) -> bool {
+        if let Self::Hold { cookie: Some(row), .. } = self
+            && let Some(known) =
+                page.cookies.iter().find(|known| known.start == row.start && known.cookie == row.cookie)
+            && known.base_ms > row.base_ms
+        {
+            return true;
+        }
         let (start, base_ms) = match self {
             Self::Base { window, base_ms, .. } => (window, base_ms),
             Self::Hold { window, .. } => (&window.start, &window.base_ms),
@@ -146,7 +165,7 @@ impl PageChange {
     /// Says what does not fit.
     pub fn make(&self, page: &mut Page) -> Result<(), Misfit> {
         match self {
-            Self::Hold { hold, window, grants } => make_hold(page, hold, window, grants),
+            Self::Hold { hold, window, grants, cookie } => make_hold(page, hold, window, grants, cookie.as_deref()),
             Self::Settle { lease, ending, used_ms, charged_ms, at } => {
                 let index =
                     page.holds.iter().position(|hold| hold.lease == *lease).ok_or(Misfit::NotHeld(lease.clone()))?;
@@ -194,7 +213,13 @@ fn limit_of(page: &Page, source: &Source) -> Option<(u64, u64)> {
     }
 }
 
-fn make_hold(page: &mut Page, hold: &Arc<Hold>, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
+fn make_hold(
+    page: &mut Page,
+    hold: &Arc<Hold>,
+    window: &Window,
+    grants: &[GrantRow],
+    cookie: Option<&CookieRow>,
+) -> Result<(), Misfit> {
     let lease = &hold.lease;
     let closed = page.closed.iter().any(|closed| closed.hold.lease == *lease);
     if closed || page.holds.iter().any(|open| open.lease == *lease) {
@@ -204,11 +229,14 @@ fn make_hold(page: &mut Page, hold: &Arc<Hold>, window: &Window, grants: &[Grant
     if page.holds.len() >= HOLDS_MAX || page.holds.len() + page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("holds"));
     }
-    let before = (page.last_time, page.windows.clone(), page.grants.clone());
-    let admitted = open_sources(page, hold, window, grants).and_then(|()| check_parts(page, hold));
+    // The visitors' rows of other pages than a guest's take no memory, nor does their copy.
+    let before = (page.last_time, page.windows.clone(), page.grants.clone(), page.cookies.clone());
+    let admitted = open_sources(page, hold, window, grants)
+        .and_then(|()| open_row(page, hold, cookie))
+        .and_then(|()| check_parts(page, hold));
     match admitted {
         Ok(()) => page.holds.push(Arc::clone(hold)),
-        Err(_) => (page.last_time, page.windows, page.grants) = before,
+        Err(_) => (page.last_time, page.windows, page.grants, page.cookies) = before,
     }
     admitted
 }
@@ -255,6 +283,40 @@ fn check_parts(page: &Page, hold: &Hold) -> Result<(), Misfit> {
     Ok(())
 }
 
+/// The visitor's row of a hold on a guest page: opened if it is not there, with the base that applies. Invariant 1 holds
+/// for it as for the window of the prefix, of which the parts are.
+fn open_row(page: &mut Page, hold: &Hold, cookie: Option<&CookieRow>) -> Result<(), Misfit> {
+    let lease = || hold.lease.clone();
+    let (row, window) = match (cookie, &hold.cookie) {
+        (None, None) => return Ok(()),
+        (Some(row), Some(window)) if row.is_of(window) => (row, window),
+        _ => return Err(Misfit::NoSource(lease())),
+    };
+    match page.cookies.iter_mut().find(|known| known.is_of(window)) {
+        Some(known) => (known.base_ms, known.generation) = (row.base_ms, row.generation),
+        None => {
+            let same = |known: &&CookieRow| known.cookie == row.cookie;
+            if page.cookies.iter().filter(same).any(|known| known.covers(row.start) || row.covers(known.start)) {
+                return Err(Misfit::NoSource(lease()));
+            }
+            if page.cookies.len() >= COOKIES_MAX {
+                return Err(Misfit::Full("cookies"));
+            }
+            let new = CookieRow { charged_ms: 0, runs: 0, ..row.clone() };
+            page.cookies = page.cookies.iter().cloned().chain([new]).collect();
+        }
+    }
+    let Some(known) = page.cookies.iter().find(|known| known.is_of(window)) else {
+        return Err(Misfit::NoSource(lease()));
+    };
+    let reserved_ms = page.reserved_of_row_ms(known);
+    let sum_ms = known.charged_ms.saturating_add(reserved_ms).saturating_add(hold.held_ms());
+    if sum_ms > known.base_ms {
+        return Err(Misfit::OverCookie { lease: lease(), sum_ms, limit_ms: known.base_ms });
+    }
+    Ok(())
+}
+
 fn settle(
     page: &mut Page,
     index: usize,
@@ -273,6 +335,13 @@ fn settle(
     }
     if hold.parts.iter().any(|part| limit_of(page, &part.source).is_none()) {
         return Err(Misfit::NoSource(hold.lease.clone()));
+    }
+    if let Some(window) = &hold.cookie {
+        let Some(row) = page.cookies.iter_mut().find(|row| row.is_of(window)) else {
+            return Err(Misfit::NoSource(hold.lease.clone()));
+        };
+        row.charged_ms = row.charged_ms.saturating_add(charged_ms);
+        row.runs = row.runs.saturating_add(u64::from(charged_ms > 0));
     }
     for (source, ms) in fill(&hold.parts, charged_ms) {
         match source {
@@ -297,7 +366,8 @@ fn settle(
     Ok(())
 }
 
-/// Drops what is over and what never was: windows that ended or of which all holds ended at charge 0 (L12), expired grants.
+/// Drops what is over and what never was: windows and visitors' rows that ended or of which all holds ended at charge 0
+/// (L12), expired grants.
 /// Nothing that an open hold refers to.
 fn prune(page: &mut Page, at: LedgerTime) {
     let mut windows = std::mem::take(&mut page.windows);
@@ -309,4 +379,7 @@ fn prune(page: &mut Page, at: LedgerTime) {
     let mut grants = std::mem::take(&mut page.grants);
     grants.retain(|row| keeps(page, row, at));
     page.grants = grants;
+    if page.cookies.iter().any(|row| !row.is_kept(page, at)) {
+        page.cookies = page.cookies.iter().filter(|row| row.is_kept(page, at)).cloned().collect();
+    }
 }

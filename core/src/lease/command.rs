@@ -1,9 +1,9 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
-use crate::queue::{LaneSettings, Priority, QueueBounds};
+use crate::queue::{LaneSettings, Presented, Priority, QueueBounds};
 use crate::quota::Allowance;
 use crate::slots::Card;
 
@@ -31,6 +31,13 @@ pub enum Command {
         node: NodeName,
         /// What applies to it.
         settings: NodeSettings,
+    },
+    /// What the owner of a Space has chosen; the defaults when it is gone.
+    SpaceSettings {
+        /// uid of the Space.
+        space: String,
+        /// What applies to its calls.
+        settings: SpaceSettings,
     },
     /// An agent opened a session.
     NodeHello {
@@ -77,8 +84,8 @@ pub enum Command {
         node: NodeName,
         /// Of the order.
         lease: LeaseId,
-        /// The card it picked; None while the slot still clears and is not picked for good (L14).
-        card: Option<u32>,
+        /// The slot that it picked.
+        slot: PickedSlot,
     },
     /// The node did not take the order.
     Refused {
@@ -152,6 +159,15 @@ pub enum Command {
         /// As read, by a read that sees every acknowledged write.
         page: Box<Page>,
     },
+    /// The page as it stands now, as asked for by [`Effect::Confirm`](super::Effect::Confirm).
+    PageConfirmed {
+        /// Whose page.
+        account: AccountName,
+        /// For the leases of which node.
+        node: NodeName,
+        /// As read, by a read that sees every write acknowledged before the node joined; None if there is no such account.
+        page: Option<Box<Page>>,
+    },
     /// The write certainly did not happen and would not if it were repeated at once.
     PageFailed {
         /// Whose page.
@@ -175,7 +191,7 @@ pub struct Policy {
     pub tier: String,
     /// Quota.
     pub allowance: Allowance,
-    /// Most leases at once.
+    /// Most leases at once; on a guest page of each visitor.
     pub concurrent: u32,
     /// Place in the queue.
     pub priority: Priority,
@@ -183,6 +199,20 @@ pub struct Policy {
     pub caller: CallerClass,
     /// The object is being deleted: grants answer AccountDeleting (L4).
     pub deleting: bool,
+    /// An older account has one of its identities; nothing is granted while it does (L4).
+    pub conflict: Option<AccountName>,
+}
+
+/// What the owner of a Space has chosen for its calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceSettings {
+    /// Most leases at once; more calls wait. A soft limit: one broker keeps it exactly, but leases that it has not met yet, in
+    /// the first moments of a term, do not count (L1).
+    pub concurrent: Option<u32>,
+    /// A call gets what its caller has left, if that is less than it declares (requirement A3).
+    pub clamp_to_remaining: bool,
+    /// A call gets what its function has been seen to need, with a margin, if that is less (requirement A13).
+    pub learned_reservation: bool,
 }
 
 /// Limits in time of a lease (L8, L9), milliseconds. Its order carries them, and its node obeys those of the order
@@ -244,6 +274,24 @@ impl Limits {
     }
 }
 
+impl PickedSlot {
+    /// The card on which it has a slot.
+    pub const fn has(self) -> Option<u32> {
+        match self {
+            Self::Has(card) => Some(card),
+            Self::Awaits(_) | Self::Open => None,
+        }
+    }
+
+    /// The card on which it waits for one.
+    pub const fn awaits(self) -> Option<u32> {
+        match self {
+            Self::Awaits(card) => Some(card),
+            Self::Has(_) | Self::Open => None,
+        }
+    }
+}
+
 impl Default for NodeSettings {
     /// The chart's defaults.
     fn default() -> Self {
@@ -283,8 +331,12 @@ pub struct Request {
     pub declared_ms: u64,
     /// Who pays: the account of the token, or the Space's own where there was none; or what is wrong with the token.
     pub caller: Result<AccountName, UnauthenticatedReason>,
+    /// The visitor, if the account is a guest page (L1); then always there.
+    pub cookie: Option<CookieId>,
     /// The token's budget; None without a token.
     pub budget: Option<Budget>,
+    /// Where it waited before a fail-over; None of a request that was told nothing yet (L17).
+    pub presented: Option<Presented>,
 }
 
 /// What a token is worth (docs/rules.md): it is counted by the token that the visitor's call began with.
@@ -305,12 +357,25 @@ pub struct Budget {
 pub struct AgentLease {
     /// Its id.
     pub lease: LeaseId,
+    /// Who pays, as its order said; None where the agent lost its record of the lease.
+    pub account: Option<AccountName>,
     /// Size.
     pub size: Size,
-    /// Card of its slot.
-    pub card: u32,
+    /// Its slot.
+    pub slot: PickedSlot,
     /// Where it stands.
     pub phase: AgentPhase,
+}
+
+/// The slot of a lease, as far as its node has picked one (L7, L14).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PickedSlot {
+    /// It has a slot of this card.
+    Has(u32),
+    /// It will have one of this card, which still clears.
+    Awaits(u32),
+    /// It waits for whichever of those that clear comes back.
+    Open,
 }
 
 /// Where a lease stands on its node.

@@ -20,12 +20,17 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::PageConflict { account, write_id } => pages::conflict(state, account, &write_id),
         Command::PageUnknown { account, write_id } => pages::unknown(state, account, &write_id),
         Command::PageRead { account, page } => pages::read(at, state, account, page),
+        Command::PageConfirmed { account, node, page } => pages::confirmed(at, state, account, &node, page),
         Command::PageFailed { account, write_id } => pages::failed(at, state, account, &write_id),
         Command::ReceiptWritten { account, lease } => pages::receipt_written(at, state, account, lease),
 
         Command::NodeSettings { node, settings } => {
             let known = state.nodes.get(&node).is_some_and(|known| known.settings == settings);
             if known { Vec::new() } else { vec![Event::NodeConfigured { node, settings }] }
+        }
+        Command::SpaceSettings { space, settings } => {
+            let known = state.space_settings(&space) == settings;
+            if known { Vec::new() } else { vec![Event::SpaceConfigured { space, settings }] }
         }
         // L6: a node that has seen a later term refuses everything of ours.
         Command::NodeHello { highest_epoch, .. } if highest_epoch > state.epoch => {
@@ -41,7 +46,7 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::Request(request) => request::request(at, state, *request),
         Command::Dequeue { ticket } => request::dequeue(at, state, &ticket),
 
-        Command::Started { node, lease, card } => report::started(state, &node, lease, card),
+        Command::Started { node, lease, slot } => report::started(state, &node, lease, slot),
         Command::Refused { node, lease } => report::refused(at, state, &node, &lease),
         Command::Running { node, lease } => report::running(state, &node, lease),
         Command::Ended { node, lease, report } => report::ended(at, state, &node, &lease, report),

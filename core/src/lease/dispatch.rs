@@ -7,13 +7,13 @@ use super::Moment;
 use super::change::PageChange;
 use super::event::Event;
 use super::mutant::Mutant;
-use super::request::{Refusal, frees_in_ms, give_back};
+use super::request::{Refusal, explained, frees_in, give_back};
 use super::state::{Account, Holder, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
-use crate::page::Hold;
-use crate::protocol::Denial;
-use crate::queue::{Choice, Fit, Lanes, Room, Waiting};
-use crate::quota::{self, Admission};
+use crate::page::{CookieWindow, Hold};
+use crate::protocol::{Denial, UnauthenticatedReason};
+use crate::queue::{Choice, Fit, Lanes, Room, Waiting, WaitsFor};
+use crate::quota::{self, Admission, Payer, Queued};
 use crate::slots;
 
 /// Makes at most one decision about the node's queue: a request gets a slot, is refused, is passed because it waits for its
@@ -61,17 +61,40 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Arc<Waiting>, sl
     let Some(account) = state.accounts.get(&waiting.account).filter(|account| !account.policy.deleting) else {
         return refuse(at, state, waiting, Denial::AccountDeleting);
     };
+    if account.policy.conflict.is_some() {
+        let reason = UnauthenticatedReason::IdentityConflict;
+        return refuse(at, state, waiting, Denial::Unauthenticated { reason });
+    }
     let page = state.page_of(account);
-    if account.is_blocked(page, at.steady) {
-        return vec![Event::Parked { ticket: waiting.ticket.clone() }];
+    if account.is_blocked(page, waiting.cookie.as_ref(), at.steady) {
+        return vec![Event::Parked { ticket: waiting.ticket.clone(), waits_for: WaitsFor::Account }];
+    }
+    if state.is_space_full(&waiting.space.uid) {
+        return vec![Event::Parked { ticket: waiting.ticket.clone(), waits_for: WaitsFor::Space }];
     }
     let Some(slot) = slot else { return Vec::new() };
     let time = page.time(at.wall);
-    let frees_in_ms = frees_in_ms(state, account, time);
-    match quota::admit(page, &account.policy.allowance, time, &waiting.demand, 0, frees_in_ms) {
-        Ok(admission) => reserve(at, ids, state, account, waiting, slot, admission),
-        Err(denial) => refuse(at, state, waiting, denial),
-    }
+    let frees_in = frees_in(state, account, waiting.cookie.as_ref(), time);
+    let allowance = state.allowance_of(account);
+    let payer = Payer { page, allowance: &allowance, cookie: waiting.cookie.as_ref(), at: time };
+    // Less may be left than when it came. Its place in the queue was given for more, which harms nobody.
+    let clamps = state.space_settings(&waiting.space.uid).clamp_to_remaining;
+    let demand = if clamps { quota::clamp(payer, waiting.demand, Queued::default()) } else { waiting.demand };
+    let admission = match quota::admit(payer, &demand, Queued::default(), frees_in) {
+        Ok(admission) => admission,
+        Err(denial) => {
+            let settings = state.settings(&waiting.node);
+            return refuse(at, state, waiting, explained(settings, &account.policy.tier, payer, &demand, denial));
+        }
+    };
+    let spared_ms = waiting.demand.needed_ms().saturating_sub(demand.needed_ms());
+    let spared = if spared_ms > 0 { give_back(waiting, spared_ms, false) } else { None };
+    let waiting = if demand == waiting.demand {
+        Arc::clone(waiting)
+    } else {
+        Arc::new(Waiting { demand, ..Waiting::clone(waiting) })
+    };
+    spared.into_iter().chain(reserve(at, ids, state, account, waiting, slot, admission)).collect()
 }
 
 fn refuse(at: Moment, state: &State, waiting: &Waiting, denial: Denial) -> Vec<Event> {
@@ -86,7 +109,7 @@ fn reserve(
     ids: &mut IdSeed,
     state: &State,
     account: &Account,
-    waiting: &Arc<Waiting>,
+    waiting: Arc<Waiting>,
     slot: FoundSlot,
     admission: Admission,
 ) -> Vec<Event> {
@@ -105,14 +128,21 @@ fn reserve(
         after: slot.after.clone(),
         generation: account.policy.allowance.generation,
         via: waiting.via.to_string(),
+        cookie: admission.cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
+        shortened: waiting.demand.shortened,
     };
-    let change = PageChange::Hold { hold: Arc::new(hold), window: admission.window, grants: admission.grants };
+    let change = PageChange::Hold {
+        hold: Arc::new(hold),
+        window: admission.window,
+        grants: admission.grants,
+        cookie: admission.cookie.map(Box::new),
+    };
+    let limits = state.settings(&waiting.node).limits;
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved { lease: lease.clone(), waiting: Arc::clone(waiting), after: slot.after, avoid: slot.avoid },
+        Event::Reserved { lease: lease.clone(), waiting, after: slot.after, avoid: slot.avoid },
     ];
     if state.has(Mutant::OrderEarly) {
-        let limits = state.settings(&waiting.node).limits;
         events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });
     }
     events
@@ -224,8 +254,8 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
-    /// Halves that were to wait for one to clear, and of which the node has not said where they are: if another card was clear
-    /// first, they went there. What each of them avoids.
+    /// Halves that were to wait for one to clear, and of which the node has not said where they are or will be: if another card
+    /// was clear first, they went there. What each of them avoids.
     halves_under_way: Vec<&'a [u32]>,
 }
 
@@ -234,12 +264,14 @@ impl<'a> Picture<'a> {
         let mut picture =
             Self { now, node, uses: vec![CardUse::default(); node.cards.len()], halves_under_way: Vec::new() };
         for holder in &node.holders {
-            if let Some(card) = holder.card {
-                picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken });
+            match (holder.card, holder.awaits) {
+                (Some(card), _) => picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken }),
+                (None, Some(card)) => picture.add(card, holder, Use::Following),
+                (None, None) => {}
             }
         }
         // In the order in which they were reserved.
-        for holder in node.holders.iter().filter(|holder| holder.card.is_none()) {
+        for holder in node.holders.iter().filter(|holder| holder.card.is_none() && holder.awaits.is_none()) {
             if holder.follows && holder.size == Size::Large {
                 picture.halves_under_way.push(&holder.avoid);
             }

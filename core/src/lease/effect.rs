@@ -11,7 +11,7 @@ use super::state::State;
 use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, Steady, Ticket};
 use crate::page::{Closed, Page};
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::{Waiting, WaitsFor};
+use crate::queue::{Waiting, WaitsFor, parts_of};
 
 /// Something to do. Messages to nodes without a session are dropped: what they said is derived again when it rejoins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,16 @@ pub enum Effect {
     Read {
         /// Whose.
         account: AccountName,
+    },
+    /// Read the page, in a read that begins now and sees every acknowledged write, and try until it is read: a node that
+    /// has just joined has a lease of the account that no page is known to hold (L7). The answer is `PageConfirmed`. While
+    /// one for the same account and node is under way, no other is needed: whatever this node had when it joined this term
+    /// for the first time, it can not come to have later.
+    Confirm {
+        /// Whose.
+        account: AccountName,
+        /// Which node has the lease.
+        node: NodeName,
     },
     /// Write the final receipt until it is written, then say `ReceiptWritten`. It may come again for the same lease.
     Receipt {
@@ -86,6 +96,8 @@ pub struct Order {
     pub epoch: Epoch,
     /// For which request.
     pub ticket: Ticket,
+    /// Who pays. The node repeats it when it tells of the lease to a later leader (L7).
+    pub account: AccountName,
     /// Size.
     pub size: Size,
     /// Longest run.
@@ -98,6 +110,8 @@ pub struct Order {
     pub caller: CallerClass,
     /// Limits of the lease, also if its pool changes while it runs.
     pub limits: Limits,
+    /// How much longer than `order_ttl` the lease may wait on its node until it begins (L9, L14), milliseconds.
+    pub wait_ms: u64,
 }
 
 /// Where a request stands in its queue.
@@ -107,7 +121,7 @@ pub struct Place {
     pub ticket: Ticket,
     /// On which node.
     pub node: NodeName,
-    /// It waits for something of its own account, not for the node.
+    /// It waits for something of its own account or Space, not for the node.
     pub concurrency: bool,
     /// 1 is next.
     pub position: u32,
@@ -115,7 +129,7 @@ pub struct Place {
     pub eta_ms: u64,
     /// Longest wait for the node, whoever comes later (invariant 11); None while it waits for its account.
     pub latest_start_ms: Option<u64>,
-    /// `(epoch, n)` of L17.
+    /// `(epoch, n)` of L17; of an earlier term if the request was presented again.
     pub place: (Epoch, u64),
     /// For the wording.
     pub caller: CallerClass,
@@ -135,6 +149,9 @@ pub fn add_effects(state: &State, event: &Event, effects: &mut Vec<Effect>) {
         }
         Event::WriteUnknown { account } | Event::WriteContested { account } => {
             effects.push(Effect::Read { account: account.clone() });
+        }
+        Event::PageDoubted { node, account } => {
+            effects.push(Effect::Confirm { account: account.clone(), node: node.clone() });
         }
         Event::AccountTaken { account, page, .. } | Event::Rebased { account, page, .. } => {
             effects.extend(page.closed.iter().map(|closed| receipt(account, closed)));
@@ -174,12 +191,14 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
         lease: id.clone(),
         epoch: state.epoch,
         ticket: waiting.ticket.clone(),
+        account: waiting.account.clone(),
         size: lease.size,
         declared_ms: lease.declared_ms,
         after: lease.after.clone(),
         caller: waiting.caller,
         avoid: lease.avoid.clone(),
         limits: lease.limits,
+        wait_ms: lease.waits_ms,
     })))
 }
 
@@ -188,11 +207,11 @@ fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
     Place {
         ticket: waiting.ticket.clone(),
         node: waiting.node.clone(),
-        concurrency: waiting.waits_for == WaitsFor::Account,
+        concurrency: waiting.waits_for != WaitsFor::Node,
         position,
         eta_ms,
-        latest_start_ms: waiting.promise.map(|promise| promise.latest_start.since(now)),
-        place: (state.epoch, waiting.place),
+        latest_start_ms: waiting.promise.map(|promise| promise.latest_start().since(now)),
+        place: parts_of(waiting.place),
         caller: waiting.caller,
     }
 }

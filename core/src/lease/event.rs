@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::change::PageChange;
-use super::command::{Limits, NodeSettings, Policy};
+use super::command::{AgentLease, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
 use crate::protocol::{CallerClass, Denial};
-use crate::queue::{Lane, Promise, Waiting};
+use crate::queue::{Lane, Promise, Waiting, WaitsFor};
 use crate::slots::Card;
 
 /// Why a term ends.
@@ -63,8 +63,8 @@ pub enum Event {
     Left { ticket: Ticket },
     /// Its agent is told of its place, and its lease has a name.
     Announced { ticket: Ticket, lease: LeaseId, at: Steady, promise: Option<Promise> },
-    /// It has its turn, but waits for its own account.
-    Parked { ticket: Ticket },
+    /// It has its turn, but waits for its own account or Space.
+    Parked { ticket: Ticket, waits_for: WaitsFor },
     /// The requests of an account need not wait for it any more.
     Unparked { account: AccountName },
     /// It has its turn, and the card that drains first is kept for it.
@@ -73,6 +73,8 @@ pub enum Event {
     CardReleased { node: NodeName },
     /// The node has fewer slots than when those who wait for it were told when they begin at the latest.
     PromisesWithdrawn { node: NodeName },
+    /// What it was promised in an earlier term had run out before it was presented: it is told a later latest start.
+    PromiseOver { ticket: Ticket, node: NodeName, waited_ms: u64, promised_ms: u64 },
     /// It is refused.
     Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
     /// A call took of its budget.
@@ -102,7 +104,7 @@ pub enum Event {
         at: Steady,
     },
     /// The node took the order.
-    Assigned { lease: LeaseId, card: Option<u32> },
+    Assigned { lease: LeaseId, slot: PickedSlot },
     /// The clock runs.
     Running { lease: LeaseId },
     /// It is over; its settlement is pending.
@@ -120,9 +122,19 @@ pub enum Event {
     /// A Space used one of its free NoDevice endings of this hour.
     NoDeviceCounted { space: SpaceKey, at: Steady },
 
+    // Leases that no known page holds, until their pages are read.
+    /// A node has it, or says more of it.
+    StrangerMet { node: NodeName, lease: Box<AgentLease> },
+    /// Its page is to be read.
+    PageDoubted { node: NodeName, account: AccountName },
+    /// Its page has said whose it is, or its node does not have it any more.
+    StrangerJudged { lease: LeaseId },
+
     // Nodes.
     /// Its pool says so.
     NodeConfigured { node: NodeName, settings: NodeSettings },
+    /// Its owner says so.
+    SpaceConfigured { space: String, settings: SpaceSettings },
     /// An agent began a session.
     NodeHello { node: NodeName, agent_instance: String },
     /// It accepted the term.

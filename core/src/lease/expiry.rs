@@ -4,6 +4,7 @@ use super::Moment;
 use super::command::EndReport;
 use super::event::Event;
 use super::mutant::Mutant;
+use super::node::NOBODYS;
 use super::report;
 use super::request;
 use super::state::{Lease, SlotUse, State};
@@ -28,8 +29,9 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     }
     // What blocks an account may end by time alone: the pause after a failed write.
     let is_free = |name: &&AccountName| {
-        let account = state.accounts.get(*name);
-        account.is_none_or(|account| !account.is_blocked(state.page_of(account), at.steady))
+        let Some(account) = state.accounts.get(*name) else { return true };
+        let page = state.page_of(account);
+        state.queue.parked_of(name).any(|waiting| !account.is_blocked(page, waiting.cookie.as_ref(), at.steady))
     };
     events.extend(state.queue.parked_accounts().filter(is_free).map(|name| Event::Unparked { account: name.clone() }));
     let stale_budget = state.roots.values().any(|used| used.expires <= at.wall);
@@ -52,11 +54,11 @@ fn end_by(state: &State, lease: &Lease) -> Steady {
 /// L9: only the node ends a granted lease. A node that is there is told; one that is silent is given up at the bound.
 fn overdue(at: Moment, state: &State, id: &LeaseId, lease: &Lease) -> Vec<Event> {
     let joined = state.joined(&lease.node);
-    let nobodys = lease.account.is_none() && lease.slot == SlotUse::Taken;
+    let nobodys = lease.account.is_none() && lease.slot == SlotUse::Taken && !state.strangers.contains_key(id);
     let late = lease.is_open() && (end_by(state, lease) < at.steady || state.has(Mutant::ExpireAtOnce));
     let again = lease.cancelled.is_none_or(|cancelled| at.steady.since(cancelled) >= CANCEL_PERIOD_MS);
     if joined && (late || nobodys) && again {
-        let reason = if late { "the lease is over its limit" } else { "no account has a reservation for this lease" };
+        let reason = if late { "the lease is over its limit" } else { NOBODYS };
         return vec![Event::Cancelled { lease: id.clone(), at: at.steady, reason }];
     }
     if !joined && late {

@@ -11,6 +11,7 @@
 //! the same commands always give the same state.
 
 mod apply;
+mod batch;
 mod begin;
 pub mod change;
 mod command;
@@ -19,29 +20,37 @@ mod dispatch;
 mod effect;
 mod event;
 mod expiry;
+mod learn;
 mod mutant;
 mod node;
 mod pages;
+mod parking;
 mod policies;
 mod promise;
 mod report;
 mod request;
 mod schedule;
+mod spaces;
 mod state;
 
 pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
-pub use command::{AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, Policy, Request};
+pub use command::{
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, PickedSlot, Policy, Request,
+    SpaceSettings,
+};
 pub use decide::decide;
 pub use dispatch::dispatch;
 pub use effect::{Effect, Order, Place, add_effects};
 pub use event::{Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
+pub use node::NOBODYS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::ATTEMPTS_MAX;
-pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, WRITES_IN_FLIGHT_MAX};
+pub use spaces::SpaceUse;
+pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
 
 use std::collections::BTreeSet;
 
@@ -84,6 +93,10 @@ pub fn step(state: &mut State, at: Moment, mut ids: IdSeed, command: Command) ->
     outcome.take(state, events);
     if state.ended.is_some() {
         return outcome;
+    }
+    if !state.strangers.is_empty() {
+        let found = node::found(at, state);
+        outcome.take(state, found);
     }
     // Where something has changed that somebody waits for; on a tick also where only time has.
     if tick {
@@ -134,7 +147,14 @@ fn stir(state: &State, event: &Event, stirred: &mut BTreeSet<NodeName>) {
         | Event::Assigned { lease, .. }
         | Event::Ended { lease, .. }
         | Event::Settled { lease, .. }
-        | Event::SlotFreed { lease } => stirred.extend(state.leases.get(lease).map(|found| found.node.clone())),
+        | Event::SlotFreed { lease } => {
+            let found = state.leases.get(lease);
+            stirred.extend(found.map(|found| found.node.clone()));
+            // Its Space may have reached its limit; who waits for that may wait on another node.
+            let space = found.and_then(|found| found.busy_space());
+            stirred.extend(space.into_iter().flat_map(|space| state.queue.parked_for_space(space)).cloned());
+        }
+        Event::SpaceConfigured { space, .. } => stirred.extend(state.queue.parked_for_space(space).cloned()),
         Event::NodeConfigured { node, .. }
         | Event::InventoryTaken { node, .. }
         | Event::NodeHeard { node }

@@ -6,6 +6,8 @@
 pub enum Mutant {
     /// Against invariant 1 and L3: decisions read the durable page, without what is in flight.
     DecideOnDurable,
+    /// Against invariant 1: on a guest page only the visitors' own limits count, not that of their address prefix.
+    PrefixCapIgnored,
     /// Against invariant 2: orders leave when the hold is decided.
     OrderEarly,
     /// Against invariant 2 and L10: an end is acknowledged before its settlement is durable.
@@ -26,6 +28,8 @@ pub enum Mutant {
     BudgetIgnored,
     /// Against invariant 11: a request whose order failed is forgotten.
     ForgetsReturned,
+    /// Against L17: a place that was told in an earlier term is not looked at.
+    ForgetsPlaces,
     /// Against invariant 12: a request that dies leaves no row.
     NoOutcome,
     /// Against invariant 12: a lease leaves no receipt.
@@ -34,6 +38,8 @@ pub enum Mutant {
     NeverDeposed,
     /// Against L2: a read that does not show our write is taken for a failure.
     ReadProvesFailure,
+    /// Against L7: a lease that no known page holds is nobody's, without a look at its page.
+    JudgeAtOnce,
     /// Against L9: a silent node's lease expires at once.
     ExpireAtOnce,
     /// Against L9: the limits of a lease are those that its node has now, not those of its order.

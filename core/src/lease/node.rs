@@ -1,17 +1,21 @@
 //! Nodes come, tell what they have, and go (L6, L7).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Moment;
 use super::command::{AgentLease, AgentPhase};
 use super::event::Event;
+use super::mutant::Mutant;
 use super::report;
 use super::request;
 use super::state::{Lease, SlotUse, Stage, State};
-use crate::ids::{LeaseId, NodeName, Size};
+use crate::ids::{AccountName, LeaseId, NodeName, Size};
 use crate::page::Ending;
 use crate::slots::{self, Card};
+
+/// Why a lease is ended that no account pays for (L7).
+pub const NOBODYS: &str = "no account has a reservation for this lease";
 
 /// An agent presents its waiting requests again right behind Joined; one that is not there by then is gone.
 const CONFIRM_MS: u64 = 2_000;
@@ -51,14 +55,26 @@ pub(super) fn joined(
             events.extend(missing(at, state, id, lease));
         }
     }
+    let mut doubted: BTreeSet<&AccountName> = BTreeSet::new();
     for lease in on_node.values() {
         match state.leases.get(&lease.lease) {
             Some(known) if known.node == node => events.extend(both(at, state, &node, known, lease)),
             // It is another node's: this one has no say in it.
             Some(_) => {}
-            None => events.extend(stranger(at, state, &node, lease)),
+            None => {
+                events.extend(slot_of(at, state, &node, lease));
+                match doubtful(state, lease) {
+                    Some(account) => {
+                        events.push(Event::StrangerMet { node: node.clone(), lease: Box::new(lease.clone()) });
+                        doubted.insert(account);
+                    }
+                    None => events.push(nobodys(at, &node, lease)),
+                }
+            }
         }
     }
+    let doubted = doubted.into_iter();
+    events.extend(doubted.map(|account| Event::PageDoubted { node: node.clone(), account: account.clone() }));
     for event in &mut events {
         if let Event::Queued(waiting) = event {
             Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
@@ -87,7 +103,7 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
     let id = || lease.lease.clone();
     let mut events = Vec::new();
     if known.is_open() {
-        events.push(Event::Assigned { lease: id(), card: Some(lease.card) });
+        events.push(Event::Assigned { lease: id(), slot: lease.slot });
     }
     match &lease.phase {
         AgentPhase::Assigned => {}
@@ -97,7 +113,16 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
             }
         }
         AgentPhase::Ended { report, freed } => {
-            events.extend(report::ended(at, state, node, &lease.lease, *report));
+            let mut ended = report::ended(at, state, node, &lease.lease, *report);
+            if !*freed {
+                // It has got its slot, whatever it waited for when it was heard of last, and that is not clear.
+                ended.iter_mut().for_each(|event| {
+                    if let Event::Ended { slot, .. } = event {
+                        *slot = SlotUse::Clearing;
+                    }
+                });
+            }
+            events.extend(ended);
             if *freed {
                 events.push(Event::SlotFreed { lease: id() });
                 events.push(Event::Acknowledged { node: node.clone(), lease: id(), ended: false, freed: true });
@@ -110,38 +135,66 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
     events
 }
 
-/// On the node, not on the page: killed. Its slot is in use until the node says otherwise.
-fn stranger(at: Moment, state: &State, node: &NodeName, lease: &AgentLease) -> Vec<Event> {
-    let adopt = |slot| Event::Adopted {
+/// On the node and not on a known page: the account whose page may hold it all the same. An earlier leader may have written
+/// a hold that our watch has not shown, and ordered its lease before the node joined.
+fn doubtful<'a>(state: &State, lease: &'a AgentLease) -> Option<&'a AccountName> {
+    let account = lease.account.as_ref().filter(|_| !state.has(Mutant::JudgeAtOnce))?;
+    let known = state.accounts.get(account);
+    let settled = known.is_some_and(|known| known.durable.closed.iter().any(|row| row.hold.lease == lease.lease));
+    (!settled).then_some(account)
+}
+
+/// Whoever pays for it, its slot is in use until the node says otherwise.
+fn slot_of(at: Moment, state: &State, node: &NodeName, lease: &AgentLease) -> Option<Event> {
+    let slot = match lease.phase {
+        AgentPhase::Assigned | AgentPhase::Running => SlotUse::Taken,
+        AgentPhase::Ended { freed: false, .. } => SlotUse::Clearing,
+        AgentPhase::Ended { freed: true, .. } => return None,
+    };
+    Some(Event::Adopted {
         lease: lease.lease.clone(),
         account: None,
         node: node.clone(),
         size: lease.size,
         declared_ms: 0,
-        card: Some(lease.card),
+        card: lease.slot.has().or(lease.slot.awaits()),
         stage: Stage::Assigned,
         slot,
         limits: state.inherited_limits(),
         waits_ms: 0,
         at: at.steady,
-    };
+    })
+}
+
+/// On the node, not on the page: ended, if it is not over. What is over was settled long ago, or void: nothing changes, and
+/// the node may forget it (L10).
+fn nobodys(at: Moment, node: &NodeName, lease: &AgentLease) -> Event {
     let id = lease.lease.clone();
     match lease.phase {
-        AgentPhase::Assigned | AgentPhase::Running => {
-            let reason = "no account has a reservation for this lease";
-            vec![adopt(SlotUse::Taken), Event::Cancelled { lease: id, at: at.steady, reason }]
-        }
-        // Settled long ago, or void: nothing changes, the node may forget it (L10).
-        AgentPhase::Ended { freed: true, .. } => {
-            vec![Event::Acknowledged { node: node.clone(), lease: id, ended: true, freed: true }]
-        }
-        AgentPhase::Ended { freed: false, .. } => {
-            vec![
-                adopt(SlotUse::Clearing),
-                Event::Acknowledged { node: node.clone(), lease: id, ended: true, freed: false },
-            ]
+        AgentPhase::Assigned | AgentPhase::Running => Event::Cancelled { lease: id, at: at.steady, reason: NOBODYS },
+        AgentPhase::Ended { freed, .. } => Event::Acknowledged { node: node.clone(), lease: id, ended: true, freed },
+    }
+}
+
+/// A stranger's page was read, and does not hold it.
+pub(super) fn judge(at: Moment, node: &NodeName, lease: &AgentLease) -> [Event; 2] {
+    [Event::StrangerJudged { lease: lease.lease.clone() }, nobodys(at, node, lease)]
+}
+
+/// Strangers whose hold or settlement has become known, by a read or by the watch: as if it had been known when they were
+/// met.
+pub(super) fn found(at: Moment, state: &State) -> Vec<Event> {
+    let mut events = Vec::new();
+    for (id, stranger) in &state.strangers {
+        let known = state.leases.get(id).filter(|known| known.account.is_some() && known.node == stranger.node);
+        if let Some(known) = known {
+            events.push(Event::StrangerJudged { lease: id.clone() });
+            events.extend(both(at, state, &stranger.node, known, &stranger.lease));
+        } else if doubtful(state, &stranger.lease).is_none() {
+            events.extend(judge(at, &stranger.node, &stranger.lease));
         }
     }
+    events
 }
 
 pub(super) fn heartbeat(state: &State, node: NodeName, cards: Option<Vec<Card>>) -> Vec<Event> {

@@ -2,13 +2,14 @@
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::Policy;
+use super::command::{AgentLease, Policy};
 use super::event::{Event, TermEnd};
 use super::mutant::Mutant;
+use super::node;
 use super::report;
 use super::request::{self, Refusal};
 use super::state::{Account, Batch, Lease, SlotUse, Stage, State};
-use crate::ids::{AccountName, Epoch, LeaseId, Steady};
+use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Steady};
 use crate::page::{Ending, Hold, Page};
 use crate::protocol::Denial;
 
@@ -24,8 +25,9 @@ pub(super) fn seen(at: Moment, state: &State, name: AccountName, page: Box<Page>
     let Some(account) = state.accounts.get(&name) else {
         let mut events =
             vec![Event::AccountTaken { account: name.clone(), page: page.clone(), policy: policy.clone() }];
-        events.extend(page.holds.iter().flat_map(|hold| adopt(at, state, &name, hold)));
+        // Before a hold is voided, and its window with it.
         events.extend(base(at, &name, &page, &policy));
+        events.extend(page.holds.iter().flat_map(|hold| adopt(at, state, &name, &page, hold)));
         return events;
     };
     let mut events = Vec::new();
@@ -62,7 +64,7 @@ fn base(at: Moment, name: &AccountName, page: &Page, policy: &Policy) -> Option<
 }
 
 /// A hold of an earlier term. What its node says decides (L7).
-fn adopt(at: Moment, state: &State, name: &AccountName, hold: &Hold) -> Vec<Event> {
+fn adopt(at: Moment, state: &State, name: &AccountName, page: &Page, hold: &Hold) -> Vec<Event> {
     let known = state.leases.get(&hold.lease);
     let limits = state.inherited_limits();
     let adopted = Event::Adopted {
@@ -79,12 +81,27 @@ fn adopt(at: Moment, state: &State, name: &AccountName, hold: &Hold) -> Vec<Even
         // The order may have left at any time up to now.
         at: at.steady,
     };
-    if state.joined(&hold.node) {
-        // The node has joined without it, or was told to end it: its answer voids or settles it (L9).
-        let reason = "the reservation was found after its node had joined";
-        return vec![adopted, Event::Cancelled { lease: hold.lease.clone(), at: at.steady, reason }];
+    if state.stranger(&hold.node, &hold.lease).is_some() {
+        // It has it: what it said of it is taken next.
+        return vec![adopted];
     }
-    vec![adopted]
+    if !state.joined(&hold.node) {
+        return vec![adopted];
+    }
+    let lease = || hold.lease.clone();
+    if known.is_some() || hold.epoch >= state.epoch {
+        // The node was told to end it, or is told now: its answer settles it (L9).
+        let reason = "the reservation was found after its node had joined";
+        return vec![adopted, Event::Cancelled { lease: lease(), at: at.steady, reason }];
+    }
+    // The node has joined without it, and takes no order of an earlier term any more: it can not come to have it (L7).
+    let (ending, at_time) = (Ending::Refused, page.time(at.wall));
+    let void = PageChange::Settle { lease: lease(), ending, used_ms: 0, charged_ms: 0, at: at_time };
+    vec![
+        adopted,
+        Event::Changed { account: name.clone(), change: void, at: at.steady },
+        Event::Ended { lease: lease(), slot: SlotUse::Free },
+    ]
 }
 
 pub(super) fn gone(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
@@ -153,19 +170,59 @@ pub(super) fn read(at: Moment, state: &State, name: AccountName, page: Box<Page>
     }
     let Some(account) = state.accounts.get(&name) else { return Vec::new() };
     match &account.in_flight {
-        Some(batch) if batch.write_id == page.write_id => committed(at, state, name, batch),
         // Nobody wrote the page since: our write may still be under way (L2). The same write again settles it, for only
         // one of the two can happen.
-        Some(batch) if page.seq <= account.durable.seq => {
+        Some(batch) if batch.write_id != page.write_id && page.seq <= account.durable.seq => {
             if state.has(Mutant::ReadProvesFailure) {
                 return aborted(at, state, name, account, batch);
             }
             vec![Event::WriteRepeated { account: name }]
         }
-        Some(_) => rebase(at, state, &name, account, page),
-        None if page.seq > account.durable.seq => rebase(at, state, &name, account, page),
-        None => Vec::new(),
+        _ => newest(at, state, &name, account, page),
     }
+}
+
+/// A page that was read: it may show our write in flight, or one of somebody else.
+fn newest(at: Moment, state: &State, name: &AccountName, account: &Account, page: Box<Page>) -> Vec<Event> {
+    match &account.in_flight {
+        Some(batch) if batch.write_id == page.write_id => committed(at, state, name.clone(), batch),
+        _ if page.seq > account.durable.seq => rebase(at, state, name, account, page),
+        _ => Vec::new(),
+    }
+}
+
+/// L7: the page of leases that a node had when it joined and that no known page held. A hold of theirs was durable before
+/// their orders left, so it is on this page, or settled.
+pub(super) fn confirmed(
+    at: Moment,
+    state: &State,
+    name: AccountName,
+    node: &NodeName,
+    page: Option<Box<Page>>,
+) -> Vec<Event> {
+    if let Some(page) = page.as_ref().filter(|page| is_later(state, page)) {
+        return deposed(page.epoch);
+    }
+    // Of a page that was written since, and was shown meanwhile, the holds are known.
+    let known = state.accounts.get(&name).map_or(0, |account| account.durable.seq);
+    let is_held = |lease: &LeaseId| {
+        let mut holds = page.iter().filter(|page| page.seq >= known).flat_map(|page| &page.holds);
+        holds.any(|hold| hold.lease == *lease)
+    };
+    let of_it: Vec<&AgentLease> = state.strangers_of(&name, node).collect();
+    // The watch was faster.
+    if of_it.is_empty() {
+        return Vec::new();
+    }
+    let judged =
+        of_it.into_iter().filter(|lease| !is_held(&lease.lease)).flat_map(|lease| node::judge(at, node, lease));
+    let judged: Vec<Event> = judged.collect();
+    let mut events = match (state.accounts.get(&name), page) {
+        (Some(account), Some(page)) => newest(at, state, &name, account, page),
+        _ => Vec::new(),
+    };
+    events.extend(judged);
+    events
 }
 
 fn is_later(state: &State, page: &Page) -> bool {
@@ -276,7 +333,7 @@ fn rebase(at: Moment, state: &State, name: &AccountName, account: &Account, page
         .holds
         .iter()
         .filter(|hold| state.leases.get(&hold.lease).is_none_or(|lease| lease.account.as_ref() != Some(name)));
-    follow.extend(unknown.flat_map(|hold| adopt(at, state, name, hold)));
+    follow.extend(unknown.flat_map(|hold| adopt(at, state, name, &page, hold)));
     let mut events = vec![Event::Rebased { account: name.clone(), page, kept }];
     events.extend(follow);
     events

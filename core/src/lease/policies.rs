@@ -19,7 +19,7 @@ impl Policies {
         }
         let shared = Arc::new(policy.clone());
         // What is one account's own is worth nothing to the others.
-        if policy.allowance.grants.is_empty() && !policy.deleting {
+        if policy.allowance.grants.is_empty() && !policy.deleting && policy.conflict.is_none() {
             self.0.insert(policy.tier.clone(), Arc::clone(&shared));
         }
         shared
@@ -53,11 +53,19 @@ mod tests {
     fn policy(base_ms: u64, grants: Vec<Grant>) -> Policy {
         Policy {
             tier: "free".to_owned(),
-            allowance: Allowance { base_ms, longest_call_ms: 1, runs_per_window: None, generation: 1, grants },
+            allowance: Allowance {
+                base_ms,
+                per_cookie_ms: None,
+                longest_call_ms: 1,
+                runs_per_window: None,
+                generation: 1,
+                grants,
+            },
             concurrent: 1,
             priority: Priority::Medium,
             caller: CallerClass::Regular,
             deleting: false,
+            conflict: None,
         }
     }
 

@@ -70,8 +70,8 @@ pub(super) fn promise(now: Steady, state: &State, waiting: &Waiting) -> Promise 
         Size::Large => 0,
         Size::Xlarge => lanes.map_or(0, Lanes::whole_cards_hold_ms),
     };
-    let latest_start = now.plus(work_ms / slots).plus(longest_ms).plus(in_line_ms);
-    Promise { given: now, latest_start }
+    let wait_ms = (work_ms / slots).saturating_add(longest_ms).saturating_add(in_line_ms);
+    Promise::new(now, wait_ms)
 }
 
 /// How many are before it, and when it can expect to begin if calls run as long as they are expected to.

@@ -2,7 +2,7 @@
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{EndReport, FreedAs};
+use super::command::{AgentLease, AgentPhase, EndReport, FreedAs, PickedSlot};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::request;
@@ -26,16 +26,31 @@ fn acknowledged(node: &NodeName, lease: &LeaseId, ended: bool, freed: bool) -> E
     Event::Acknowledged { node: node.clone(), lease: lease.clone(), ended, freed }
 }
 
-pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, card: Option<u32>) -> Vec<Event> {
+/// A lease whose page is being read: what its node says of it is kept until that tells whose it is (L7).
+fn met(node: &NodeName, known: &AgentLease, change: impl FnOnce(&mut AgentLease)) -> Event {
+    let mut lease = Box::new(known.clone());
+    change(&mut lease);
+    Event::StrangerMet { node: node.clone(), lease }
+}
+
+pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, slot: PickedSlot) -> Vec<Event> {
+    if let (Some(stranger), PickedSlot::Has(_)) = (state.stranger(node, &lease), slot) {
+        let told = met(node, stranger, |lease| lease.slot = slot);
+        return vec![told, Event::Assigned { lease, slot }];
+    }
     match find(state, node, &lease) {
-        Some(found) if found.is_open() => {
-            vec![Event::Assigned { lease, card }, Event::NodeHeard { node: node.clone() }]
+        // Of one whose account is gone its slot counts still.
+        Some(found) if found.is_open() || (found.account.is_none() && found.slot == SlotUse::Taken) => {
+            vec![Event::Assigned { lease, slot }, Event::NodeHeard { node: node.clone() }]
         }
         _ => Vec::new(),
     }
 }
 
 pub(super) fn running(state: &State, node: &NodeName, lease: LeaseId) -> Vec<Event> {
+    if let Some(stranger) = state.stranger(node, &lease) {
+        return vec![met(node, stranger, |lease| lease.phase = AgentPhase::Running)];
+    }
     match find(state, node, &lease) {
         Some(found) if found.is_open() && found.stage < Stage::Running => vec![Event::Running { lease }],
         _ => Vec::new(),
@@ -44,6 +59,10 @@ pub(super) fn running(state: &State, node: &NodeName, lease: LeaseId) -> Vec<Eve
 
 /// The node did not take the order: the hold is voided and the request returns to its place.
 pub(super) fn refused(at: Moment, state: &State, node: &NodeName, lease: &LeaseId) -> Vec<Event> {
+    if state.stranger(node, lease).is_some() {
+        // It waited there for a slot, and gets none. If it is held, its node will say once more that it is not there.
+        return vec![Event::StrangerJudged { lease: lease.clone() }, Event::SlotFreed { lease: lease.clone() }];
+    }
     let Some(found) = find(state, node, lease).filter(|found| found.is_open()) else { return Vec::new() };
     let mut events = void(at, state, lease, Ending::Refused, SlotUse::Free);
     if !events.is_empty() && found.request.is_some() && !found.abandoned {
@@ -53,6 +72,9 @@ pub(super) fn refused(at: Moment, state: &State, node: &NodeName, lease: &LeaseI
 }
 
 pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId, report: EndReport) -> Vec<Event> {
+    if let Some(stranger) = state.stranger(node, lease) {
+        return stranger_ended(state, node, stranger, report);
+    }
     let Some(found) = find(state, node, lease) else {
         // Unknown or settled long ago: nothing changes, and the node may forget it (L10).
         return vec![acknowledged(node, lease, true, false)];
@@ -75,10 +97,21 @@ pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId,
     }
 }
 
+/// It is acknowledged when its page has told that nobody pays for it, or when its settlement is durable (invariant 2).
+fn stranger_ended(state: &State, node: &NodeName, stranger: &AgentLease, report: EndReport) -> Vec<Event> {
+    if matches!(stranger.phase, AgentPhase::Ended { .. }) {
+        return Vec::new();
+    }
+    let mut events = vec![met(node, stranger, |lease| lease.phase = AgentPhase::Ended { report, freed: false })];
+    let known = state.leases.get(&stranger.lease);
+    events.extend(known.map(|known| Event::Ended { lease: stranger.lease.clone(), slot: clearing(known) }));
+    events
+}
+
 /// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none. One that got
 /// another slot than its predecessor's, which still clears, has a card.
 fn clearing(lease: &Lease) -> SlotUse {
-    let waits = lease.after.is_some() && lease.card.is_none();
+    let waits = lease.card.is_none() && (lease.after.is_some() || lease.awaits.is_some());
     if lease.slot == SlotUse::Free || waits { SlotUse::Free } else { SlotUse::Clearing }
 }
 
@@ -87,6 +120,11 @@ pub(super) fn freed(state: &State, node: &NodeName, lease: LeaseId, how: FreedAs
     let (FreedAs::Free | FreedAs::Held | FreedAs::Quarantined) = how;
     let known = find(state, node, &lease).is_some_and(|found| found.slot != SlotUse::Free);
     let mut events = vec![acknowledged(node, &lease, false, true), Event::NodeHeard { node: node.clone() }];
+    if let Some(stranger) = state.stranger(node, &lease)
+        && let AgentPhase::Ended { report, .. } = stranger.phase
+    {
+        events.push(met(node, stranger, |lease| lease.phase = AgentPhase::Ended { report, freed: true }));
+    }
     if known {
         events.insert(0, Event::SlotFreed { lease });
     }

@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{Budget, Request};
+use super::command::{Budget, NodeSettings, Request};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
-use crate::ids::{AccountName, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
-use crate::page::{DenialRow, Outcome};
-use crate::protocol::{CallerClass, Denial, QueueOf, UnauthenticatedReason, human_message};
-use crate::queue::{Function, Turn, Waiting, WaitsFor};
-use crate::quota::{self, Demand};
+use crate::ids::{AccountName, CookieId, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::page::{DenialRow, Hold, Outcome, ShortenedBy};
+use crate::protocol::{CallerClass, Denial, LegalDurations, QueueOf, UnauthenticatedReason, human_message};
+use crate::queue::{Function, Promise, Promised, QueueBounds, Turn, Waiting, WaitsFor, place_of};
+use crate::quota::{self, Demand, FreesIn, Payer, Queued};
 use crate::slots;
 
 /// Orders for one request that a node may refuse, or a store may not take, before it is told PlatformFault. A first order
@@ -33,6 +33,11 @@ pub(super) struct Refusal<'a> {
 }
 
 pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event> {
+    if !state.joined(&request.node) {
+        // It left for an earlier term of ours, or its session is gone. What its agent has waiting comes behind Joined, with
+        // the places that it was told since (L17).
+        return Vec::new();
+    }
     if let Some(known) = known(state, &request.ticket) {
         return known;
     }
@@ -43,39 +48,70 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
         account: request.caller.as_ref().ok(),
         boundary: "Requested",
     };
-    match check(at, state, &request) {
+    let place = presented_place(state, &request);
+    match check(at, state, &request, place.is_some()) {
         Err(denial) => refusal.events(at, state, denial),
         Ok((account, name, demand)) => {
             let turn = turn(at, state, account, &request, &demand);
-            let blocked = account.is_blocked(state.page_of(account), at.steady);
+            let waits_for = match () {
+                () if account.is_blocked(state.page_of(account), request.cookie.as_ref(), at.steady) => {
+                    WaitsFor::Account
+                }
+                () if state.is_space_full(&request.space.uid) => WaitsFor::Space,
+                () => WaitsFor::Node,
+            };
             let mut events = Vec::new();
             if let Some(budget) = &request.budget {
                 let (root, expires) = (budget.root.clone(), budget.expires);
                 events.push(Event::BudgetTaken { root, calls: 1, ms: demand.needed_ms(), expires });
             }
+            let promised = request.presented.filter(|_| place.is_some()).and_then(|presented| presented.promised);
+            if let Some(over) = promised.filter(Promised::is_over) {
+                let (ticket, node) = (request.ticket.clone(), request.node.clone());
+                let (waited_ms, promised_ms) = (over.ago_ms, over.wait_ms);
+                events.push(Event::PromiseOver { ticket, node, waited_ms, promised_ms });
+            }
+            let kept = promised.filter(|promised| !promised.is_over() && waits_for == WaitsFor::Node);
             events.push(Event::Queued(Arc::new(Waiting {
                 ticket: request.ticket,
-                place: state.next_place,
+                place: place.unwrap_or(state.next_place),
                 node: request.node,
                 account: name,
                 space: request.space,
                 demand,
                 turn,
                 caller: account.policy.caller,
-                via: if request.budget.is_some() { "token" } else { "space" }.into(),
+                via: match (&request.cookie, &request.budget) {
+                    (Some(_), _) => "guest",
+                    (None, Some(_)) => "token",
+                    (None, None) => "space",
+                }
+                .into(),
+                cookie: request.cookie,
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
                 arrived: at.steady,
                 attempts: 0,
                 told: None,
-                promise: None,
-                waits_for: if blocked { WaitsFor::Account } else { WaitsFor::Node },
+                promise: kept.map(|promised| Promise::presented(at.steady, &promised)),
+                waits_for,
                 lease: None,
                 unconfirmed: None,
             })));
             events
         }
     }
+}
+
+/// L17: the place that the request presents, if it was told to somebody and is nobody else's now. Any other number would be
+/// the agent's invention.
+fn presented_place(state: &State, request: &Request) -> Option<u64> {
+    let presented = request.presented.filter(|presented| presented.number > 0 && !state.has(Mutant::ForgetsPlaces))?;
+    let place = place_of(presented.epoch, presented.number);
+    let is_others = |of: &Arc<Waiting>| of.place == place && of.ticket != request.ticket;
+    let is_taken = state.queue.at(&request.node, place).is_some_and(is_others)
+        || state.leases_on(&request.node).any(|(_, lease)| lease.request.as_ref().is_some_and(is_others));
+    (place < state.next_place && !is_taken).then_some(place)
 }
 
 /// L15: the ticket is the idempotency key. None if it waits for nothing: it is new, or its lease was given up before its
@@ -94,9 +130,7 @@ fn lease_of<'a>(state: &'a State, ticket: &Ticket) -> Option<&'a LeaseId> {
 /// What decides when it is its turn.
 fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand: &Demand) -> Turn {
     let settings = state.settings(&request.node);
-    let function =
-        Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.declared_ms };
-    let expected_ms = state.history.expected_ms(&function);
+    let expected_ms = state.history.expected_ms(&function(request, demand)).min(demand.declared_ms);
     let page = state.page_of(account);
     let standing = page.standing(&account.policy.allowance, page.time(at.wall));
     let used_ms = standing.limit_ms.saturating_sub(standing.left_ms);
@@ -110,6 +144,11 @@ fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand:
     }
 }
 
+/// What the calls like it are known by.
+fn function(request: &Request, demand: &Demand) -> Function {
+    Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.asked_ms() }
+}
+
 /// How many slots of the node's cards a lease takes.
 pub(super) fn slots_of(state: &State, node: &NodeName, size: Size) -> u64 {
     let cards = state.nodes.get(node).map(|node| node.cards.as_slice()).unwrap_or_default();
@@ -119,7 +158,14 @@ pub(super) fn slots_of(state: &State, node: &NodeName, size: Size) -> u64 {
     }
 }
 
-fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Account, AccountName, Demand), Denial> {
+/// `placed`: it waited before a fail-over, and was within these bounds then. Whoever came later and was faster to reach the
+/// new leader does not push it out; that the node's queue has its bound is enough to keep all of them bounded.
+fn check<'a>(
+    at: Moment,
+    state: &'a State,
+    request: &Request,
+    placed: bool,
+) -> Result<(&'a Account, AccountName, Demand), Denial> {
     if let Some(ms) = state.clock_off_ms {
         return Err(Denial::ClockSkew { ms });
     }
@@ -129,34 +175,82 @@ fn check<'a>(at: Moment, state: &'a State, request: &Request) -> Result<(&'a Acc
     if account.policy.deleting {
         return Err(Denial::AccountDeleting);
     }
+    if account.policy.conflict.is_some() {
+        return Err(unauthenticated(UnauthenticatedReason::IdentityConflict));
+    }
     let settings = state.settings(&request.node);
     let demand = Demand {
         size: request.size,
         weight: settings.weight(request.size),
         declared_ms: request.declared_ms,
         duration_factor_percent: settings.duration_factor_percent,
+        shortened: None,
     };
     let page = state.page_of(account);
     let time = page.time(at.wall);
-    quota::check_legal(page, &account.policy.allowance, time, &demand)?;
+    let allowance = state.allowance_of(account);
+    let payer = Payer { page, allowance: &allowance, cookie: request.cookie.as_ref(), at: time };
+    // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
+    let queued = if placed { Queued::default() } else { state.queue.needed(&name, request.cookie.as_ref()) };
+    let demand = shorten(state, request, payer, demand, queued);
+    let explained = |denial| explained(settings, &account.policy.tier, payer, &demand, denial);
+    quota::check_legal(payer, &demand).map_err(explained)?;
     if let Some(budget) = &request.budget {
         check_budget(state, budget, demand.needed_ms())?;
     }
-    // Fast refusal: what the account has waiting counts as taken, but nothing is reserved for it.
-    let queued_ms = state.queue.needed_ms(&name);
-    let frees_in_ms = frees_in_ms(state, account, time);
-    quota::admit(page, &account.policy.allowance, time, &demand, queued_ms, frees_in_ms)?;
-    let node = state.nodes.get(&request.node).filter(|node| node.joined);
+    let frees_in = frees_in(state, account, request.cookie.as_ref(), time);
+    quota::admit(payer, &demand, queued, frees_in).map_err(explained)?;
+    let node = state.nodes.get(&request.node);
     if node.is_some_and(|node| !slots::possible(&node.cards, request.size)) {
         return Err(Denial::NoCapacity { size: request.size });
     }
-    match state.queue.full(&request.node, &request.space, &name, &settings.queue) {
-        Some((QueueOf::Account, _)) if account.is_blocked(page, at.steady) => {
-            Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent) })
+    let unbounded = QueueBounds { space: usize::MAX, account: usize::MAX, ..settings.queue };
+    let bounds = if placed { unbounded } else { settings.queue };
+    match state.queue.full(&request.node, &request.space, &name, &bounds) {
+        Some((QueueOf::Account, _)) if account.is_blocked(page, request.cookie.as_ref(), at.steady) => {
+            Err(Denial::ConcurrencyExceeded { limit: u64::from(account.policy.concurrent), of: QueueOf::Account })
+        }
+        Some((QueueOf::Space, _)) if state.is_space_full(&request.space.uid) => {
+            let limit = u64::from(state.space_settings(&request.space.uid).concurrent.unwrap_or_default());
+            Err(Denial::ConcurrencyExceeded { limit, of: QueueOf::Space })
         }
         Some((of, bound)) => Err(Denial::QueueFull { bound, of }),
         None => Ok((account, name, demand)),
     }
+}
+
+/// What the call is given of what it declares, as its Space has chosen.
+fn shorten(state: &State, request: &Request, payer: Payer<'_>, demand: Demand, queued: Queued) -> Demand {
+    let chosen = state.space_settings(&request.space.uid);
+    let learned =
+        if chosen.learned_reservation { state.history.suggested_ms(&function(request, &demand)) } else { None };
+    let demand = match learned {
+        Some(ms) => demand.shortened_to(ms, ShortenedBy::LearnedDuration),
+        None => demand,
+    };
+    if chosen.clamp_to_remaining { quota::clamp(payer, demand, queued) } else { demand }
+}
+
+/// A refusal of a duration with what would be legal, for each size (requirement A14).
+pub(super) fn explained(
+    settings: NodeSettings,
+    tier: &str,
+    payer: Payer<'_>,
+    demand: &Demand,
+    denial: Denial,
+) -> Denial {
+    let Denial::IllegalDuration { declared_ms, limit_ms, what, .. } = denial else { return denial };
+    let longest = |size| {
+        let of_size = Demand { size, weight: settings.weight(size), ..*demand };
+        quota::longest_legal_ms(payer, &of_size)
+    };
+    let legal = Box::new(LegalDurations {
+        tier: tier.to_owned(),
+        size: demand.size,
+        large_ms: longest(Size::Large),
+        xlarge_ms: longest(Size::Xlarge),
+    });
+    Denial::IllegalDuration { declared_ms, limit_ms, what, legal: Some(legal) }
 }
 
 /// Invariant 10: a Space can spend its caller's quota only within the budget of the call.
@@ -173,13 +267,17 @@ fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), De
     }
 }
 
-/// When the first of the account's reservations ends at the latest.
-pub(super) fn frees_in_ms(state: &State, account: &Account, time: LedgerTime) -> u64 {
-    let holds = state.page_of(account).holds.iter();
-    holds
-        .map(|hold| hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time))
-        .min()
-        .unwrap_or_default()
+/// When the first of the account's reservations ends at the latest, and the first of the visitor's on a guest page.
+pub(super) fn frees_in(state: &State, account: &Account, cookie: Option<&CookieId>, time: LedgerTime) -> FreesIn {
+    let holds = &state.page_of(account).holds;
+    let left_ms = |hold: &Arc<Hold>| {
+        hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time)
+    };
+    let is_own = |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+    FreesIn {
+        account_ms: holds.iter().map(left_ms).min().unwrap_or_default(),
+        cookie_ms: holds.iter().filter(is_own).map(left_ms).min().unwrap_or_default(),
+    }
 }
 
 pub(super) fn dequeue(at: Moment, state: &State, ticket: &Ticket) -> Vec<Event> {
@@ -280,7 +378,7 @@ pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event
         let promise = match waiting.waits_for {
             // Told once, it stays: a request that returns to its place keeps what it was promised.
             WaitsFor::Node => Some(waiting.promise.unwrap_or_else(|| promise::promise(at.steady, state, waiting))),
-            WaitsFor::Account => None,
+            WaitsFor::Account | WaitsFor::Space => None,
         };
         Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady, promise }
     };

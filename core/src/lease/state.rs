@@ -1,17 +1,20 @@
 //! What the ledger knows. Only [`State::apply`] changes it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::change::{PageChange, Urgency};
-use super::command::{Limits, NodeSettings, Policy};
+use super::command::{AgentLease, Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use super::policies::Policies;
 use super::schedule::{Schedule, Scheduled};
-use crate::ids::{AccountName, ByName, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
-use crate::page::{CLOSED_MAX, Page};
-use crate::queue::{History, Lane, Queue, Waiting};
+use super::spaces::SpaceUse;
+use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
+use crate::page::{CLOSED_MAX, Hold, Page};
+use crate::queue::{History, Lane, Queue, Waiting, place_of};
+use crate::quota::Allowance;
 use crate::slots::Card;
 
 /// Page writes in flight at once, of different accounts. Enough to keep an etcd busy that answers in a few milliseconds;
@@ -36,15 +39,21 @@ pub struct State {
     pub nodes: BTreeMap<NodeName, Node>,
     /// Every lease that has an open hold or a slot.
     pub leases: ByName<LeaseId, Lease>,
+    /// Leases that nodes had when they joined and that no known page holds: a page may have been written by an earlier leader
+    /// that our watch has not shown (L7). Until their pages are read they are neither ended nor acknowledged. Bounded by what
+    /// nodes have.
+    pub strangers: BTreeMap<LeaseId, Stranger>,
     /// Who waits.
     pub queue: Queue,
     /// How long calls really ran, for the order of the queue.
     pub history: History,
+    /// Spaces with leases or with a choice of their owner, by uid.
+    pub spaces: BTreeMap<String, SpaceUse>,
     /// What was taken of each call's budget.
     pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
     pub no_device: BTreeMap<String, (Steady, u32)>,
-    /// Numbers the requests of this term.
+    /// Numbers the requests of this term ([`place_of`]).
     pub next_place: u64,
     /// Numbers the reservations of this term.
     pub next_reservation: u64,
@@ -136,6 +145,8 @@ pub struct Lease {
     pub node: NodeName,
     /// Size.
     pub size: Size,
+    /// uid of its Space; None if only the node knows it.
+    pub space: Option<Arc<str>>,
     /// Longest run.
     pub declared_ms: u64,
     /// The request it was made for; None after a fail-over.
@@ -146,6 +157,8 @@ pub struct Lease {
     pub stage: Stage,
     /// Card, once the node has said it.
     pub card: Option<u32>,
+    /// Card on which its slot still clears, once the node has said it (L14).
+    pub awaits: Option<u32>,
     /// Counts the reservations of the term: the order in which their places are predicted.
     pub number: u64,
     /// It gets the slot of this lease (L14).
@@ -169,6 +182,15 @@ pub struct Lease {
     pub cancelled: Option<Steady>,
 }
 
+/// A lease whose page is being read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stranger {
+    /// Which node has it.
+    pub node: NodeName,
+    /// What that node said of it last.
+    pub lease: AgentLease,
+}
+
 /// What the packing of a node's cards has to know of a lease; a copy, kept side by side for all leases of a node, because
 /// every decision looks at all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,6 +199,7 @@ pub(super) struct Holder {
     pub number: u64,
     pub size: Size,
     pub card: Option<u32>,
+    pub awaits: Option<u32>,
     pub clearing: bool,
     pub after: Option<LeaseId>,
     pub follows: bool,
@@ -239,14 +262,16 @@ impl State {
             accounts: ByName::default(),
             nodes: BTreeMap::new(),
             leases: ByName::default(),
+            strangers: BTreeMap::new(),
             queue: Queue::default(),
             history: History::default(),
             tickets: ByName::default(),
             policies: Policies::default(),
             longest_call_ms: 0,
+            spaces: BTreeMap::new(),
             roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
-            next_place: 1,
+            next_place: place_of(epoch, 1),
             next_reservation: 1,
             awaited,
             schedule: Schedule::default(),
@@ -301,9 +326,31 @@ impl State {
         self.nodes.get(node).is_some_and(|node| node.joined)
     }
 
+    /// What applies to an account, as decisions see it.
+    pub(super) fn allowance_of<'a>(&self, account: &'a Account) -> Cow<'a, Allowance> {
+        let allowance = &account.policy.allowance;
+        if self.has(Mutant::PrefixCapIgnored) && allowance.per_cookie_ms.is_some() {
+            return Cow::Owned(Allowance { base_ms: u64::MAX / 4, ..allowance.clone() });
+        }
+        Cow::Borrowed(allowance)
+    }
+
     /// The page that decisions are made on.
     pub(super) fn page_of<'a>(&self, account: &'a Account) -> &'a Page {
         if self.has(Mutant::DecideOnDurable) { &account.durable } else { &account.working }
+    }
+
+    /// What a node said of a lease whose page is being read and whose hold is not known.
+    pub(super) fn stranger(&self, node: &NodeName, lease: &LeaseId) -> Option<&AgentLease> {
+        let is_held = self.leases.get(lease).is_some_and(|known| known.account.is_some());
+        let found = self.strangers.get(lease).filter(|stranger| stranger.node == *node && !is_held);
+        found.map(|stranger| &stranger.lease)
+    }
+
+    /// Leases of an account on a node, for which its page is being read.
+    pub fn strangers_of(&self, account: &AccountName, node: &NodeName) -> impl Iterator<Item = &AgentLease> {
+        let here = self.strangers.values().filter(move |stranger| stranger.node == *node);
+        here.map(|stranger| &stranger.lease).filter(move |lease| lease.account.as_ref() == Some(account))
     }
 
     /// All leases, node by node, in the order of their names.
@@ -329,13 +376,15 @@ impl State {
 impl Account {
     /// True while a new hold has to wait for something of the account's own: its concurrency limit, its outbox, or its
     /// failing writes. On the wire all three are the queueing reason `concurrency`.
-    pub(super) fn is_blocked(&self, page: &Page, now: Steady) -> bool {
-        self.is_full(page) || self.retry_at.is_some_and(|retry_at| now < retry_at)
+    pub(super) fn is_blocked(&self, page: &Page, cookie: Option<&CookieId>, now: Steady) -> bool {
+        self.is_full(page, cookie) || self.retry_at.is_some_and(|retry_at| now < retry_at)
     }
 
-    /// True while the page takes no more holds.
-    pub(super) fn is_full(&self, page: &Page) -> bool {
-        page.holds.len() >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
+    /// True while the page takes no more holds, or none of this visitor of a guest page.
+    pub(super) fn is_full(&self, page: &Page, cookie: Option<&CookieId>) -> bool {
+        let is_own = |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+        let open = if cookie.is_some() { page.holds.iter().filter(is_own).count() } else { page.holds.len() };
+        open >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
             // L10: a full outbox pauses this account only. Every open hold will need a row in it.
             || page.holds.len() + page.closed.len() >= CLOSED_MAX
     }
@@ -394,6 +443,7 @@ impl Lease {
             number: self.number,
             size: self.size,
             card: self.card,
+            awaits: self.awaits,
             clearing: self.slot == SlotUse::Clearing,
             after: self.after.clone(),
             follows: self.follows,

@@ -127,6 +127,9 @@ const fn row(denial: &Denial) -> Row {
             left_ms: *left_ms,
             wait: Wait::Milliseconds(*frees_in_ms),
         },
+        Denial::TooManyGuests { frees_in_ms, .. } => {
+            Row::Limit { result: ApproveResult::QuotaExceeded, left_ms: 0, wait: Wait::Milliseconds(*frees_in_ms) }
+        }
         Denial::RunsExceeded { .. } => Row::Limit { result: ApproveResult::RunsExceeded, left_ms: 0, wait: Wait::Zero },
         Denial::IllegalDuration { .. } => ILLEGAL,
         Denial::ConcurrencyExceeded { .. }

@@ -29,6 +29,9 @@ pub enum Denial {
         resets_in_ms: u64,
         /// Largest duration of this size that would pass now; 0 if none.
         largest_declared_ms: u64,
+        /// Whose limit it is.
+        #[serde(default, skip_serializing_if = "Limiter::is_account")]
+        limiter: Limiter,
     },
     /// Fits limit - charged, but not minus what running calls have reserved: waiting for them helps.
     PendingOverquota {
@@ -48,6 +51,16 @@ pub enum Denial {
         frees_in_ms: u64,
         /// Largest duration of this size that would pass now; 0 if none.
         largest_declared_ms: u64,
+        /// Whose limit it is.
+        #[serde(default, skip_serializing_if = "Limiter::is_account")]
+        limiter: Limiter,
+    },
+    /// A guest page has a row for as many visitors as it can hold, and each is in use or within its window.
+    TooManyGuests {
+        /// Visitors within one window and address prefix.
+        limit: u64,
+        /// Until the first row can be given to somebody else.
+        frees_in_ms: u64,
     },
     /// `runsPerWindow` of the tier is used up.
     RunsExceeded {
@@ -64,11 +77,17 @@ pub enum Denial {
         limit_ms: u64,
         /// Which limit it breaks.
         what: DurationLimit,
+        /// What would be legal (requirement A14); None from an older broker.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        legal: Option<Box<LegalDurations>>,
     },
     /// `concurrentLeases` is reached, and so is the bound of calls that may wait for it.
     ConcurrencyExceeded {
-        /// Leases the account may hold at a time.
+        /// Leases the account or Space may hold at a time.
         limit: u64,
+        /// Whose limit it is: the account's or the Space's.
+        #[serde(default = "account", skip_serializing_if = "is_account")]
+        of: QueueOf,
     },
     /// No healthy slot of this size on the Space's node.
     NoCapacity {
@@ -98,6 +117,66 @@ pub enum Denial {
     BrokerUnavailable,
     /// Card, gate or node failed before the grant could be used. Nothing is charged.
     PlatformFault,
+}
+
+/// Whose limit refused a call (requirement A10).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Limiter {
+    /// The account's: base and grants.
+    #[default]
+    Account,
+    /// One visitor's, by the signed cookie.
+    Cookie,
+    /// Of all visitors behind one address prefix together.
+    AddressPrefix,
+}
+
+impl Limiter {
+    /// The name, as on the page.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Account => "Account",
+            Self::Cookie => "Cookie",
+            Self::AddressPrefix => "AddressPrefix",
+        }
+    }
+
+    /// For people: what the limit belongs to.
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Account => "",
+            Self::Cookie => " for one visitor who is not signed in",
+            Self::AddressPrefix => " for all visitors behind this address who are not signed in",
+        }
+    }
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // Serde passes a reference.
+    fn is_account(&self) -> bool {
+        *self == Self::Account
+    }
+}
+
+/// The longest durations that a caller's tier and quota can ever admit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LegalDurations {
+    /// Name of the tier; empty if none applies.
+    pub tier: String,
+    /// The size asked for.
+    pub size: Size,
+    /// Longest of `large`.
+    pub large_ms: u64,
+    /// Longest of `xlarge`.
+    pub xlarge_ms: u64,
+}
+
+const fn account() -> QueueOf {
+    QueueOf::Account
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // Serde passes a reference.
+fn is_account(of: &QueueOf) -> bool {
+    *of == QueueOf::Account
 }
 
 /// Which limit an illegal duration breaks.
@@ -139,6 +218,8 @@ pub enum UnauthenticatedReason {
     WrongAudience,
     /// Its account does not exist.
     UnknownAccount,
+    /// An older account has one of its account's identities (L4).
+    IdentityConflict,
     /// Its budget of calls or seconds is used up, or its visitor has left.
     Exhausted,
 }
@@ -160,6 +241,7 @@ impl Denial {
         match self {
             Self::QuotaExceeded { .. } => "QuotaExceeded",
             Self::PendingOverquota { .. } => "PendingOverquota",
+            Self::TooManyGuests { .. } => "TooManyGuests",
             Self::RunsExceeded { .. } => "RunsExceeded",
             Self::IllegalDuration { .. } => "IllegalDuration",
             Self::ConcurrencyExceeded { .. } => "ConcurrencyExceeded",
@@ -186,13 +268,15 @@ pub fn human_message(denial: &Denial) -> String {
             limit_ms,
             resets_in_ms,
             largest_declared_ms,
+            limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {} are left ({} reserved by other \
+            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left ({} reserved by other \
              calls); {} in {}.",
             seconds(*needed_ms),
             seconds(*declared_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
+            limiter.words(),
             seconds(*reserved_ms),
             declare_or_wait(*largest_declared_ms),
             span(*resets_in_ms),
@@ -206,24 +290,33 @@ pub fn human_message(denial: &Denial) -> String {
             limit_ms,
             frees_in_ms,
             largest_declared_ms,
+            limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {} are left while other calls reserve \
-             {}, of which the first part is back in {} at the latest; {} when they have ended.",
+            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left while other calls \
+             reserve {}, of which the first part is back in {} at the latest; {} when they have ended.",
             seconds(*needed_ms),
             seconds(*declared_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
+            limiter.words(),
             seconds(*reserved_ms),
             span(*frees_in_ms),
             declare_or_wait(*largest_declared_ms),
         ),
+        Denial::TooManyGuests { limit, frees_in_ms } => format!(
+            "{limit} visitors behind this address who are not signed in have used a GPU within the last day, and no more \
+             are told apart; sign in, or try again in {}.",
+            span(*frees_in_ms)
+        ),
         Denial::RunsExceeded { limit, resets_in_ms } => {
             format!("All {limit} calls of the window are used; try again in {}.", span(*resets_in_ms))
         }
-        Denial::IllegalDuration { declared_ms, limit_ms, what } => {
+        Denial::IllegalDuration { declared_ms, limit_ms, what, legal } => {
             let declared = seconds(*declared_ms);
             let limit = seconds(*limit_ms);
-            match what {
+            match (what, legal) {
+                (_, Some(legal)) => illegal(&declared, &limit, *what, legal),
+                (what, None) => match what {
                 DurationLimit::LongestCall => {
                     format!("The call declares {declared}, the longest call of this tier is {limit}; declare less.")
                 }
@@ -233,9 +326,14 @@ pub fn human_message(denial: &Denial) -> String {
                 DurationLimit::Zero => {
                     format!("The call declares {declared}; declare from 1 s to {limit}.")
                 }
+                },
             }
         }
-        Denial::ConcurrencyExceeded { limit } => format!(
+        Denial::ConcurrencyExceeded { limit, of: QueueOf::Space } => format!(
+            "This Space may hold {limit} GPU leases at a time and no more calls may wait for one; try again when a call \
+             has ended."
+        ),
+        Denial::ConcurrencyExceeded { limit, .. } => format!(
             "The account may hold {limit} GPU leases at a time and no more calls may wait for one; try again when a \
              call has ended."
         ),
@@ -269,6 +367,10 @@ pub fn human_message(denial: &Denial) -> String {
             UnauthenticatedReason::UnknownAccount => {
                 "The account of the call's token does not exist any more; sign in again."
             }
+            UnauthenticatedReason::IdentityConflict => {
+                "An older account has one of the identities of the call's account; the cluster's administrator has to take \
+                 it from one of them."
+            }
             UnauthenticatedReason::Exhausted => {
                 "The call's token has used up its calls or seconds, or its visitor has left; start a new call."
             }
@@ -287,6 +389,28 @@ pub fn human_message(denial: &Denial) -> String {
         }
         Denial::PlatformFault => "The platform failed to hand over the GPU; nothing was charged. Try again.".to_owned(),
     }
+}
+
+/// What is wrong with a duration, and what each size could be at most for this caller.
+fn illegal(declared: &str, limit: &str, what: DurationLimit, legal: &LegalDurations) -> String {
+    let LegalDurations { tier, size, large_ms, xlarge_ms } = legal;
+    if tier.is_empty() {
+        return format!(
+            "The call declares {declared}, but no tier applies to its account, so that nothing is granted; the cluster's \
+             administrator has to put it into one."
+        );
+    }
+    let why = match what {
+        DurationLimit::LongestCall => format!("the longest call is {limit}"),
+        DurationLimit::WholeQuota => format!("the whole quota is only worth {limit}"),
+        DurationLimit::Zero => "which is no time at all".to_owned(),
+    };
+    format!(
+        "The call declares {declared} of size {size}, {why}: tier {tier} allows at most {} of large and {} of xlarge; \
+         declare a duration within that.",
+        seconds(*large_ms),
+        seconds(*xlarge_ms),
+    )
 }
 
 fn declare_or_wait(largest_declared_ms: u64) -> String {
@@ -335,6 +459,7 @@ mod tests {
             limit_ms: 60_000,
             resets_in_ms: 86_340_001,
             largest_declared_ms: 44_750,
+            limiter: Limiter::Account,
         }
     }
 
@@ -349,10 +474,30 @@ mod tests {
             human_message(&Denial::IllegalDuration {
                 declared_ms: 300_000,
                 limit_ms: 120_000,
-                what: DurationLimit::LongestCall
+                what: DurationLimit::LongestCall,
+                legal: None
             }),
             "The call declares 300 s, the longest call of this tier is 120 s; declare less."
         );
+        // Requirement A14: the limit of each size, and whose.
+        let legal = |tier: &str| {
+            let tier = tier.to_owned();
+            Some(Box::new(LegalDurations { tier, size: Size::Xlarge, large_ms: 120_000, xlarge_ms: 60_000 }))
+        };
+        let illegal = |legal| Denial::IllegalDuration {
+            declared_ms: 90_000,
+            limit_ms: 60_000,
+            what: DurationLimit::WholeQuota,
+            legal,
+        };
+        assert_eq!(
+            human_message(&illegal(legal("free"))),
+            "The call declares 90 s of size xlarge, the whole quota is only worth 60 s: tier free allows at most 120 s of \
+             large and 60 s of xlarge; declare a duration within that."
+        );
+        assert!(human_message(&illegal(legal(""))).contains("no tier applies"));
+        let space = Denial::ConcurrencyExceeded { limit: 4, of: QueueOf::Space };
+        assert!(human_message(&space).starts_with("This Space may hold 4 GPU leases"));
         let used_up = Denial::RunsExceeded { limit: 20, resets_in_ms: 3_000_000 };
         assert_eq!(human_message(&used_up), "All 20 calls of the window are used; try again in 50 min.");
     }

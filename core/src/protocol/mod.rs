@@ -14,7 +14,9 @@ pub use answer::{
     AllowRefusal, Answer, HeadFault, Released, ScheduleResponse, allowed, malformed_head, not_allowed, queue_size,
     refuse, released, scheduled, startup_reported, wire,
 };
-pub use denial::{CallerClass, Denial, DurationLimit, QueueOf, UnauthenticatedReason, human_message};
+pub use denial::{
+    CallerClass, Denial, DurationLimit, LegalDurations, Limiter, QueueOf, UnauthenticatedReason, human_message,
+};
 pub use request::{
     ALLOW_TOKEN_MAX, BadRequest, CGROUP_PATH_MAX, Call, DEFAULT_DURATION_SECONDS, Problem, Request, ScheduleQuery,
     TARGET_MAX, parse_request,

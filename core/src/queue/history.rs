@@ -1,18 +1,43 @@
 //! How long the calls of a function really run. Prediction orders, declaration kills: what is learned here decides who goes
 //! first, never how long anybody may run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ByName, Size};
 
-/// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 400 bytes each.
+/// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 500 bytes each.
 pub const FUNCTIONS_MAX: usize = 8192;
 /// Calls of each that count: enough for a ninth decile, and few enough to follow a change within an hour of use.
 pub const SAMPLES_MAX: usize = 32;
 /// Calls before anything is expected but what was declared: the ninth decile of fewer says nothing.
 const SAMPLES_MIN: usize = 5;
+
+/// Calls before what was learned limits or suggests anything: the largest of fewer is too near to the others.
+pub const SUGGEST_MIN: usize = 20;
+/// Margin of what is suggested above the 99th percentile, percent (requirement A13).
+const MARGIN_PERCENT: u64 = 150;
+
+/// What is known of a function (requirement A13), over its last [`SAMPLES_MAX`] calls that ran to their end. Milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Learned {
+    /// What is asked for.
+    pub size: Size,
+    /// As declared.
+    pub declared_ms: u64,
+    /// Calls that this is about.
+    pub calls: usize,
+    /// Median.
+    pub p50_ms: u64,
+    /// 95th percentile.
+    pub p95_ms: u64,
+    /// Longest.
+    pub max_ms: u64,
+    /// The 99th percentile with a margin, in whole seconds: what would have been enough, if enough is known and it is less
+    /// than what is declared.
+    pub suggested_ms: Option<u64>,
+}
 
 /// What calls with a common history have in common. `taskId` is no part of it, for it changes at each start (L15).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -29,6 +54,8 @@ pub struct Function {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
     functions: ByName<Function, Samples>,
+    /// The same in order, so that those of a Space are together.
+    by_space: BTreeSet<Function>,
     /// By the number of their last call.
     by_use: BTreeMap<u64, Function>,
     calls: u64,
@@ -47,6 +74,7 @@ impl History {
         self.calls += 1;
         if !self.functions.contains_key(function) {
             self.functions.insert(function.clone(), Samples::default());
+            self.by_space.insert(function.clone());
         }
         let Some(samples) = self.functions.get_mut(function) else { return };
         if samples.used_ms.len() >= SAMPLES_MAX {
@@ -60,6 +88,7 @@ impl History {
             && let Some((_, forgotten)) = self.by_use.pop_first()
         {
             self.functions.remove(&forgotten);
+            self.by_space.remove(&forgotten);
         }
     }
 
@@ -76,6 +105,49 @@ impl History {
         let (_, ninth_decile, _) = used_ms[..count].select_nth_unstable(rank - 1);
         (*ninth_decile).min(function.declared_ms)
     }
+
+    /// What a call of a Space that trusts its history is given: what it would be suggested to declare.
+    pub fn suggested_ms(&self, function: &Function) -> Option<u64> {
+        self.functions.get(function).and_then(|samples| samples.learned(function).suggested_ms)
+    }
+
+    /// All functions of a Space of which enough is known to tell, by size and declared duration.
+    pub fn of_space(&self, space_uid: &str) -> Vec<Learned> {
+        let first = Function { space_uid: space_uid.to_owned(), size: Size::Large, declared_ms: 0 };
+        let functions = self.by_space.range(first..).take_while(|function| function.space_uid == space_uid);
+        let known = functions.filter_map(|function| Some((function, self.functions.get(function)?)));
+        let known = known.filter(|(_, samples)| samples.used_ms.len() >= SAMPLES_MIN);
+        known.map(|(function, samples)| samples.learned(function)).collect()
+    }
+}
+
+impl Samples {
+    fn sorted(&self) -> Vec<u64> {
+        let mut sorted: Vec<u64> = self.used_ms.iter().copied().collect();
+        sorted.sort_unstable();
+        sorted
+    }
+
+    fn learned(&self, function: &Function) -> Learned {
+        let sorted = self.sorted();
+        let enough_ms = percentile(&sorted, 99).saturating_mul(MARGIN_PERCENT).div_ceil(100);
+        let suggested_ms = enough_ms.div_ceil(1000).max(1).saturating_mul(1000);
+        Learned {
+            size: function.size,
+            declared_ms: function.declared_ms,
+            calls: sorted.len(),
+            p50_ms: percentile(&sorted, 50),
+            p95_ms: percentile(&sorted, 95),
+            max_ms: percentile(&sorted, 100),
+            suggested_ms: Some(suggested_ms).filter(|ms| sorted.len() >= SUGGEST_MIN && *ms < function.declared_ms),
+        }
+    }
+}
+
+/// By nearest rank; 0 of nothing.
+fn percentile(sorted: &[u64], percent: usize) -> u64 {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -107,6 +179,26 @@ mod tests {
         assert_eq!(history.expected_ms(&function(60_000)), 2_000, "old calls are forgotten");
         (0..SAMPLES_MAX).for_each(|_| history.learn(&function(60_000), 70_000));
         assert_eq!(history.expected_ms(&function(60_000)), 60_000, "never more than declared");
+    }
+
+    #[test]
+    fn what_would_have_been_enough_is_suggested_once_enough_is_known() {
+        let mut history = History::default();
+        let learned = |history: &History| history.of_space("u").first().copied();
+        (1..=4).for_each(|_| history.learn(&function(60_000), 2_000));
+        assert_eq!(learned(&history), None, "of four calls nothing is told");
+        (5..=19).for_each(|_| history.learn(&function(60_000), 2_000));
+        assert_eq!(learned(&history).unwrap().suggested_ms, None);
+        history.learn(&function(60_000), 7_900);
+        let found = learned(&history).unwrap();
+        assert_eq!((found.calls, found.p50_ms, found.p95_ms, found.max_ms), (20, 2_000, 2_000, 7_900));
+        assert_eq!(found.suggested_ms, Some(12_000), "1.5 x 7.9 s in whole seconds");
+        assert_eq!(history.suggested_ms(&function(60_000)), Some(12_000));
+        assert_eq!(history.suggested_ms(&function(12_000)), None, "another function");
+        (0..SAMPLES_MAX).for_each(|_| history.learn(&function(10_000), 9_000));
+        assert_eq!(history.suggested_ms(&function(10_000)), None, "never more than is declared");
+        history.learn(&Function { space_uid: "v".to_owned(), ..function(1) }, 1);
+        assert_eq!(history.of_space("u").len(), 2);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 
 mod history;
 mod lanes;
+mod parked;
+mod place;
 mod ranked;
 
 use std::borrow::Cow;
@@ -14,26 +16,31 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-pub use history::{FUNCTIONS_MAX, Function, History, SAMPLES_MAX};
+pub use history::{FUNCTIONS_MAX, Function, History, Learned, SAMPLES_MAX, SUGGEST_MIN};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
+pub use place::{Presented, Promise, Promised, parts_of, place_of};
 pub use ranked::{Ahead, Ranked};
 
-use crate::ids::{AccountName, ByName, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
+use parked::ParkedFor;
+
+use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
 use crate::protocol::{CallerClass, QueueOf};
-use crate::quota::Demand;
+use crate::quota::{Demand, Queued};
 
 /// A request that waits, or that a lease was made for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Waiting {
     /// Its idempotency key (L15).
     pub ticket: Ticket,
-    /// Its place: requests of one term are numbered as they come. It keeps the number when a grant fails, and so returns
-    /// to where it was.
+    /// Its place ([`place_of`]): requests of one term are numbered as they come. It keeps it when a grant fails, and so
+    /// returns to where it was, and in later terms, where its agent presents it (L17).
     pub place: u64,
     /// Node of its pod.
     pub node: NodeName,
     /// Who pays.
     pub account: AccountName,
+    /// The visitor, if that is a guest page.
+    pub cookie: Option<CookieId>,
     /// The Space that asks.
     pub space: SpaceKey,
     /// What it asks for.
@@ -44,7 +51,7 @@ pub struct Waiting {
     pub caller: CallerClass,
     /// Id of the token that the visitor's call began with; None without a token.
     pub root: Option<String>,
-    /// How its caller was known, for the row: `token` or `space`.
+    /// How its caller was known, for the row: `token`, `guest` or `space`.
     pub via: Cow<'static, str>,
     /// When it came, wall clock, for people.
     pub since: LedgerTime,
@@ -92,15 +99,8 @@ pub enum WaitsFor {
     Node,
     /// Something of its own account, mostly its concurrency limit: it is passed, and keeps its place.
     Account,
-}
-
-/// When a request begins at the latest (invariant 11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promise {
-    /// When it was given.
-    pub given: Steady,
-    /// What was promised.
-    pub latest_start: Steady,
+    /// The same of its Space.
+    Space,
 }
 
 /// What the turn of a request depends on, as it was when it came.
@@ -125,8 +125,8 @@ pub struct Queue {
     tickets: ByName<Ticket, (NodeName, u64)>,
     spaces: ByName<SpaceKey, usize>,
     accounts: ByName<AccountName, AccountLoad>,
-    /// Who waits for its account.
-    parked: BTreeMap<AccountName, BTreeSet<(NodeName, u64)>>,
+    /// Who waits for its account or Space.
+    parked: BTreeMap<ParkedFor, BTreeSet<(NodeName, u64)>>,
     /// Who has not been told where it stands.
     untold: BTreeSet<Ticket>,
     /// Who has to be presented again by its agent.
@@ -145,6 +145,8 @@ struct Line {
 struct AccountLoad {
     requests: usize,
     needed_ms: u64,
+    /// Of each visitor of a guest page; no more than there are requests.
+    by_cookie: BTreeMap<CookieId, u64>,
 }
 
 impl Waiting {
@@ -157,6 +159,14 @@ impl Waiting {
     /// It can start as soon as there is room.
     const fn is_ready(&self) -> bool {
         matches!(self.waits_for, WaitsFor::Node) && self.unconfirmed.is_none()
+    }
+
+    fn parked_for(&self) -> Option<ParkedFor> {
+        match self.waits_for {
+            WaitsFor::Node => None,
+            WaitsFor::Account => Some(ParkedFor::Account(self.account.clone())),
+            WaitsFor::Space => Some(ParkedFor::Space(self.space.uid.clone())),
+        }
     }
 
     /// Its agent does not know what it waits for.
@@ -176,8 +186,12 @@ impl Queue {
         let load = self.accounts.entry(waiting.account.clone()).or_default();
         load.requests += 1;
         load.needed_ms = load.needed_ms.saturating_add(waiting.demand.needed_ms());
-        if waiting.waits_for == WaitsFor::Account {
-            self.parked.entry(waiting.account.clone()).or_default().insert((waiting.node.clone(), waiting.place));
+        if let Some(cookie) = &waiting.cookie {
+            let of_cookie = load.by_cookie.entry(cookie.clone()).or_default();
+            *of_cookie = of_cookie.saturating_add(waiting.demand.needed_ms());
+        }
+        if let Some(parked_for) = waiting.parked_for() {
+            self.parked.entry(parked_for).or_default().insert((waiting.node.clone(), waiting.place));
         }
         if waiting.is_untold() {
             self.untold.insert(waiting.ticket.clone());
@@ -237,12 +251,20 @@ impl Queue {
         if let Some(load) = self.accounts.get_mut(&waiting.account) {
             load.requests = load.requests.saturating_sub(1);
             load.needed_ms = load.needed_ms.saturating_sub(waiting.demand.needed_ms());
+            if let Some((cookie, of_cookie)) =
+                waiting.cookie.as_ref().and_then(|cookie| Some((cookie, load.by_cookie.get_mut(cookie)?)))
+            {
+                *of_cookie = of_cookie.saturating_sub(waiting.demand.needed_ms());
+                if *of_cookie == 0 {
+                    load.by_cookie.remove(cookie);
+                }
+            }
             if load.requests == 0 {
                 self.accounts.remove(&waiting.account);
             }
         }
-        if waiting.waits_for == WaitsFor::Account {
-            self.forget_parked(&waiting.account, node, place);
+        if let Some(parked_for) = waiting.parked_for() {
+            self.forget_parked(&parked_for, node, place);
         }
         Some(waiting)
     }
@@ -258,7 +280,7 @@ impl Queue {
         let Some((node, place)) = self.tickets.get(ticket) else { return };
         let Some(line) = self.lines.get_mut(node) else { return };
         let Some(waiting) = line.waiting.get_mut(place).map(Arc::make_mut) else { return };
-        let (was_ready, waited_for) = (waiting.is_ready(), waiting.waits_for);
+        let (was_ready, waited_for, was_parked) = (waiting.is_ready(), waiting.waits_for, waiting.parked_for());
         let was_confirmed = waiting.unconfirmed.is_none();
         change(waiting);
         match (was_confirmed, waiting.unconfirmed.is_none()) {
@@ -276,23 +298,15 @@ impl Queue {
         } else {
             self.untold.remove(ticket);
         }
-        match (waited_for, waiting.waits_for) {
-            (WaitsFor::Node, WaitsFor::Account) => {
-                self.parked.entry(waiting.account.clone()).or_default().insert((node.clone(), *place));
-            }
-            (WaitsFor::Account, WaitsFor::Node) => {
-                let (account, node, place) = (waiting.account.clone(), node.clone(), *place);
-                self.forget_parked(&account, node, place);
-            }
-            (WaitsFor::Node, WaitsFor::Node) | (WaitsFor::Account, WaitsFor::Account) => {}
+        if waited_for == waiting.waits_for {
+            return;
         }
-    }
-
-    fn forget_parked(&mut self, account: &AccountName, node: NodeName, place: u64) {
-        let Some(parked) = self.parked.get_mut(account) else { return };
-        parked.remove(&(node, place));
-        if parked.is_empty() {
-            self.parked.remove(account);
+        let (node, place) = (node.clone(), *place);
+        if let Some(parked_for) = waiting.parked_for() {
+            self.parked.entry(parked_for).or_default().insert((node.clone(), place));
+        }
+        if let Some(parked_for) = was_parked {
+            self.forget_parked(&parked_for, node, place);
         }
     }
 
@@ -323,32 +337,6 @@ impl Queue {
         for ticket in tickets {
             self.change(&ticket, |waiting| (waiting.told, waiting.promise) = (None, None));
         }
-    }
-
-    /// It waits for its own account. What it was told about its wait for the node is over with that.
-    pub fn park(&mut self, ticket: &Ticket) {
-        self.change(ticket, |waiting| (waiting.waits_for, waiting.promise) = (WaitsFor::Account, None));
-    }
-
-    /// The account has changed: its requests may start, or are parked again when their turn comes.
-    pub fn unpark(&mut self, account: &AccountName) {
-        // No more than the account's queue bound.
-        for (node, place) in self.parked.get(account).cloned().unwrap_or_default() {
-            let ticket = self.at(&node, place).map(|waiting| waiting.ticket.clone());
-            if let Some(ticket) = ticket {
-                self.change(&ticket, |waiting| waiting.waits_for = WaitsFor::Node);
-            }
-        }
-    }
-
-    /// Nodes that requests of this account wait for which are parked.
-    pub fn parked_on(&self, account: &AccountName) -> impl Iterator<Item = &NodeName> {
-        self.parked.get(account).into_iter().flatten().map(|(node, _)| node)
-    }
-
-    /// Accounts with parked requests.
-    pub fn parked_accounts(&self) -> impl Iterator<Item = &AccountName> {
-        self.parked.keys()
     }
 
     /// A card is kept for it.
@@ -416,9 +404,11 @@ impl Queue {
         self.tickets.is_empty()
     }
 
-    /// What the account's waiting requests will need together, weighted milliseconds.
-    pub fn needed_ms(&self, account: &AccountName) -> u64 {
-        self.accounts.get(account).map_or(0, |load| load.needed_ms)
+    /// What the account's waiting requests will need together, and those of one visitor of a guest page.
+    pub fn needed(&self, account: &AccountName, cookie: Option<&CookieId>) -> Queued {
+        let Some(load) = self.accounts.get(account) else { return Queued::default() };
+        let of_cookie = cookie.and_then(|cookie| load.by_cookie.get(cookie));
+        Queued { account_ms: load.needed_ms, cookie_ms: of_cookie.copied().unwrap_or_default() }
     }
 
     /// The bound that another request would break, if any, with its number.
@@ -454,8 +444,15 @@ mod tests {
             place,
             node: NodeName::new(node),
             account: AccountName::new(account),
+            cookie: None,
             space: SpaceKey::new("n", "s", "u"),
-            demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100 },
+            demand: Demand {
+                size: Size::Large,
+                weight: 1,
+                declared_ms: 10,
+                duration_factor_percent: 100,
+                shortened: None,
+            },
             turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
             caller: CallerClass::Regular,
             root: None,
@@ -487,7 +484,7 @@ mod tests {
         insert(&mut queue, Waiting { place: 9, ..Waiting::clone(&first) });
         let node = NodeName::new("a");
         assert_eq!(queue.line(&node).map(|waiting| waiting.place).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!((queue.len(), queue.needed_ms(&AccountName::new("bob"))), (4, 40));
+        assert_eq!((queue.len(), queue.needed(&AccountName::new("bob"), None).account_ms), (4, 40));
     }
 
     #[test]
@@ -523,13 +520,13 @@ mod tests {
         let mut queue = Queue::default();
         insert(&mut queue, waiting(1, "a", "bob"));
         insert(&mut queue, waiting(2, "a", "eve"));
-        queue.park(&waiting(1, "a", "bob").ticket);
+        queue.park(&waiting(1, "a", "bob").ticket, WaitsFor::Account);
         assert_eq!((next(&queue), queue.len()), (Some(2), 2));
         assert_eq!(queue.parked_accounts().collect::<Vec<_>>(), [&AccountName::new("bob")]);
-        queue.unpark(&AccountName::new("eve"));
+        queue.unpark(&AccountName::new("eve"), |_| true);
         assert_eq!(next(&queue), Some(2));
         assert_eq!(queue.parked_on(&AccountName::new("bob")).count(), 1);
-        queue.unpark(&AccountName::new("bob"));
+        queue.unpark(&AccountName::new("bob"), |_| true);
         assert_eq!((next(&queue), queue.parked_accounts().count()), (Some(1), 0));
     }
 
@@ -541,13 +538,13 @@ mod tests {
         let tell = |queue: &mut Queue| queue.announce(&first.ticket, &LeaseId::new("7"), None);
         insert(&mut queue, first.clone());
         tell(&mut queue);
-        queue.park(&first.ticket);
+        queue.park(&first.ticket, WaitsFor::Account);
         assert_eq!(untold(&queue), 1);
         tell(&mut queue);
-        queue.unpark(&first.account);
-        queue.park(&first.ticket);
+        queue.unpark(&first.account, |_| true);
+        queue.park(&first.ticket, WaitsFor::Account);
         assert_eq!(untold(&queue), 0, "it waits for what it was told");
-        queue.unpark(&first.account);
+        queue.unpark(&first.account, |_| true);
         assert_eq!(untold(&queue), 1);
         tell(&mut queue);
         queue.withdraw_promises(&first.node);
@@ -564,10 +561,10 @@ mod tests {
         assert_eq!(queue.untold().map(|waiting| waiting.place).collect::<Vec<_>>(), [2]);
         queue.unconfirm(&first.node, Steady(5));
         assert_eq!((next(&queue), queue.untold().count()), (None, 1));
-        queue.park(&first.ticket);
+        queue.park(&first.ticket, WaitsFor::Account);
         queue.confirm(&first.ticket);
         assert_eq!((next(&queue), queue.untold().count()), (None, 2), "it waits for its account still");
-        queue.unpark(&AccountName::new("bob"));
+        queue.unpark(&AccountName::new("bob"), |_| true);
         assert_eq!(next(&queue), Some(1));
         queue.start(&first.ticket);
         queue.remove(&waiting(2, "b", "bob").ticket);

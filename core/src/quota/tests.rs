@@ -1,12 +1,19 @@
 use super::*;
 use crate::ids::{Epoch, LeaseId, NodeName, SpaceKey};
 use crate::lease::change::PageChange;
-use crate::page::{Ending, Hold};
+use crate::page::Ending;
 
 const NOW: LedgerTime = LedgerTime(1_000_000);
 
 fn allowance(base_ms: u64) -> Allowance {
-    Allowance { base_ms, longest_call_ms: 50_000, runs_per_window: None, generation: 1, grants: Vec::new() }
+    Allowance {
+        base_ms,
+        per_cookie_ms: None,
+        longest_call_ms: 50_000,
+        runs_per_window: None,
+        generation: 1,
+        grants: Vec::new(),
+    }
 }
 
 fn grant(uid: &str, ms: u64, expires: i64) -> Grant {
@@ -14,15 +21,19 @@ fn grant(uid: &str, ms: u64, expires: i64) -> Grant {
 }
 
 fn large(declared_ms: u64) -> Demand {
-    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100 }
+    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100, shortened: None }
 }
 
 fn xlarge(declared_ms: u64) -> Demand {
-    Demand { size: Size::Xlarge, weight: 2, declared_ms, duration_factor_percent: 100 }
+    Demand { size: Size::Xlarge, weight: 2, declared_ms, duration_factor_percent: 100, shortened: None }
+}
+
+fn payer<'a>(page: &'a Page, allowance: &'a Allowance, at: LedgerTime) -> Payer<'a> {
+    Payer { page, allowance, cookie: None, at }
 }
 
 fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, demand: Demand) {
-    let admission = admit(page, allowance, at, &demand, 0, 1).unwrap();
+    let admission = admit(payer(page, allowance, at), &demand, Queued::default(), FreesIn::default()).unwrap();
     let hold = Hold {
         lease: LeaseId::new(lease),
         space: SpaceKey::new("n", "s", "u"),
@@ -37,8 +48,12 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
         after: None,
         generation: 1,
         via: "token".into(),
+        cookie: None,
+        shortened: None,
     };
-    PageChange::Hold { hold: hold.into(), window: admission.window, grants: admission.grants }.make(page).unwrap();
+    PageChange::Hold { hold: hold.into(), window: admission.window, grants: admission.grants, cookie: None }
+        .make(page)
+        .unwrap();
 }
 
 fn settle(page: &mut Page, lease: &str, at: LedgerTime, charged_ms: u64) {
@@ -54,7 +69,8 @@ fn the_story_of_the_demo() {
     settle(&mut page, "a", NOW.plus(5_000), 5_000);
     hold(&mut page, "b", &bob, NOW.plus(6_000), xlarge(10_000));
     settle(&mut page, "b", NOW.plus(11_000), 10_000);
-    let denial = admit(&page, &bob, NOW.plus(12_000), &large(50_000), 0, 1).unwrap_err();
+    let denial =
+        admit(payer(&page, &bob, NOW.plus(12_000)), &large(50_000), Queued::default(), FreesIn::default()).unwrap_err();
     assert_eq!(
         denial,
         Denial::QuotaExceeded {
@@ -66,6 +82,7 @@ fn the_story_of_the_demo() {
             limit_ms: 60_000,
             resets_in_ms: WINDOW_MS - 12_000,
             largest_declared_ms: 45_000,
+            limiter: Limiter::Account,
         }
     );
 }
@@ -74,7 +91,9 @@ fn the_story_of_the_demo() {
 fn each_refusal_is_its_own() {
     let (mut page, mut bob) = (Page::default(), allowance(60_000));
     hold(&mut page, "a", &bob, NOW, large(40_000));
-    let refuse = |bob: &Allowance, demand| admit(&page, bob, NOW, &demand, 0, 7).unwrap_err();
+    let refuse = |bob: &Allowance, demand| {
+        admit(payer(&page, bob, NOW), &demand, Queued::default(), FreesIn { account_ms: 7, cookie_ms: 9 }).unwrap_err()
+    };
     assert!(matches!(
         refuse(&bob, large(30_000)),
         Denial::PendingOverquota {
@@ -103,10 +122,10 @@ fn the_clients_factor_makes_no_default_call_illegal() {
     // L19: a guest's longest call is 60 s, the client asks for 90 s where the function declares nothing.
     let guest = Allowance { longest_call_ms: 60_000, ..allowance(120_000) };
     let factor = |demand: Demand| Demand { duration_factor_percent: 150, ..demand };
-    assert_eq!(check_legal(&Page::default(), &guest, NOW, &factor(large(90_000))), Ok(()));
-    assert!(check_legal(&Page::default(), &guest, NOW, &factor(large(90_001))).is_err());
-    assert_eq!(check_legal(&Page::default(), &guest, NOW, &factor(xlarge(60_000))), Ok(()));
-    assert!(check_legal(&Page::default(), &guest, NOW, &factor(xlarge(60_001))).is_err());
+    assert_eq!(check_legal(payer(&Page::default(), &guest, NOW), &factor(large(90_000))), Ok(()));
+    assert!(check_legal(payer(&Page::default(), &guest, NOW), &factor(large(90_001))).is_err());
+    assert_eq!(check_legal(payer(&Page::default(), &guest, NOW), &factor(xlarge(60_000))), Ok(()));
+    assert!(check_legal(payer(&Page::default(), &guest, NOW), &factor(xlarge(60_001))).is_err());
 }
 
 #[test]

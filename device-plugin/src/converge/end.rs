@@ -190,14 +190,20 @@ impl Machine {
             .filter(|lease| lease.phase == Phase::Waiting && lease.slot.is_some_and(|other| other.overlaps(slot)))
             .map(|lease| lease.id.clone())
             .collect();
-        for id in waiting {
-            self.book.owners.retain(|_, owner| *owner != id);
-            if let Some(lease) = self.leases.get_mut(&id) {
+        for id in &waiting {
+            self.book.owners.retain(|_, owner| owner != id);
+            if let Some(lease) = self.leases.get_mut(id) {
                 lease.slot = None;
             }
         }
         self.report_inventory();
         self.begin_waiting(now_ms);
+        for id in waiting {
+            let is_open = self.leases.get(&id).is_some_and(|lease| lease.slot.is_none());
+            if is_open {
+                self.tell_waiting(now_ms, &id);
+            }
+        }
     }
 
     pub(super) fn worker_exited(&mut self, now_ms: u64, cgroup_id: u64) {
@@ -235,6 +241,7 @@ impl Machine {
 
     pub(super) fn tick(&mut self, now_ms: u64) {
         self.give_up_tickets(now_ms);
+        self.refuse_overdue(now_ms);
         let due: Vec<(String, EndingKind, String)> = self
             .leases
             .values()

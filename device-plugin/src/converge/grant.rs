@@ -6,8 +6,8 @@ use spaceport_core::slots as packing;
 use spaceport_crds::Isolation;
 use spaceport_proto::nodelink::{self as link, node_message::Message};
 
-use super::state::{Caller, Card, Clearing, Ending, EndingKind, Idle, Lease, Phase, Worker};
-use super::{Answer, BROKER_WAIT_MS, FAILOVER_WAIT_MS, Machine, Pending, Step, TICKETS_MAX, wire};
+use super::state::{Caller, Card, Clearing, Ending, EndingKind, Idle, Lease, Order, Phase, Worker};
+use super::{Answer, BROKER_WAIT_MS, Machine, Pending, Step, TICKETS_MAX, wire};
 use crate::epoch;
 use crate::slots::{self, Slot};
 
@@ -48,10 +48,11 @@ impl Machine {
             give_up_ms: now_ms.saturating_add(BROKER_WAIT_MS),
             sent: false,
             waits_for_node: false,
+            place: None,
         };
         self.tickets.insert(ticket, pending);
         if self.linked {
-            self.send_request(ticket);
+            self.send_request(now_ms, ticket);
         }
     }
 
@@ -66,20 +67,6 @@ impl Machine {
         if let Some(id) = lost.map(|lease| lease.id.clone()) {
             let message = "the agent restarted before the answer was delivered and the function asked again";
             self.end(now_ms, &id, EndingKind::Undelivered, message, None);
-        }
-    }
-
-    fn send_request(&mut self, ticket: u64) {
-        if let Some(pending) = self.tickets.get_mut(&ticket) {
-            pending.sent = true;
-            self.steps.push_back(Step::Send(Message::Request(link::Request {
-                ticket,
-                pod: Some(wire::pod(&pending.caller)),
-                task_id: pending.task,
-                size: wire::size(pending.size).into(),
-                declared_ms: pending.declared_ms,
-                token: pending.token.as_ref().map_or_else(String::new, |token| token.expose().to_owned()),
-            })));
         }
     }
 
@@ -105,45 +92,15 @@ impl Machine {
             self.epoch = epoch;
             self.steps.push_back(Step::RecordEpoch(epoch));
         }
+        // What waited too long is no lease any more (L9). Joined says so, and is the first that this leader hears.
+        self.refuse_overdue(now_ms);
+        self.steps.retain(|step| !matches!(step, Step::Send(_)));
         self.linked = true;
         let leases = self.leases.values().map(|lease| wire::node_lease(lease, now_ms)).collect();
         let joined = link::Joined { epoch, cards: self.inventory_report(), leases };
         self.steps.push_back(Step::Send(Message::Joined(joined)));
-        let waiting: Vec<u64> = self.tickets.keys().copied().collect();
-        for ticket in waiting {
-            self.send_request(ticket);
-        }
+        self.present_requests(now_ms);
         self.repeat_reports(now_ms, true);
-    }
-
-    pub(super) fn unlinked(&mut self, now_ms: u64) {
-        self.linked = false;
-        for pending in self.tickets.values_mut().filter(|pending| pending.sent) {
-            pending.sent = false;
-            pending.give_up_ms = now_ms.saturating_add(FAILOVER_WAIT_MS);
-        }
-    }
-
-    pub(super) fn give_up_tickets(&mut self, now_ms: u64) {
-        let late: Vec<u64> = self
-            .tickets
-            .iter()
-            .filter(|(_, pending)| !pending.sent && pending.give_up_ms <= now_ms)
-            .map(|(ticket, _)| *ticket)
-            .collect();
-        for ticket in late {
-            self.tickets.remove(&ticket);
-            let reason = "no lease broker is connected to this node".to_owned();
-            self.steps.push_back(Step::Answer { ticket, answer: Answer::Unavailable { reason } });
-        }
-    }
-
-    pub(super) fn queued(&mut self, queued: &link::Queued) {
-        if let Some(pending) = self.tickets.get_mut(&queued.ticket) {
-            pending.waits_for_node = !queued.concurrency;
-            let answer = Answer::Queued { concurrency: queued.concurrency, caller: queued.caller() };
-            self.steps.push_back(Step::Answer { ticket: queued.ticket, answer });
-        }
     }
 
     pub(super) fn denied(&mut self, denied: link::Denied) {
@@ -175,7 +132,8 @@ impl Machine {
         let Some(pending) = self.tickets.get(&order.ticket) else {
             return refuse(self, "the caller is gone".to_owned());
         };
-        self.arrivals += 1;
+        // Orders that come after 2^64 others begin in no order; a checkpoint may say that this many have come.
+        self.arrivals = self.arrivals.saturating_add(1);
         let mut lease = Lease {
             id: order.lease.clone(),
             arrival: self.arrivals,
@@ -184,6 +142,7 @@ impl Machine {
             task: pending.task,
             size,
             slot: None,
+            order: Order::taken(&order, pending.place),
             after: (!order.after.is_empty()).then(|| order.after.clone()),
             avoid: order.avoid.clone(),
             declared_ms: order.declared_ms,
@@ -191,6 +150,7 @@ impl Machine {
             allow_limit_ms: order.allow_limit_ms,
             clear_limit_ms: order.clear_limit_ms,
             class: order.caller,
+            account: order.account.clone(),
             token: pending.token.clone(),
             phase: Phase::Waiting,
             worker: None,
@@ -210,7 +170,12 @@ impl Machine {
         let id = lease.id.clone();
         self.leases.insert(id.clone(), lease);
         self.begin(now_ms, &id);
-        if let Some(lease) = self.leases.get(&id).filter(|lease| lease.phase == Phase::Waiting) {
+        self.tell_waiting(now_ms, &id);
+    }
+
+    /// The broker knows where a lease will be that waits, or that nobody knows it yet (L14).
+    pub(super) fn tell_waiting(&mut self, now_ms: u64, id: &str) {
+        if let Some(lease) = self.leases.get(id).filter(|lease| lease.phase == Phase::Waiting) {
             let started = wire::started(lease, isolation_of(lease, &self.cards), now_ms);
             self.steps.push_back(Step::Send(Message::Started(started)));
         }
@@ -249,17 +214,8 @@ impl Machine {
 
     /// A slot apart from all of `taken`; that one, if one is named.
     fn pick_among(&self, lease: &Lease, taken: &[Slot], only: Option<Slot>) -> Option<Slot> {
-        let cards: Vec<packing::Card> = self
-            .cards
-            .iter()
-            .filter(|card| only.is_none_or(|slot| slot.card == card.index))
-            .map(|card| packing::Card {
-                index: card.index,
-                large_slots: card.large_slots,
-                grantable: card.grantable,
-                quarantined_slots: wire::quarantined(card, &self.book),
-            })
-            .collect();
+        let here = |card: &packing::Card| only.is_none_or(|slot| slot.card == card.index);
+        let cards: Vec<packing::Card> = self.packing_cards().filter(here).collect();
         let mut occupancy = packing::Occupancy::default();
         for card in &cards {
             let parts = slots::of_card(card.index, card.large_slots, Size::Large);
@@ -294,14 +250,20 @@ impl Machine {
     /// Moves a waiting lease on as far as its slot allows.
     fn begin(&mut self, now_ms: u64, id: &str) {
         let Some(lease) = self.leases.get(id) else { return };
-        let slot = match lease.slot {
+        if lease.order.is_overdue(now_ms) {
+            // The broker may have given it up already (L9).
+            let reason = lease.order.overdue_reason();
+            return self.refuse_waiting(now_ms, id, reason);
+        }
+        let had = lease.slot;
+        let slot = match had {
             Some(slot) => slot,
             None => match self.pick(lease) {
                 Some(slot) => slot,
                 None if self.is_pending(lease.after.as_deref()) => return,
                 None => {
                     let reason = self.no_slot(lease.size);
-                    return self.refuse_waiting(id, reason);
+                    return self.refuse_waiting(now_ms, id, reason);
                 }
             },
         };
@@ -315,6 +277,9 @@ impl Machine {
         lease.slot = Some(slot);
         self.dirty = true;
         if clears {
+            if had.is_none() {
+                self.tell_waiting(now_ms, id);
+            }
             return;
         }
         lease.mark(now_ms, "Assigned", format!("card {} slot {}", slot.card, slot.index()));
@@ -329,26 +294,6 @@ impl Machine {
         let ticket = lease.ticket;
         self.steps.push_back(Step::Answer { ticket, answer });
         self.steps.push_back(Step::Send(Message::Started(started)));
-    }
-
-    /// A lease that waited for a slot which did not come back: its hold is voided, its request goes back to the broker.
-    fn refuse_waiting(&mut self, id: &str, reason: String) {
-        let Some(lease) = self.leases.remove(id) else { return };
-        self.book.owners.retain(|_, owner| owner != id);
-        self.dirty = true;
-        let ticket = lease.ticket;
-        let pending = Pending {
-            caller: lease.caller,
-            task: lease.task,
-            size: lease.size,
-            declared_ms: lease.declared_ms,
-            token: lease.token,
-            give_up_ms: 0,
-            sent: true,
-            waits_for_node: true,
-        };
-        self.tickets.insert(ticket, pending);
-        self.steps.push_back(Step::Send(Message::Refused(link::Refused { lease: id.to_owned(), reason })));
     }
 
     pub(super) fn clear(&mut self, slot: Slot, lease: Option<String>, worker: Worker, limit_ms: u64) {
@@ -499,6 +444,7 @@ impl Machine {
     }
 
     pub(super) fn report_inventory(&mut self) {
+        self.note_capacity();
         let cards = self.inventory_report();
         let heartbeat = link::Heartbeat { inventory_changed: true, cards };
         self.steps.push_back(Step::Send(Message::Heartbeat(heartbeat)));

@@ -15,7 +15,9 @@
 mod end;
 mod grant;
 mod idle;
+mod places;
 mod restore;
+mod sound;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -29,9 +31,13 @@ use spaceport_core::protocol::{AllowRefusal, Released, Secret};
 use spaceport_proto::nodelink as link;
 
 pub use idle::{IDLE_LOOK_MS, IdleEnd};
+pub use sound::Unsound;
 pub use state::{
-    Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Phase, Report, Snapshot, SpacePod, Worker,
+    Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Order, Phase, Report, Snapshot, SpacePod,
+    Worker,
 };
+
+use places::Place;
 
 use crate::gate::Opens;
 use crate::process_status::ProcessStatus;
@@ -359,6 +365,8 @@ struct Pending {
     sent: bool,
     /// It waits for a slot of the node (not for a concurrency limit).
     waits_for_node: bool,
+    /// Where it waits, as a leader told it last (L17).
+    place: Option<Place>,
 }
 
 /// Everything the node knows about leases.
@@ -372,6 +380,8 @@ pub struct Machine {
     leases: BTreeMap<String, Lease>,
     tickets: BTreeMap<u64, Pending>,
     sizes: SizeMemory,
+    /// `large` slots that can be granted: with fewer, no leader can keep what was promised.
+    capacity: u64,
     /// Counts Start orders, so that waiting leases begin in the order they came.
     arrivals: u64,
     /// The last lease of each card that was killed or took too much memory, and when (N18).
@@ -394,6 +404,7 @@ impl Machine {
             leases: BTreeMap::new(),
             tickets: BTreeMap::new(),
             sizes: SizeMemory::default(),
+            capacity: 0,
             arrivals: 0,
             trouble: BTreeMap::new(),
             idle_look_ms: 0,
@@ -426,7 +437,7 @@ impl Machine {
             Event::Breach { cgroup_id, message } => self.breach(now_ms, cgroup_id, &message),
             Event::Linked { epoch } => self.linked(now_ms, epoch),
             Event::Unlinked => self.unlinked(now_ms),
-            Event::Queued(queued) => self.queued(&queued),
+            Event::Queued(queued) => self.queued(now_ms, &queued),
             Event::Denied(denied) => self.denied(denied),
             Event::Start(order) => self.start(now_ms, order),
             Event::Cancel(order) => self.cancel(now_ms, &order),

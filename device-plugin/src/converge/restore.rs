@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::Size;
 
-use super::state::{Caller, Ending, EndingKind, FreedKind, Lease, Phase, Report, Snapshot};
+use super::state::{Caller, Ending, EndingKind, FreedKind, Lease, Order, Phase, Report, Snapshot};
 use super::{Machine, Step};
 
 impl Machine {
@@ -109,6 +109,7 @@ impl Machine {
             task: 0,
             size: Size::Large,
             slot: None,
+            order: Order::default(),
             after: None,
             avoid: Vec::new(),
             declared_ms: 0,
@@ -116,6 +117,7 @@ impl Machine {
             allow_limit_ms: 0,
             clear_limit_ms: 0,
             class: 0,
+            account: String::new(),
             token: None,
             phase: Phase::Ended {
                 ending: Ending { kind: EndingKind::PlatformFault, used_ms: 0, opens: 0, message: message.clone() },

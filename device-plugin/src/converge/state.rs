@@ -8,6 +8,7 @@ use spaceport_core::ids::Size;
 use spaceport_core::protocol::Secret;
 use spaceport_proto::nodelink as link;
 
+use super::places::Place;
 use super::{DEATH_GRACE_MS, REPEAT_MS, REUSED_DEATH_GRACE_MS};
 use crate::slots::Slot;
 
@@ -196,6 +197,19 @@ pub enum Phase {
     },
 }
 
+/// What matters of a lease's order until it has begun.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    /// Its term: a later leader does not know which request the lease is for.
+    pub epoch: u64,
+    /// BOOTTIME after which it may not begin any more, for the broker may have given it up (L9).
+    pub begin_by_ms: u64,
+    /// How long it might wait here when it came.
+    pub wait_limit_ms: u64,
+    /// Where its request waited, in case it has to go back (L17).
+    pub place: Option<Place>,
+}
+
 /// One lease on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -214,6 +228,9 @@ pub struct Lease {
     pub size: Size,
     /// Where. `None` only while it waits for a slot that another lease still owns (L14), and after a loss.
     pub slot: Option<Slot>,
+    /// Of its order. Never written down: what has not begun ends with its agent.
+    #[serde(skip)]
+    pub order: Order,
     /// The lease whose slot it waits for (L14).
     pub after: Option<String>,
     /// Cards it may not use (L7).
@@ -228,6 +245,9 @@ pub struct Lease {
     pub clear_limit_ms: u64,
     /// Class of the account (`nodelink.CallerClass`).
     pub class: i32,
+    /// Who pays, for a later leader that does not know the lease (L7); empty where an earlier agent did not record it.
+    #[serde(default)]
+    pub account: String,
     /// `X-IP-Token` of the request, in case it has to go back to the broker. Never written down.
     #[serde(skip)]
     pub token: Option<Secret>,
@@ -241,6 +261,23 @@ pub struct Lease {
     pub uncertain: bool,
     /// Its timeline.
     pub marks: Vec<Mark>,
+}
+
+impl Order {
+    /// An order that is taken. Its stamp was made before it was sent, so `begin_by_ms` comes before the broker's bound for the
+    /// same wait.
+    pub(super) fn taken(order: &link::Start, place: Option<Place>) -> Self {
+        let wait_limit_ms = order.order_ttl_ms.saturating_add(order.wait_limit_ms);
+        Self { epoch: order.epoch, begin_by_ms: order.boottime_ms.saturating_add(wait_limit_ms), wait_limit_ms, place }
+    }
+
+    pub(super) const fn is_overdue(&self, now_ms: u64) -> bool {
+        self.begin_by_ms < now_ms
+    }
+
+    pub(super) fn overdue_reason(&self) -> String {
+        format!("no slot for it was clear within {} ms of its order", self.wait_limit_ms)
+    }
 }
 
 impl Lease {
@@ -264,14 +301,16 @@ impl Lease {
 
     pub(super) fn next_wake(&self, linked: bool) -> Option<u64> {
         match &self.phase {
-            Phase::Waiting | Phase::Starting { .. } | Phase::Closing { .. } => None,
+            Phase::Waiting => Some(self.order.begin_by_ms.saturating_add(1)),
+            Phase::Starting { .. } | Phase::Closing { .. } => None,
             Phase::Assigned { since_ms } => Some(since_ms.saturating_add(self.allow_limit_ms)),
             Phase::Running { started_ms, reused, died_ms } => {
                 let deadline = self.deadline_ms(*started_ms);
                 Some(died_ms.map_or(deadline, |died| Self::death_limit_ms(died, *reused).min(deadline)))
             }
             Phase::Ended { report, freed, freed_report, .. } => {
-                let unsent = |report: &Report| (!report.acknowledged).then_some(report.sent_ms + REPEAT_MS);
+                let unsent =
+                    |report: &Report| (!report.acknowledged).then_some(report.sent_ms.saturating_add(REPEAT_MS));
                 let freed = freed.as_ref().and_then(|_| unsent(freed_report));
                 linked.then(|| unsent(report).into_iter().chain(freed).min()).flatten()
             }

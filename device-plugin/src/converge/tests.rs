@@ -1,6 +1,7 @@
 //! Stories of leases on one node, told to the machine without any hardware.
 
 mod idle;
+mod places;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -66,6 +67,7 @@ impl Node {
             };
             open.extend(result.into_iter().flat_map(|event| self.machine.handle(self.now, event)));
         }
+        assert_eq!(self.machine.snapshot().sound(), Ok(()));
         self
     }
 

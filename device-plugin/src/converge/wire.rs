@@ -70,6 +70,7 @@ pub(super) fn started(lease: &Lease, isolation: &str, now_ms: u64) -> link::Star
         isolation: isolation.to_owned(),
         waiting: lease.phase == Phase::Waiting,
         boundaries: boundaries(&lease.marks, now_ms),
+        slot_picked: lease.slot.is_some(),
     }
 }
 
@@ -161,5 +162,8 @@ pub(super) fn node_lease(lease: &Lease, now_ms: u64) -> link::NodeLease {
         running_ms,
         ended: ended(lease, now_ms),
         freed: matches!(&lease.phase, Phase::Ended { freed: Some(_), .. }),
+        waiting: lease.phase == Phase::Waiting,
+        slot_picked: lease.slot.is_some(),
+        account: lease.account.clone(),
     }
 }

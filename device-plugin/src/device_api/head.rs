@@ -12,8 +12,8 @@ const HEAD_MAX: usize = 16 * 1024;
 const HEADERS_MAX: usize = 64;
 
 /// Why there is no request.
-#[derive(Debug)]
-pub(super) enum NoRequest {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoRequest {
     /// The peer closed without asking anything, as a probe of the port does, or the connection broke.
     Gone,
     /// The head is not one.
@@ -45,8 +45,11 @@ pub(super) async fn read(reader: &mut ReadHalf<'_>) -> Result<Request, NoRequest
     }
 }
 
-/// The request, or `None` while the head is not complete.
-fn parse(bytes: &[u8]) -> Result<Option<Request>, NoRequest> {
+/// The request, or `None` while the head is not complete. Pure.
+///
+/// # Errors
+/// See [`NoRequest`].
+pub fn parse(bytes: &[u8]) -> Result<Option<Request>, NoRequest> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut head = httparse::Request::new(&mut headers);
     match head.parse(bytes) {

@@ -4,7 +4,7 @@
 //! makes it inside the pod's network namespace, and [`PodBackend`] is what the calls mean to the lease machinery.
 
 mod connection;
-mod head;
+pub mod head;
 pub mod listen;
 pub mod unread;
 

@@ -216,7 +216,8 @@ async fn a_free_slot_is_answered_at_once() {
 async fn a_denial_has_its_numbers() {
     let mut world = World::start(Limits::default()).await;
     let client = world.post(SCHEDULE).await;
-    let denial = Denial::IllegalDuration { declared_ms: 10_000, limit_ms: 5_000, what: DurationLimit::LongestCall };
+    let denial =
+        Denial::IllegalDuration { declared_ms: 10_000, limit_ms: 5_000, what: DurationLimit::LongestCall, legal: None };
     let denied = Denied { denial, caller: CallerClass::Guest };
     world.asked_schedule().await.send(ScheduleOutcome::Answer(Err(denied))).unwrap();
     let text = client.rest().await;

@@ -1,16 +1,16 @@
 //! The accounts of one run: made, given tokens, checked, removed.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
 
+use super::cluster::Cluster;
 use super::load::LONG_S;
-use super::page_write::OPERATOR;
-use crate::kubectl::{Kubectl, at};
-use crate::story::NAMESPACE;
-use crate::token::Token;
+use crate::kubectl::at;
+use crate::story::{NAMESPACE, account};
+use crate::token::{Signer, Token};
 use crate::wait::eventually;
 use crate::world::World;
 
@@ -21,15 +21,15 @@ const TIER: &str = "bench";
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// The most a tier can give, far above what all calls of a run can use.
 const QUOTA_S: u64 = 10_000_000;
-/// Objects named in one command line; a name has about 20 bytes, a command line takes 128 KiB.
-const NAMES_PER_COMMAND: usize = 200;
+/// Longer than the longest run with all its checks.
+const TOKEN_LIFETIME_S: i64 = 4 * 3600;
 
 /// The accounts of one run. Their names are new with each run: a page cannot be reset, and the operator may remember one
 /// that is gone.
 #[derive(Debug)]
 pub(super) struct Accounts {
     callers: Vec<String>,
-    page: String,
+    pages: Vec<String>,
 }
 
 /// What the accounts say in the end, over all of them.
@@ -42,19 +42,20 @@ pub(super) struct Total {
 }
 
 impl Accounts {
-    pub(super) fn named_for_this_run(callers: usize) -> Self {
+    /// Of so many accounts that are called with, and so many whose pages the benchmark itself writes.
+    pub(super) fn named_for_this_run(callers: usize, pages: usize) -> Self {
         let ulid = ulid::Ulid::generate().to_string().to_lowercase();
         // The end of a ULID is random: eight letters of 32 tell runs apart.
         let run = &ulid[ulid.len() - 8..];
         Self {
             callers: (0..callers).map(|number| format!("{PREFIX}{run}-{number}")).collect(),
-            page: format!("{PREFIX}{run}-page"),
+            pages: (0..pages).map(|number| format!("{PREFIX}{run}-page-{number}")).collect(),
         }
     }
 
-    /// The account whose page only the benchmark writes: nobody calls with it.
-    pub(super) fn page(&self) -> &str {
-        &self.page
+    /// The accounts whose pages only the benchmark writes: nobody calls with them.
+    pub(super) fn pages(&self) -> &[String] {
+        &self.pages
     }
 
     /// The accounts that are called with.
@@ -62,22 +63,22 @@ impl Accounts {
         &self.callers
     }
 
-    fn all(&self) -> Vec<&str> {
-        self.callers.iter().chain([&self.page]).map(String::as_str).collect()
+    fn all(&self) -> impl Iterator<Item = &str> {
+        self.callers.iter().chain(&self.pages).map(String::as_str)
     }
 
-    pub(super) fn create(&self, world: &World) -> Result<()> {
-        let mut items = vec![tier()];
-        items.extend(self.all().into_iter().map(account));
-        world.kubectl.apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string())?;
-        Ok(())
+    pub(super) fn create(&self, world: &World, cluster: &Cluster) -> Result<()> {
+        world.kubectl.apply(&tier().to_string())?;
+        cluster.create(self.all().map(|name| account(name, TIER)).collect())
     }
 
     /// A token of each caller, good for every call of the run.
     pub(super) fn tokens(&self, world: &World, space: &str) -> Result<Vec<String>> {
+        let signer = Signer::read(&world.kubectl)?;
         let sign = |name: &String| {
-            let token = Token { max_calls: 1_000_000, max_ms: QUOTA_S * 1000, ..Token::one_call(name, space) };
-            token.sign(&world.kubectl)
+            let token = Token::one_call(name, space);
+            let token = Token { max_calls: 1_000_000, max_ms: QUOTA_S * 1000, lifetime_s: TOKEN_LIFETIME_S, ..token };
+            signer.sign(&token)
         };
         self.callers.iter().map(sign).collect()
     }
@@ -108,72 +109,22 @@ impl Accounts {
     }
 
     /// Removes the accounts, their receipts and the tier.
-    pub(super) fn remove(&self, world: &World) -> Result<()> {
-        remove(&world.kubectl, &self.all())
+    pub(super) fn remove(&self, world: &World, cluster: &Cluster) -> Result<()> {
+        let names: BTreeSet<&str> = self.all().collect();
+        cluster.remove(|name| names.contains(name))?;
+        remove_tier(world)
     }
 }
 
 /// Removes what an earlier run left behind when it was ended in the middle.
-pub(super) fn remove_leftovers(world: &World) -> Result<()> {
-    let accounts = world.kubectl.items(&["get", "gpuaccounts"])?;
-    let names: Vec<&str> = accounts
-        .iter()
-        .filter_map(|account| at(account, "/metadata/name").as_str())
-        .filter(|name| name.starts_with(PREFIX))
-        .collect();
-    remove(&world.kubectl, &names)
+pub(super) fn remove_leftovers(world: &World, cluster: &Cluster) -> Result<()> {
+    cluster.remove(|name| name.starts_with(PREFIX))?;
+    remove_tier(world)
 }
 
-fn remove(kubectl: &Kubectl, accounts: &[&str]) -> Result<()> {
-    if !accounts.is_empty() {
-        let receipts = kubectl.items(&["--namespace", NAMESPACE, "get", "gpuleases"])?;
-        let ours =
-            |receipt: &&Value| at(receipt, "/spec/account").as_str().is_some_and(|name| accounts.contains(&name));
-        let name = |receipt: &Value| at(receipt, "/metadata/name").as_str().map(str::to_owned);
-        // The holds that were written on the page by the benchmark itself have receipts, and nobody else ends those.
-        for open in receipts.iter().filter(ours).filter(|receipt| at(receipt, "/spec/phase") == "Reserved") {
-            let open = name(open).context("a receipt without a name")?;
-            let patch = json!({ "spec": {
-                "phase": "Expired", "outcome": "Expired",
-                "usedMilliseconds": 0, "chargedMilliseconds": 0, "used": "0s", "charged": "0s",
-            } });
-            let end = ["--as", OPERATOR, "--namespace", NAMESPACE, "patch", "gpulease", &open, "--type", "merge"];
-            kubectl.run(&[&end[..], &["--patch", &patch.to_string()]].concat())?;
-        }
-        let names: Vec<String> = receipts.iter().filter(ours).filter_map(name).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        for names in names.chunks(NAMES_PER_COMMAND) {
-            let delete = ["--namespace", NAMESPACE, "delete", "gpulease", "--ignore-not-found", "--wait=false"];
-            kubectl.run(&[&delete[..], names].concat())?;
-        }
-        let found = present(kubectl, accounts)?;
-        let found: Vec<&str> = found.iter().map(String::as_str).collect();
-        let reason = format!("{BREAK_GLASS_ANNOTATION}=end of a benchmark");
-        for names in found.chunks(NAMES_PER_COMMAND) {
-            kubectl.run(&[&["annotate", "--overwrite", "gpuaccount"], names, &[&reason]].concat())?;
-            kubectl.run(&[&["delete", "gpuaccount", "--ignore-not-found", "--wait=false"], names].concat())?;
-        }
-        // A finalizer keeps an account until its window has ended, a day (L4). These were made to be thrown away, which
-        // the API server allows as soon as nothing of them is open.
-        for name in present(kubectl, accounts)? {
-            let patch = r#"{"metadata":{"finalizers":null}}"#;
-            eventually(&format!("account {name} goes"), SETTLE_LIMIT, || {
-                let output = kubectl.output(&["patch", "gpuaccount", &name, "--type", "merge", "--patch", patch])?;
-                let said = String::from_utf8_lossy(&output.stderr);
-                let gone = output.status.success() || said.contains("NotFound");
-                Ok(if gone { Ok(()) } else { Err(said.into_owned()) })
-            })?;
-        }
-    }
-    kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"])?;
+fn remove_tier(world: &World) -> Result<()> {
+    world.kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"])?;
     Ok(())
-}
-
-/// Those of the accounts that exist.
-fn present(kubectl: &Kubectl, accounts: &[&str]) -> Result<Vec<String>> {
-    let all = kubectl.items(&["get", "gpuaccounts"])?;
-    let names = all.iter().filter_map(|account| at(account, "/metadata/name").as_str());
-    Ok(names.filter(|name| accounts.contains(name)).map(str::to_owned).collect())
 }
 
 fn tier() -> Value {
@@ -190,18 +141,6 @@ fn tier() -> Value {
             "concurrentLeases": 64,
             "extendableByGrants": "Never",
             "windowPolicy": "FirstUse24h",
-        },
-    })
-}
-
-fn account(name: &str) -> Value {
-    json!({
-        "apiVersion": "spaceport.dev/v1alpha1",
-        "kind": "GPUAccount",
-        "metadata": { "name": name },
-        "spec": {
-            "identities": [{ "issuer": "https://issuer.example.com", "subject": format!("{name}@example.com") }],
-            "tier": TIER,
         },
     })
 }
@@ -262,10 +201,11 @@ mod tests {
 
     #[test]
     fn every_run_has_names_of_its_own_that_the_next_one_finds() {
-        let (one, other) = (Accounts::named_for_this_run(2), Accounts::named_for_this_run(2));
-        assert_eq!(one.all().len(), 3);
-        for name in one.all() {
-            assert!(name.starts_with(PREFIX) && name.len() < 64 && !other.all().contains(&name), "{name}");
+        let (one, other) = (Accounts::named_for_this_run(1000, 16), Accounts::named_for_this_run(1000, 16));
+        let (ours, theirs): (BTreeSet<&str>, BTreeSet<&str>) = (one.all().collect(), other.all().collect());
+        assert_eq!(ours.len(), 1016);
+        for name in ours {
+            assert!(name.starts_with(PREFIX) && name.len() < 64 && !theirs.contains(name), "{name}");
             assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-'));
         }
     }
@@ -277,7 +217,7 @@ mod tests {
             |value: &Value| serde_json::from_value::<spaceport_crds::GPUTierSpec>(value["spec"].clone()).unwrap();
         let tier = tier();
         assert_eq!(serde_json::to_value(read(&tier)).unwrap(), tier["spec"]);
-        let account = account("bench-x-0");
+        let account = account("bench-x-0", TIER);
         let spec: spaceport_crds::GPUAccountSpec = serde_json::from_value(account["spec"].clone()).unwrap();
         assert_eq!(serde_json::to_value(spec).unwrap(), account["spec"]);
     }

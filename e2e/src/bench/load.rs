@@ -1,22 +1,14 @@
 //! The program that calls the device API inside the pod, and what it reports.
 
-use std::io::{Read, Write as _};
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::Samples;
-use crate::story::{NAMESPACE, SPACE};
-use crate::wait::now;
+use crate::pod_program::{self, ADDRESS, GRANT_LOAD};
 use crate::world::World;
 
-const PROGRAM: &str = include_str!("../../clients/grant_load.py");
-/// Python of the app's own environment, in its container.
-const PYTHON: &str = "/opt/environment/venv/bin/python";
-/// Where the node agent listens in every Space's pod (N14).
-const ADDRESS: (&str, u16) = ("127.0.0.1", 7999);
 /// What a call declares when it ends at once.
 const SHORT_S: u64 = 5;
 /// What a call declares that keeps its slot while others are measured; no more than the tier's longest call.
@@ -85,13 +77,6 @@ pub(super) struct Load {
     slots: u64,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Answer {
-    Failed { failed: String },
-    Done(Load),
-}
-
 impl Load {
     /// Measured calls a second.
     pub(super) fn per_second(&self) -> Result<f64> {
@@ -114,125 +99,49 @@ impl Load {
 
 /// Runs one phase in the pod; no call is begun after `limit`.
 pub(super) fn run(world: &World, phase: &Phase<'_>, limit: Duration) -> Result<Load> {
-    let pod = world.pod(NAMESPACE, SPACE)?;
-    let child = world
-        .kubectl
-        .command(&[
-            "--namespace",
-            NAMESPACE,
-            "exec",
-            "--stdin",
-            &pod,
-            "--container",
-            "app",
-            "--",
-            PYTHON,
-            "-c",
-            PROGRAM,
-        ])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot run kubectl exec")?;
-    let plan = serde_json::to_vec(&Plan { phase, limit_s: limit.as_secs_f64() })?;
-    let text = talk(child, plan, limit + OVERTIME)?;
-    parse(&text).with_context(|| format!("the phase {} in the pod", phase.phase))
-}
-
-/// Gives the program its input and takes its output, in bounded time.
-fn talk(mut child: Child, input: Vec<u8>, limit: Duration) -> Result<String> {
-    let mut stdin = child.stdin.take().context("no input to the program")?;
-    // Closed when written: the program reads its plan to the end. Some KiB, so that a pipe takes it at once.
-    stdin.write_all(&input).context("the program does not take its plan")?;
-    drop(stdin);
-    let output = reader(child.stdout.take().context("no output of the program")?);
-    let errors = reader(child.stderr.take().context("no errors of the program")?);
-    let start = now();
-    let status = loop {
-        if let Some(status) = child.try_wait().context("cannot wait for the program")? {
-            break status;
-        }
-        if start.elapsed() >= limit {
-            // Fails only if it has ended meanwhile, which is as good.
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!("the program in the pod did not end within {} s", limit.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    let joined = |thread: std::thread::JoinHandle<std::io::Result<String>>| {
-        thread.join().map_err(|_| anyhow::anyhow!("a reader died"))?.context("cannot read what the program printed")
-    };
-    let (output, errors) = (joined(output)?, joined(errors)?);
-    ensure!(status.success(), "the program in the pod ended with {status}: {errors}");
-    Ok(output)
-}
-
-fn reader(mut stream: impl Read + Send + 'static) -> std::thread::JoinHandle<std::io::Result<String>> {
-    std::thread::spawn(move || {
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })
-}
-
-fn parse(text: &str) -> Result<Load> {
-    let line = text.lines().last().unwrap_or_default();
-    match serde_json::from_str(line).with_context(|| format!("the program printed {text:?}"))? {
-        Answer::Done(load) => Ok(load),
-        Answer::Failed { failed } => bail!("{failed}"),
-    }
+    let plan = Plan { phase, limit_s: limit.as_secs_f64() };
+    pod_program::run(world, GRANT_LOAD, &plan, limit + OVERTIME)
+        .with_context(|| format!("the phase {} in the pod", phase.phase))
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
-    use std::process::Command;
 
     use super::*;
+    use crate::pod_program::tests::{device_api, here};
 
     #[test]
-    fn what_the_program_says_is_a_result_or_a_failure() {
-        let text = "{\"milliseconds\": [1.5, 2.5], \"granted\": [3], \"queued\": 1, \"reused\": 0, \"seconds\": 0.5, \"slots\": 0}\n";
-        let load = parse(text).unwrap();
+    fn what_the_program_measured_is_read() {
+        let text =
+            r#"{"milliseconds": [1.5, 2.5], "granted": [3], "queued": 1, "reused": 0, "seconds": 0.5, "slots": 0}"#;
+        let load: Load = serde_json::from_str(text).unwrap();
         assert_eq!((load.milliseconds.len(), load.granted.as_slice(), load.queued), (2, &[3][..], 1));
         assert_eq!(load.per_second().unwrap(), 4.0);
         assert!(load.remarks().contains("1 that waited"));
-        assert_eq!(parse("{\"failed\": \"no\"}\n").unwrap_err().to_string(), "no");
-        assert!(parse("").is_err());
     }
 
-    /// The program itself, on a port where nobody listens: it says so, in its own form, and ends.
+    /// The program itself, on a device API in miniature: two callers, each with a call that is not measured.
+    #[test]
+    fn the_program_measures_the_calls_of_each_caller() {
+        let (port, answered) = device_api();
+        let tokens = ["a".to_owned(), "b".to_owned()];
+        let mut phase = Phase::grant(&tokens, &Samples { warm_up: 1, wanted: 2, least: 2 }, Duration::ZERO);
+        phase.address.1 = port;
+        let load: Load = here(GRANT_LOAD, &Plan { phase: &phase, limit_s: 30.0 }).unwrap();
+        assert_eq!((load.milliseconds.len(), load.granted.as_slice()), (4, &[3, 3][..]));
+        let answered = answered.lock().unwrap();
+        assert_eq!((answered["/schedule"], answered["/allow"], answered["/release"]), (6, 6, 6));
+    }
+
+    /// On a port where nobody listens it says so, in its own form, and ends.
     #[test]
     fn the_program_tells_how_it_failed() {
         let free = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let tokens = ["secret".to_owned()];
         let mut phase = Phase::grant(&tokens, &Samples { warm_up: 0, wanted: 1, least: 1 }, Duration::ZERO);
         phase.address.1 = free;
-        let child = Command::new("python3")
-            .args(["-c", PROGRAM])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let plan = serde_json::to_vec(&Plan { phase: &phase, limit_s: 5.0 }).unwrap();
-        let text = talk(child, plan, Duration::from_secs(30)).unwrap();
-        let failure = parse(&text).unwrap_err().to_string();
+        let failure = here::<Load>(GRANT_LOAD, &Plan { phase: &phase, limit_s: 5.0 }).unwrap_err().to_string();
         assert!(failure.contains("ConnectionRefused") && !failure.contains("secret"), "{failure}");
-    }
-
-    #[test]
-    fn a_program_that_hangs_is_ended() {
-        let child = Command::new("python3")
-            .args(["-c", "import signal; signal.pause()"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let error = talk(child, Vec::new(), Duration::from_millis(50)).unwrap_err();
-        assert!(error.to_string().contains("did not end"), "{error}");
     }
 }

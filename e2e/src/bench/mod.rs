@@ -10,11 +10,13 @@
 //! Afterwards the accounts must add up, or there is no report.
 
 mod accounts;
+mod cluster;
 mod load;
 mod memory;
 mod page_write;
 mod percentiles;
 mod report;
+mod sustain;
 
 use std::time::{Duration, Instant};
 
@@ -23,8 +25,10 @@ use serde_json::Value;
 
 pub use percentiles::Percentiles;
 pub use report::Report;
+pub use sustain::{SustainReport, sustain};
 
 use self::accounts::Accounts;
+use self::cluster::Cluster;
 use self::load::{Load, Phase};
 use self::page_write::PageWriter;
 use crate::kubectl::at;
@@ -72,11 +76,12 @@ pub fn grant(world: &World, say: &mut dyn FnMut(&str)) -> Result<Report> {
     let operator_rss_mib = memory::resident_mib("spaceport-operator")?;
     let agent_rss_mib = memory::resident_mib("spaceport-device-plugin")?;
 
-    accounts::remove_leftovers(world)?;
-    let accounts = Accounts::named_for_this_run(CALLERS);
+    let cluster = Cluster::connect()?;
+    accounts::remove_leftovers(world, &cluster)?;
+    let accounts = Accounts::named_for_this_run(CALLERS, 1);
     // After a failure they stay, with their pages and receipts, for whoever looks; the next run removes them.
-    let measured = measure(world, &accounts, &space, say)?;
-    accounts.remove(world).context("the accounts of the benchmark cannot be removed")?;
+    let measured = measure(world, &cluster, &accounts, &space, say)?;
+    accounts.remove(world, &cluster).context("the accounts of the benchmark cannot be removed")?;
 
     Ok(Report::new(
         Percentiles::of(&measured.page_writes)?,
@@ -96,11 +101,17 @@ struct Measured {
     handover: Load,
 }
 
-fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(&str)) -> Result<Measured> {
+fn measure(
+    world: &World,
+    cluster: &Cluster,
+    accounts: &Accounts,
+    space: &str,
+    say: &mut dyn FnMut(&str),
+) -> Result<Measured> {
     say(&format!("making {CALLERS} accounts of tier bench"));
-    accounts.create(world)?;
+    accounts.create(world, cluster)?;
     let tokens = accounts.tokens(world, space)?;
-    let mut pages = PageWriter::connect(accounts.page(), accounts.callers())?;
+    let mut pages = PageWriter::begin(cluster, &accounts.pages()[0], accounts.callers())?;
     let end = now() + TIME_LIMIT;
 
     say("page writes, first half");
@@ -137,7 +148,7 @@ fn measure(world: &World, accounts: &Accounts, space: &str, say: &mut dyn FnMut(
     Ok(Measured { page_writes, one, many, handover })
 }
 
-fn write_pages(pages: &mut PageWriter, end: Instant) -> Result<Vec<f64>> {
+fn write_pages(pages: &mut PageWriter<'_>, end: Instant) -> Result<Vec<f64>> {
     let samples = pages.measure(PAGE_WRITES.warm_up, PAGE_WRITES.wanted, PAUSE_MIN, end)?;
     check_samples("page writes", samples.len(), PAGE_WRITES.least)?;
     Ok(samples)
@@ -158,7 +169,7 @@ fn check_samples(what: &str, found: usize, least: usize) -> Result<()> {
 }
 
 /// The slots that the callers find, or how to get more.
-fn enough_slots(world: &World, say: &mut dyn FnMut(&str)) -> Result<()> {
+fn enough_slots(world: &World, say: &mut dyn FnMut(&str)) -> Result<usize> {
     let nodes = world.kubectl.items(&["get", "gpunodes"])?;
     let slots = large_slots(&nodes);
     say(&format!("{slots} large slots"));
@@ -167,7 +178,7 @@ fn enough_slots(world: &World, say: &mut dyn FnMut(&str)) -> Result<()> {
         "the node has {slots} large slots; {CALLERS} callers that all find a free one need {SLOTS_MIN}. Run \
          `cargo xtask down` and then `cargo xtask bench grant`, which starts the cluster with 16 cards"
     );
-    Ok(())
+    Ok(slots)
 }
 
 fn large_slots(nodes: &[Value]) -> usize {

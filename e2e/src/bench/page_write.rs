@@ -11,23 +11,17 @@ use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::PostParams;
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::Request;
-use kube::{Api, Client, Config, Resource as _, ResourceExt as _};
+use kube::{Api, Client, Resource as _, ResourceExt as _};
 use serde_json::json;
 use spaceport_crds::conditions::LeaseOutcome;
 use spaceport_crds::names::API_VERSION;
-use spaceport_crds::{
-    ClosedLease, GPUAccount, GPUAccountSpec, GPUAccountStatus, GpuSize, Hold, Part, RecentOutcome, Window,
-};
-use tokio::runtime::Runtime;
+use spaceport_crds::{ClosedLease, GPUAccount, GPUAccountStatus, GpuSize, Hold, Part, RecentOutcome, Window};
 
-use crate::kubectl::setting;
+use super::cluster::Cluster;
 use crate::story::{NAMESPACE, SPACE};
 use crate::wait::now;
 
-/// Pages are written by nobody else (policy spaceport-ledger-pages).
-pub(super) const OPERATOR: &str = "system:serviceaccount:spaceport-system:spaceport-operator";
 /// As the operator's own limit of a page write: as long as etcd needs to elect a leader, twice over.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// Writes of others to one page that a run bears: the broker may settle once what it finds on a page that it did not
@@ -42,47 +36,110 @@ const BASE_MS: i64 = 2_400_000;
 /// The hold that comes and goes with every write.
 const MOVING_LEASE: &str = "01jd8x0000000000000000bench";
 
-/// Writes one page again and again.
-pub(super) struct PageWriter {
-    runtime: Runtime,
-    client: Client,
+/// One page, and what is known of its writes.
+pub(super) struct AccountPage {
     account: GPUAccount,
     bytes: usize,
+    attempts: u64,
     disturbed: usize,
 }
 
-impl PageWriter {
-    /// Connects as the operator, gives the callers' accounts a past, and the account of the writes its first page.
+impl AccountPage {
+    /// The page of this account as it is.
+    pub(super) async fn read(client: &Client, name: &str) -> Result<Self> {
+        let api = Api::<GPUAccount>::all(client.clone());
+        let account = api.get(name).await.with_context(|| format!("cannot read account {name}"))?;
+        Ok(Self { account, bytes: 0, attempts: 0, disturbed: 0 })
+    }
+
+    /// Writes the page that `next` makes of the present one, until that succeeds.
+    pub(super) async fn become_page(
+        &mut self,
+        client: &Client,
+        next: fn(GPUAccountStatus, i64) -> GPUAccountStatus,
+    ) -> Result<()> {
+        // Bounded by DISTURBED_MAX.
+        while self.write_next(client, next).await?.is_none() {}
+        Ok(())
+    }
+
+    /// One write of the page that `next` makes of the present one; see [`Self::write`].
+    pub(super) async fn write_next(
+        &mut self,
+        client: &Client,
+        next: fn(GPUAccountStatus, i64) -> GPUAccountStatus,
+    ) -> Result<Option<f64>> {
+        let page = next(self.account.status.clone().unwrap_or_default(), now_ms());
+        self.write(client, page).await
+    }
+
+    /// Milliseconds of one compare-and-swap; none if the page had changed meanwhile, which then is read again.
+    async fn write(&mut self, client: &Client, status: GPUAccountStatus) -> Result<Option<f64>> {
+        let name = self.account.name_any();
+        let metadata = &self.account.metadata;
+        let body = json!({
+            "apiVersion": API_VERSION,
+            "kind": "GPUAccount",
+            "metadata": { "name": name, "uid": metadata.uid, "resourceVersion": metadata.resource_version },
+            "status": status,
+        });
+        let body = serde_json::to_vec(&body)?;
+        self.bytes = body.len();
+        self.attempts += 1;
+        let request = Request::new(GPUAccount::url_path(&(), None))
+            .replace_subresource("status", &name, &PostParams::default(), body)
+            .context("the write cannot be put into a request")?;
+        let begin = now();
+        let answer = tokio::time::timeout(WRITE_LIMIT, client.request_text(request)).await;
+        let milliseconds = begin.elapsed().as_secs_f64() * 1000.0;
+        match answer.context("a page write had no answer")? {
+            Ok(text) => {
+                self.account = serde_json::from_str(&text).context("the API server answered no GPUAccount")?;
+                Ok(Some(milliseconds))
+            }
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                self.disturbed += 1;
+                ensure!(
+                    self.disturbed <= DISTURBED_MAX,
+                    "something else writes the page of {name}, on which only the benchmark works: {DISTURBED_MAX} conflicts"
+                );
+                self.account = Self::read(client, &name).await?.account;
+                Ok(None)
+            }
+            Err(error) => Err(error).context("the API server refused a page write"),
+        }
+    }
+
+    /// Writes that were sent, also those that met another's.
+    pub(super) fn attempts(&self) -> u64 {
+        self.attempts
+    }
+
+    /// Size of the last page that was sent.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Writes one page again and again.
+pub(super) struct PageWriter<'a> {
+    cluster: &'a Cluster,
+    page: AccountPage,
+}
+
+impl<'a> PageWriter<'a> {
+    /// Gives the callers' accounts a past, and the account of the writes its first page.
     ///
     /// The past makes the pages that grants write as large as the one that is written here: their size is what a write
     /// costs most by.
-    pub(super) fn connect(page: &str, callers: &[String]) -> Result<Self> {
-        // The connection is driven beside the thread that waits, as in the operator, and lives through the pauses.
-        let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        let runtime = runtime.worker_threads(1).enable_all().build().context("no runtime for the HTTP client")?;
-        let client = runtime.block_on(client())?;
-        let account = GPUAccount::new(page, GPUAccountSpec::default());
-        let mut writer = Self { runtime, client, account, bytes: 0, disturbed: 0 };
-        for name in callers {
-            writer.take_up(name, page_with_a_past)?;
-        }
-        writer.take_up(page, first_page)?;
-        Ok(writer)
-    }
-
-    /// Turns to the account of this name and writes a page made from its own.
-    fn take_up(&mut self, name: &str, page: fn(GPUAccountStatus, i64) -> GPUAccountStatus) -> Result<()> {
-        self.read(name)?;
-        self.disturbed = 0;
-        // Bounded by DISTURBED_MAX.
-        while self.write(page(self.account.status.clone().unwrap_or_default(), now_ms()))?.is_none() {}
-        Ok(())
-    }
-
-    fn read(&mut self, name: &str) -> Result<()> {
-        let api = Api::<GPUAccount>::all(self.client.clone());
-        self.account = self.runtime.block_on(api.get(name)).with_context(|| format!("cannot read account {name}"))?;
-        Ok(())
+    pub(super) fn begin(cluster: &'a Cluster, page: &str, callers: &[String]) -> Result<Self> {
+        give_a_past(cluster, callers)?;
+        let page = cluster.wait(async {
+            let mut page = AccountPage::read(cluster.operator(), page).await?;
+            page.become_page(cluster.operator(), first_page).await?;
+            anyhow::Ok(AccountPage { disturbed: 0, ..page })
+        })?;
+        Ok(Self { cluster, page })
     }
 
     /// Milliseconds of each write, after `warm_up` writes that do not count; none is begun after `end`. A write that met
@@ -98,8 +155,8 @@ impl PageWriter {
         let mut written = 0;
         // Bounded: each round writes or counts towards DISTURBED_MAX.
         while found.len() < samples && now() < end {
-            let page = next_page(self.account.status.clone().unwrap_or_default(), now_ms());
-            if let Some(milliseconds) = self.write(page)? {
+            let client = self.cluster.operator();
+            if let Some(milliseconds) = self.cluster.wait(self.page.write_next(client, next_page))? {
                 written += 1;
                 if written > warm_up {
                     found.push(milliseconds);
@@ -112,71 +169,33 @@ impl PageWriter {
 
     /// Leaves a page on which nothing is open, so that nobody waits for its holds.
     pub(super) fn close_page(&mut self) -> Result<()> {
-        let name = self.account.name_any();
-        self.take_up(&name, |stored, now_ms| {
+        let client = self.cluster.operator();
+        self.page.disturbed = 0;
+        self.cluster.wait(self.page.become_page(client, |stored, now_ms| {
             let page = next_page(stored, now_ms);
             GPUAccountStatus { holds: Vec::new(), closed: Vec::new(), leases: 0, ..page }
-        })
+        }))
     }
 
     /// Size of the last page that was sent.
     pub(super) fn bytes(&self) -> usize {
-        self.bytes
+        self.page.bytes()
     }
 
     /// Writes of others to this page that were met.
     pub(super) fn disturbed(&self) -> usize {
-        self.disturbed
-    }
-
-    /// Milliseconds of one compare-and-swap; none if the page had changed meanwhile, which then is read again.
-    fn write(&mut self, status: GPUAccountStatus) -> Result<Option<f64>> {
-        let name = self.account.name_any();
-        let metadata = &self.account.metadata;
-        let body = json!({
-            "apiVersion": API_VERSION,
-            "kind": "GPUAccount",
-            "metadata": { "name": name, "uid": metadata.uid, "resourceVersion": metadata.resource_version },
-            "status": status,
-        });
-        let body = serde_json::to_vec(&body)?;
-        self.bytes = body.len();
-        let request = Request::new(GPUAccount::url_path(&(), None))
-            .replace_subresource("status", &name, &PostParams::default(), body)
-            .context("the write cannot be put into a request")?;
-        let client = self.client.clone();
-        let (milliseconds, answer) = self.runtime.block_on(async {
-            let begin = now();
-            let answer = tokio::time::timeout(WRITE_LIMIT, client.request_text(request)).await;
-            (begin.elapsed().as_secs_f64() * 1000.0, answer)
-        });
-        match answer.context("a page write had no answer")? {
-            Ok(text) => {
-                self.account = serde_json::from_str(&text).context("the API server answered no GPUAccount")?;
-                Ok(Some(milliseconds))
-            }
-            Err(kube::Error::Api(status)) if status.code == 409 => {
-                self.disturbed += 1;
-                ensure!(
-                    self.disturbed <= DISTURBED_MAX,
-                    "something else writes the page of {name}, on which only the benchmark works: {DISTURBED_MAX} conflicts"
-                );
-                self.read(&name)?;
-                Ok(None)
-            }
-            Err(error) => Err(error).context("the API server refused a page write"),
-        }
+        self.page.disturbed
     }
 }
 
-async fn client() -> Result<Client> {
-    let path = setting("KUBECONFIG")?;
-    let file = Kubeconfig::read_from(&path).context("cannot read the kubeconfig")?;
-    let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
-    config.auth_info.impersonate = Some(OPERATOR.to_owned());
-    // A write that the client repeats by itself is not one write.
-    config.default_retry = false;
-    Client::try_from(config).context("cannot make a client from the kubeconfig")
+/// Makes the pages of these accounts as large as those of people who have used Spaces all day.
+pub(super) fn give_a_past(cluster: &Cluster, accounts: &[String]) -> Result<()> {
+    let give = |name: String| {
+        let client = cluster.operator().clone();
+        async move { AccountPage::read(&client, &name).await?.become_page(&client, page_with_a_past).await }
+    };
+    cluster.each(accounts.to_vec(), give)?;
+    Ok(())
 }
 
 /// The page of somebody who has used Spaces all day: two windows, holds, rows without a receipt, endings that had none.
@@ -184,21 +203,8 @@ async fn client() -> Result<Client> {
 /// The broker sees this page in its watch like any other. Should it take up the rows of the outbox, it writes once; the
 /// later pages are made from what is there then.
 fn first_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
-    let before = Window {
-        start_milliseconds: now_ms - DAY_MS - 3_600_000,
-        base_milliseconds: BASE_MS,
-        charged_milliseconds: 1_873_204,
-        runs: 93,
-        generation: 1,
-    };
-    let open = Window {
-        start_milliseconds: now_ms - 3_500_000,
-        base_milliseconds: BASE_MS,
-        charged_milliseconds: 412_377,
-        runs: 41,
-        generation: 1,
-    };
-    let source = format!("window:{}", open.start_milliseconds);
+    let windows = windows(now_ms);
+    let source = format!("window:{}", windows[1].start_milliseconds);
     let parts = |milliseconds| vec![Part { source: source.clone(), milliseconds }];
     let holds = (0..2).map(|number| hold(&format!("01jd8x00000000000000000h{number:03}"), &source, now_ms)).collect();
     let closed = (0..3)
@@ -219,13 +225,15 @@ fn first_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
             since_milliseconds: now_ms - 13_000,
             generation: 1,
             via: "token".to_owned(),
+            cookie: None,
+            shortened: None,
         })
         .collect();
     GPUAccountStatus {
         seq: stored.seq + 1,
         write_id: write_id(),
         last_time_milliseconds: stored.last_time_milliseconds.max(now_ms),
-        windows: vec![before, open],
+        windows: windows.into(),
         holds,
         closed,
         recent_outcomes: outcomes(12, now_ms),
@@ -239,14 +247,54 @@ fn first_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
     }
 }
 
+/// The window that has ended and the open one of somebody who has used Spaces all day.
+fn windows(now_ms: i64) -> [Window; 2] {
+    let window = |start_milliseconds, charged_milliseconds, runs| Window {
+        start_milliseconds,
+        base_milliseconds: BASE_MS,
+        charged_milliseconds,
+        runs,
+        generation: 1,
+    };
+    [window(now_ms - DAY_MS - 3_600_000, 1_873_204, 93), window(now_ms - 3_500_000, 412_377, 41)]
+}
+
+/// A page on which nothing is open and whose broker has nothing to do: for writers whose number is what is measured. About
+/// as large as the others, by the two windows and by endings.
+pub(super) fn quiet_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
+    GPUAccountStatus {
+        windows: windows(now_ms).into(),
+        tier: Some("bench".to_owned()),
+        used: Some("412.3s".to_owned()),
+        left: Some("1987.6s".to_owned()),
+        resets_at: Timestamp::from_millisecond(now_ms + DAY_MS).ok().map(Time),
+        ..page_with_a_past(stored, now_ms)
+    }
+}
+
+/// A quiet page after one more charge.
+pub(super) fn charged_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
+    let mut page = written_again(stored, now_ms);
+    if let Some(window) = page.windows.last_mut() {
+        window.charged_milliseconds += 1;
+        window.runs += 1;
+        page.used = Some(format!("{:.1}s", window.charged_milliseconds as f64 / 1000.0));
+    }
+    page
+}
+
 /// The page of an account that is called with: nothing open, and endings enough that the pages of its grants are as large
 /// as the page of the bare writes.
 fn page_with_a_past(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
+    GPUAccountStatus { recent_outcomes: outcomes(16, now_ms), ..written_again(stored, now_ms) }
+}
+
+/// The same page as another write of it.
+fn written_again(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
     GPUAccountStatus {
         seq: stored.seq + 1,
         write_id: write_id(),
         last_time_milliseconds: stored.last_time_milliseconds.max(now_ms),
-        recent_outcomes: outcomes(16, now_ms),
         ..stored
     }
 }
@@ -269,12 +317,7 @@ fn outcomes(count: i64, now_ms: i64) -> Vec<RecentOutcome> {
 
 /// The page after one more event: a lease takes its hold, or, the next time, ends and is charged.
 fn next_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
-    let mut page = GPUAccountStatus {
-        seq: stored.seq + 1,
-        write_id: write_id(),
-        last_time_milliseconds: stored.last_time_milliseconds.max(now_ms),
-        ..stored
-    };
+    let mut page = written_again(stored, now_ms);
     let held = page.holds.len();
     page.holds.retain(|hold| hold.lease != MOVING_LEASE);
     if let Some(window) = page.windows.last_mut() {
@@ -307,6 +350,8 @@ fn hold(lease: &str, source: &str, now_ms: i64) -> Hold {
         after: None,
         generation: 1,
         via: "token".to_owned(),
+        cookie: None,
+        shortened: None,
     }
 }
 
@@ -348,6 +393,15 @@ mod tests {
         let past_bytes = serde_json::to_vec(&past).unwrap().len();
         // A window and one or two holds or closed rows come on top of it.
         assert!((bytes - 2_000..bytes).contains(&past_bytes), "{past_bytes} of {bytes} bytes");
+
+        let quiet = quiet_page(GPUAccountStatus { seq: 4, ..GPUAccountStatus::default() }, NOW);
+        assert!(quiet.seq == 5 && quiet.windows.len() == 2 && quiet.holds.is_empty() && quiet.closed.is_empty());
+        let quiet_bytes = serde_json::to_vec(&quiet).unwrap().len();
+        assert!((past_bytes..bytes).contains(&quiet_bytes), "{quiet_bytes} of {bytes} bytes");
+        let charged = charged_page(quiet.clone(), NOW + 1);
+        assert_eq!((charged.seq, charged.last_time_milliseconds), (6, NOW + 1));
+        assert_eq!(charged.windows[1].charged_milliseconds, quiet.windows[1].charged_milliseconds + 1);
+        assert_ne!(charged.write_id, quiet.write_id);
     }
 
     #[test]

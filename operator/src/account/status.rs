@@ -7,7 +7,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use spaceport_core::lease::Policy;
-use spaceport_core::page::{CLOSED_MAX, Page};
+use spaceport_core::page::{CLOSED_MAX, GRANTS_MAX, Page};
 use spaceport_crds::conditions::{ConditionStatus, GPUAccountCondition, GPUAccountReason, condition};
 
 use crate::ledger::seen::ReadyShown;
@@ -30,6 +30,13 @@ pub fn ready(page: &Page, policy: &Policy, tier: Option<&str>) -> Finding {
     if policy.deleting {
         return not(GPUAccountReason::Deleting, deleting(page));
     }
+    if let Some(other) = &policy.conflict {
+        let message = format!(
+            "the older account {other} has one of its identities, and an identity belongs to one account; take it from one \
+             of them"
+        );
+        return not(GPUAccountReason::IdentityConflict, message);
+    }
     if policy.tier.is_empty() {
         return match tier {
             Some(tier) => {
@@ -50,6 +57,15 @@ pub fn ready(page: &Page, policy: &Policy, tier: Option<&str>) -> Finding {
              the operator can write GPULeases again"
         );
         return not(GPUAccountReason::ReceiptsPending, message);
+    }
+    let usable = policy.allowance.grants.iter().filter(|grant| page.last_time < grant.expires).count();
+    if usable > GRANTS_MAX {
+        let message = format!(
+            "tier {}; of {usable} grants {GRANTS_MAX} have room on the page, those that expire first; the rest wait until \
+             some of these have expired or are deleted",
+            policy.tier
+        );
+        return Finding { holds: true, reason: GPUAccountReason::TooManyGrants, message };
     }
     let message = format!("tier {}", policy.tier);
     Finding { holds: true, reason: GPUAccountReason::AsExpected, message }
@@ -105,18 +121,18 @@ pub fn conditions(
 /// yet is not wrong: a new one costs no write before its first lease.
 pub fn is_shown(found: &Finding, shown: Option<&ReadyShown>) -> bool {
     match shown {
-        None => found.holds,
+        None => found.holds && found.reason == GPUAccountReason::AsExpected,
         Some(shown) => shown.holds == found.holds && shown.reason == found.reason.as_str(),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use spaceport_core::ids::{Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+    use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
     use spaceport_core::lease::Priority;
     use spaceport_core::page::{Closed, Ending, Hold, Window};
     use spaceport_core::protocol::CallerClass;
-    use spaceport_core::quota::Allowance;
+    use spaceport_core::quota::{Allowance, Grant};
 
     use super::*;
 
@@ -126,6 +142,7 @@ mod tests {
         Policy {
             tier: tier.to_owned(),
             allowance: Allowance {
+                per_cookie_ms: None,
                 base_ms: 60_000,
                 longest_call_ms: 50_000,
                 runs_per_window: None,
@@ -136,11 +153,14 @@ mod tests {
             priority: Priority::Medium,
             caller: CallerClass::Regular,
             deleting: false,
+            conflict: None,
         }
     }
 
     fn hold(lease: usize) -> Hold {
         Hold {
+            cookie: None,
+            shortened: None,
             lease: LeaseId::new(lease.to_string()),
             space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),
@@ -182,6 +202,23 @@ mod tests {
         assert_eq!(found(&busy, &policy("demo"), None), (true, GPUAccountReason::AsExpected), "no receipt is missing");
         let deleting = Policy { deleting: true, ..policy("") };
         assert_eq!(found(&full, &deleting, None), (false, GPUAccountReason::Deleting));
+    }
+
+    #[test]
+    fn an_identity_of_another_account_and_too_many_grants_are_told_with_the_next_step() {
+        let conflict = Policy { conflict: Some(AccountName::new("zoe")), ..policy("demo") };
+        let found = ready(&page(0, 0), &conflict, None);
+        assert_eq!((found.holds, found.reason), (false, GPUAccountReason::IdentityConflict));
+        assert!(found.message.contains("the older account zoe"), "{}", found.message);
+        let mut many = policy("demo");
+        let grant = |number: usize, expires| Grant { uid: number.to_string(), ms: 1, expires };
+        many.allowance.grants = (0..=GRANTS_MAX).map(|number| grant(number, START)).collect();
+        let found = ready(&page(0, 0), &many, None);
+        assert_eq!((found.holds, found.reason), (true, GPUAccountReason::TooManyGrants));
+        assert!(found.message.contains("of 33 grants 32"), "{}", found.message);
+        assert!(!is_shown(&found, None), "the admin who made them is told at once");
+        many.allowance.grants[0].expires = LedgerTime(i64::MIN);
+        assert_eq!(ready(&page(0, 0), &many, None).reason, GPUAccountReason::AsExpected, "expired ones do not count");
     }
 
     #[test]

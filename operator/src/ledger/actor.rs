@@ -14,7 +14,6 @@ use spaceport_core::lease::{
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
-use spaceport_core::queue::Promise;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -22,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::display::{Display, TierShown};
+use super::durations::Durations;
 use super::known::{Known, Session};
 use super::pages::{self, Done, Pages};
 use super::ports::{ActorParts, Input};
@@ -33,7 +33,7 @@ use super::watches::StoreEvent;
 use super::{convert, node_messages};
 use crate::account::status::{conditions, is_shown, ready};
 use crate::clock;
-use crate::fault;
+use crate::fault::{self, Place};
 use crate::identity::TokenVerifier;
 use crate::metrics::Metrics;
 
@@ -72,8 +72,11 @@ struct Actor<P> {
     receipts: Receipts,
     verifier: TokenVerifier,
     metrics: Metrics,
+    durations: Durations,
     known: Known,
     targets: BTreeMap<AccountName, PageTarget>,
+    /// Pages that are being read for the leases of a node. Bounded by the leases that nodes have.
+    confirming: BTreeSet<(AccountName, NodeName)>,
     /// Calls whose account is being made or looked for.
     first_calls: BTreeMap<AccountName, Vec<Request>>,
     records: Records,
@@ -88,12 +91,22 @@ struct Actor<P> {
     stop: CancellationToken,
 }
 
+/// How a term of ours ended.
+enum Over {
+    /// It is time to stop.
+    Stopped,
+    /// The election took the lease from us; we stand by, and may lead again.
+    SteppedDown,
+    /// The ledger ended it.
+    Term(TermEnd),
+}
+
 /// Runs until `stop`, term after term.
 ///
 /// # Errors
 /// [`TermOver`]: the process should end, and begin a new term when it leads again.
 pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Result<(), TermOver> {
-    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, clock_skew_max } = parts;
+    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, durations, clock_skew_max } = parts;
     let mut known = Known::new(clock_skew_max);
     let mut above = Epoch(0);
     loop {
@@ -110,8 +123,10 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             receipts: receipts.clone(),
             verifier: verifier.clone(),
             metrics: metrics.clone(),
+            durations: durations.clone(),
             known,
             targets: BTreeMap::new(),
+            confirming: BTreeSet::new(),
             first_calls: BTreeMap::new(),
             records: Records::default(),
             out_of_date: BTreeSet::new(),
@@ -120,10 +135,17 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             tasks: JoinSet::new(),
             stop: stop.clone(),
         };
-        match actor.serve(&mut inputs).await? {
-            None => return Ok(()),
-            Some(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
-            Some(TermEnd::NodeAhead { epoch }) => {
+        match actor.serve(&mut inputs, &mut leading).await? {
+            Over::Stopped => return Ok(()),
+            Over::SteppedDown => {
+                info!(epoch = term.epoch.0, "The term is over; what was under way is found again in pages and reports");
+                // Whoever leads next writes them, from the outboxes.
+                receipts.forget();
+                above = term.epoch;
+                known = actor.known;
+            }
+            Over::Term(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
+            Over::Term(TermEnd::NodeAhead { epoch }) => {
                 warn!(epoch = epoch.0, "A node has accepted a later term; another begins above it");
                 above = epoch;
                 known = actor.known;
@@ -175,22 +197,30 @@ async fn begin<P: Pages>(
 }
 
 impl<P: Pages> Actor<P> {
-    /// Serves until the term ends. None if it is time to stop.
-    async fn serve(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Result<Option<TermEnd>, TermOver> {
+    /// Serves until the term ends.
+    async fn serve(
+        &mut self,
+        inputs: &mut mpsc::Receiver<Input>,
+        leading: &mut watch::Receiver<bool>,
+    ) -> Result<Over, TermOver> {
         self.take_over();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            if self.state.ended.is_some() {
-                return Ok(self.state.ended);
+            if let Some(ended) = self.state.ended {
+                return Ok(Over::Term(ended));
             }
             let stop = self.stop.clone();
             tokio::select! {
-                () = stop.cancelled() => return Ok(None),
+                () = stop.cancelled() => return Ok(Over::Stopped),
+                // The election ends only with the process.
+                led = leading.wait_for(|leads| !*leads) => {
+                    return Ok(if led.is_ok() { Over::SteppedDown } else { Over::Stopped });
+                }
                 input = inputs.recv() => match input.ok_or(TermOver::InputClosed)? {
                     // Another replica leads: our orders and page writes are refused from now on (L6).
                     Input::Store(StoreEvent::Term(seen)) if seen.epoch > self.state.epoch => {
-                        return Ok(Some(TermEnd::Deposed { by: seen.epoch }));
+                        return Ok(Over::Term(TermEnd::Deposed { by: seen.epoch }));
                     }
                     input => self.input(input),
                 },
@@ -206,6 +236,9 @@ impl<P: Pages> Actor<P> {
         // Before the pages, and also of nodes whose agents are away: the limits of leases of earlier terms depend on it (L9).
         for node in self.known.awaited() {
             self.configure(&node);
+        }
+        for (space, settings) in self.known.spaces.clone() {
+            self.command(Command::SpaceSettings { space, settings });
         }
         for account in self.known.accounts.keys().cloned().collect::<Vec<_>>() {
             self.account_seen(&account);
@@ -278,13 +311,22 @@ impl<P: Pages> Actor<P> {
                 }
             }
             Event::Reserved { lease, waiting, .. } => {
+                Place::HoldDecided.reached();
                 self.records.reserved(lease, waiting, self.state.epoch);
-                if let Some(Promise { given, latest_start }) = waiting.promise {
-                    self.metrics.waited(at.steady.since(given), latest_start.since(given));
+                if let Some(shortened) = waiting.demand.shortened {
+                    self.metrics.shortened(convert::shortened_reason(shortened.by).as_str());
+                }
+                if let Some(promise) = waiting.promise {
+                    self.metrics.waited(promise.waited_ms(at.steady), promise.wait_ms);
                 }
             }
             Event::PromisesWithdrawn { node } => {
                 warn!(%node, "The node has fewer slots than when those who wait for it were told when they begin at the latest");
+                self.metrics.promises_withdrawn();
+            }
+            Event::PromiseOver { node, waited_ms, promised_ms, .. } => {
+                warn!(%node, waited_ms, promised_ms, "The latest start that an earlier leader promised had passed; another is told");
+                self.metrics.waited(*waited_ms, *promised_ms);
                 self.metrics.promises_withdrawn();
             }
             Event::Unreserved { lease } => {
@@ -292,13 +334,28 @@ impl<P: Pages> Actor<P> {
                 let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at.wall);
                 self.unserved(unserved);
             }
-            Event::Ordered { lease, .. } => self.note_hold(lease, at.wall),
+            Event::Ordered { lease, .. } => {
+                Place::HoldWritten.reached();
+                self.note_hold(lease, at.wall);
+            }
             Event::Adopted { lease, account: Some(_), .. } => self.note_hold(lease, at.wall),
             Event::Changed { change: PageChange::Settle { ending, .. }, .. } => {
+                Place::SettleDecided.reached();
                 self.metrics.lease_ended(convert::outcome_reason(*ending).as_str());
             }
+            Event::Settled { account, lease } => self.note_settled(account, lease),
             Event::Denied { denial, .. } => self.metrics.denied(denial.kind()),
             _ => {}
+        }
+    }
+
+    /// What was learned of the functions of its Space.
+    fn note_settled(&self, account: &AccountName, lease: &LeaseId) {
+        let closed = self.state.accounts.get(account).map(|found| &found.durable.closed);
+        let row = closed.and_then(|closed| closed.iter().find(|closed| closed.hold.lease == *lease));
+        if let Some(row) = row {
+            let uid = &row.hold.space.uid;
+            self.durations.put(uid, self.state.history.of_space(uid));
         }
     }
 
@@ -318,6 +375,13 @@ impl<P: Pages> Actor<P> {
             Effect::Read { account } => {
                 self.tasks.spawn(pages::read(self.store.clone(), account, self.stop.clone()));
             }
+            Effect::Confirm { account, node } => {
+                // A node that comes and goes while the API server is away begins no second one.
+                if self.confirming.insert((account.clone(), node.clone())) {
+                    let (store, stop) = (self.store.clone(), self.stop.clone());
+                    self.tasks.spawn(pages::confirm(store, account, node, stop));
+                }
+            }
             Effect::Receipt { account, closed } => {
                 let message = self.end_messages.remove(&closed.hold.lease).unwrap_or_default();
                 let record = self.records.settled(&account, &closed, message);
@@ -332,6 +396,9 @@ impl<P: Pages> Actor<P> {
                 self.send(&node, |session| node_messages::cancel(epoch, &lease, reason, session.boottime_ms, ttl));
             }
             Effect::Acknowledge { node, lease, ended, freed } => {
+                if ended {
+                    Place::SettleWritten.reached();
+                }
                 self.send(&node, |_| node_messages::acknowledged(&lease, ended, freed));
             }
             Effect::Deny { ticket, node, caller, denial } => self.deny(&ticket, &node, caller, &denial),
@@ -420,6 +487,7 @@ impl<P: Pages> Actor<P> {
             },
             Done::Read { account, found: Some(seen) } => self.page_read(account, *seen),
             Done::Read { account, found: None } => self.account_gone(account),
+            Done::Confirmed { account, node, found } => self.page_confirmed(account, node, found),
             Done::FirstSeen { account, found } => self.first_seen(account, found),
             Done::Stopped => {}
         }
@@ -429,7 +497,7 @@ impl<P: Pages> Actor<P> {
         if self.targets.get(&account).is_some_and(|target| target.uid != seen.uid) {
             // Another object of the same name: what was known and under way was of the old one.
             self.account_gone(account.clone());
-            self.known.accounts.insert(account.clone(), seen);
+            self.known.take_account(seen);
             self.account_seen(&account);
             return;
         }
@@ -439,10 +507,32 @@ impl<P: Pages> Actor<P> {
         }
     }
 
+    /// The page of an account that a node has leases of.
+    fn page_confirmed(&mut self, account: AccountName, node: NodeName, found: Option<Box<AccountSeen>>) {
+        self.confirming.remove(&(account.clone(), node.clone()));
+        let page = found.and_then(|seen| {
+            let known = self.state.accounts.get(&account).map(|known| known.durable.seq);
+            let page = seen.page.clone().ok()?;
+            if known.is_none() {
+                // The watch has not shown it.
+                self.known.accounts.insert(account.clone(), *seen);
+                self.account_seen(&account);
+            } else if known <= Some(page.seq) {
+                self.targets.insert(account.clone(), PageTarget::of(&seen));
+            }
+            Some(Box::new(page))
+        });
+        self.command(Command::PageConfirmed { account, node, page });
+    }
+
     fn account_gone(&mut self, account: AccountName) {
-        self.known.accounts.remove(&account);
+        let others = self.known.drop_account(&account);
         self.targets.remove(&account);
         self.command(Command::AccountGone { account });
+        // What it had of an identity may be theirs now.
+        for other in others {
+            self.account_seen(&other);
+        }
     }
 
     /// An account as its watch shows it.

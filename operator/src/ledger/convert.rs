@@ -8,17 +8,17 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use spaceport_core::ids::{Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::ids::{CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use spaceport_core::page::{
-    CLOSED_MAX, Closed, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX, Outcome, Page, Part,
-    Source, WINDOWS_MAX, Window,
+    CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, CookieWindow, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold,
+    OUTCOMES_MAX, Outcome, Page, Part, Shortened, ShortenedBy, Source, WINDOWS_MAX, Window,
 };
-use spaceport_core::protocol::{Denial, human_message};
+use spaceport_core::protocol::{Denial, Limiter, human_message};
 use spaceport_crds as crds;
 use spaceport_crds::GpuSize;
-use spaceport_crds::conditions::LeaseOutcome;
+use spaceport_crds::conditions::{LeaseOutcome, ShortenedReason};
 
-use super::display::Display;
+use super::display::{Display, seconds};
 use crate::fault::{self, Fault};
 
 /// Longest text in a row, characters; the schema allows 1024 bytes.
@@ -53,6 +53,12 @@ pub enum PageError {
         /// What is there.
         value: String,
     },
+    /// A reason for giving a call less than it declares that this version does not know.
+    #[error("{value:?} is no reason that this version knows for giving a call less than it declares")]
+    Shortened {
+        /// What is there.
+        value: String,
+    },
     /// A list is longer than its bound (L1).
     #[error("{list} has {length} rows, of which {max} are allowed")]
     TooMany {
@@ -74,12 +80,14 @@ pub enum PageError {
 /// See [`PageError`]; then nothing of the status may be used.
 pub fn page_of(status: &crds::GPUAccountStatus) -> Result<Page, PageError> {
     bounded("windows", status.windows.len(), WINDOWS_MAX)?;
+    bounded("cookies", status.cookies.len(), COOKIES_MAX)?;
     bounded("holds", status.holds.len(), HOLDS_MAX)?;
     bounded("grants", status.grants.len(), GRANTS_MAX)?;
     bounded("closed", status.closed.len(), CLOSED_MAX)?;
     bounded("recentOutcomes", status.recent_outcomes.len(), OUTCOMES_MAX)?;
     Ok(Page {
         windows: status.windows.iter().map(window_of).collect::<Result<_, _>>()?,
+        cookies: status.cookies.iter().map(cookie_of).collect::<Result<_, _>>()?,
         holds: status.holds.iter().map(|row| hold_of(row).map(Arc::new)).collect::<Result<_, _>>()?,
         grants: status.grants.iter().map(grant_of).collect::<Result<_, _>>()?,
         closed: status.closed.iter().map(closed_of).collect::<Result<_, _>>()?,
@@ -103,6 +111,7 @@ pub fn status_of(
     kept: Option<&KeptFields>,
 ) -> Result<crds::GPUAccountStatus, PageError> {
     bounded("windows", page.windows.len(), WINDOWS_MAX)?;
+    bounded("cookies", page.cookies.len(), COOKIES_MAX)?;
     bounded("holds", page.holds.len(), HOLDS_MAX)?;
     bounded("grants", page.grants.len(), GRANTS_MAX)?;
     bounded("closed", page.closed.len(), CLOSED_MAX)?;
@@ -122,6 +131,8 @@ pub fn status_of(
         epoch: signed("epoch", page.epoch.0)?,
         last_time_milliseconds: page.last_time.0,
         windows: page.windows.iter().map(window_row).collect::<Result<_, _>>()?,
+        cookies: page.cookies.iter().map(|row| cookie_row(page, row)).collect::<Result<_, _>>()?,
+        guests: (!page.cookies.is_empty()).then(|| i32::try_from(page.cookies.len()).unwrap_or(i32::MAX)),
         holds: page.holds.iter().map(|hold| hold_row(hold)).collect::<Result<_, _>>()?,
         grants: page.grants.iter().map(grant_row).collect::<Result<_, _>>()?,
         closed: page.closed.iter().map(closed_row).collect::<Result<_, _>>()?,
@@ -268,6 +279,61 @@ fn window_row(window: &Window) -> Result<crds::Window, PageError> {
     })
 }
 
+fn cookie_of(row: &crds::CookieRow) -> Result<CookieRow, PageError> {
+    Ok(CookieRow {
+        cookie: CookieId::new(&row.cookie),
+        start: LedgerTime(row.start_milliseconds),
+        base_ms: unsigned("cookies[].baseMilliseconds", row.base_milliseconds)?,
+        charged_ms: unsigned("cookies[].chargedMilliseconds", row.charged_milliseconds)?,
+        runs: unsigned("cookies[].runs", row.runs)?,
+        generation: row.generation,
+    })
+}
+
+fn cookie_row(page: &Page, row: &CookieRow) -> Result<crds::CookieRow, PageError> {
+    Ok(crds::CookieRow {
+        cookie: row.cookie.to_string(),
+        start_milliseconds: row.start.0,
+        base_milliseconds: signed("cookies[].baseMilliseconds", row.base_ms)?,
+        charged_milliseconds: signed("cookies[].chargedMilliseconds", row.charged_ms)?,
+        runs: signed("cookies[].runs", row.runs)?,
+        generation: row.generation,
+        used: seconds(row.charged_ms),
+        reserved: seconds(page.reserved_of_row_ms(row)),
+    })
+}
+
+fn cookie_window_of(row: &crds::CookieWindow) -> CookieWindow {
+    CookieWindow { cookie: CookieId::new(&row.cookie), start: LedgerTime(row.start_milliseconds) }
+}
+
+fn cookie_window_row(window: &CookieWindow) -> crds::CookieWindow {
+    crds::CookieWindow { cookie: window.cookie.to_string(), start_milliseconds: window.start.0 }
+}
+
+/// Why a call got less than it declares, as a reason.
+pub fn shortened_reason(by: ShortenedBy) -> ShortenedReason {
+    match by {
+        ShortenedBy::RemainingQuota => ShortenedReason::RemainingQuota,
+        ShortenedBy::LearnedDuration => ShortenedReason::LearnedDuration,
+    }
+}
+
+fn shortened_of(row: &crds::Shortened) -> Result<Shortened, PageError> {
+    let by = [ShortenedBy::RemainingQuota, ShortenedBy::LearnedDuration]
+        .into_iter()
+        .find(|by| shortened_reason(*by).as_str() == row.by)
+        .ok_or_else(|| PageError::Shortened { value: row.by.clone() })?;
+    Ok(Shortened { declared_ms: unsigned("shortened.declaredMilliseconds", row.declared_milliseconds)?, by })
+}
+
+fn shortened_row(shortened: Shortened) -> Result<crds::Shortened, PageError> {
+    Ok(crds::Shortened {
+        declared_milliseconds: signed("shortened.declaredMilliseconds", shortened.declared_ms)?,
+        by: shortened_reason(shortened.by).as_str().to_owned(),
+    })
+}
+
 fn part_of(row: &crds::Part) -> Result<Part, PageError> {
     let wrong = || PageError::Source { value: row.source.clone() };
     let source = match row.source.split_once(':').ok_or_else(wrong)? {
@@ -308,6 +374,8 @@ fn hold_of(row: &crds::Hold) -> Result<Hold, PageError> {
         after: row.after.as_ref().map(LeaseId::new),
         generation: row.generation,
         via: row.via.clone(),
+        cookie: row.cookie.as_ref().map(cookie_window_of),
+        shortened: row.shortened.as_ref().map(shortened_of).transpose()?,
     })
 }
 
@@ -330,6 +398,8 @@ fn hold_row(hold: &Hold) -> Result<crds::Hold, PageError> {
         after: hold.after.as_ref().map(ToString::to_string),
         generation: hold.generation,
         via: hold.via.clone(),
+        cookie: hold.cookie.as_ref().map(cookie_window_row),
+        shortened: hold.shortened.map(shortened_row).transpose()?,
     })
 }
 
@@ -367,6 +437,8 @@ fn closed_of(row: &crds::ClosedLease) -> Result<Closed, PageError> {
             after: None,
             generation: row.generation,
             via: row.via.clone(),
+            cookie: row.cookie.as_ref().map(cookie_window_of),
+            shortened: row.shortened.as_ref().map(shortened_of).transpose()?,
         }),
         ending: ending_of(&row.outcome)?,
         used_ms: unsigned("closed[].usedMilliseconds", row.used_milliseconds)?,
@@ -394,6 +466,8 @@ fn closed_row(closed: &Closed) -> Result<crds::ClosedLease, PageError> {
         since_milliseconds: hold.since.0,
         generation: hold.generation,
         via: hold.via.clone(),
+        cookie: hold.cookie.as_ref().map(cookie_window_row),
+        shortened: hold.shortened.map(shortened_row).transpose()?,
     })
 }
 
@@ -402,7 +476,8 @@ fn outcome_of(row: &crds::RecentOutcome) -> Outcome {
         id: row.id.clone(),
         kind: row.kind.clone(),
         boundary: row.boundary.clone(),
-        message: row.message.clone(),
+        // As it would be written again.
+        message: shortened(&row.message),
         at: LedgerTime(row.at_milliseconds),
     }
 }
@@ -425,6 +500,7 @@ fn denial_row(row: &DenialRow) -> Result<crds::LastDenial, PageError> {
     let numbers = Numbers::of(&row.denial);
     Ok(crds::LastDenial {
         kind: row.denial.kind().to_owned(),
+        limiter: numbers.limiter.map(|limiter| limiter.as_str().to_owned()).unwrap_or_default(),
         needed_milliseconds: amount(numbers.needed_ms)?,
         left_milliseconds: amount(numbers.left_ms)?,
         reserved_milliseconds: amount(numbers.reserved_ms)?,
@@ -444,21 +520,26 @@ struct Numbers {
     reserved_ms: u64,
     limit_ms: u64,
     resets_in_ms: Option<u64>,
+    limiter: Option<Limiter>,
 }
 
 impl Numbers {
     fn of(denial: &Denial) -> Self {
         match denial {
-            Denial::QuotaExceeded { needed_ms, left_ms, reserved_ms, limit_ms, resets_in_ms: back_in_ms, .. }
-            | Denial::PendingOverquota { needed_ms, left_ms, reserved_ms, limit_ms, frees_in_ms: back_in_ms, .. } => {
-                Self {
-                    needed_ms: *needed_ms,
-                    left_ms: *left_ms,
-                    reserved_ms: *reserved_ms,
-                    limit_ms: *limit_ms,
-                    resets_in_ms: Some(*back_in_ms),
-                }
+            Denial::QuotaExceeded {
+                needed_ms, left_ms, reserved_ms, limit_ms, resets_in_ms: back, limiter, ..
             }
+            | Denial::PendingOverquota {
+                needed_ms, left_ms, reserved_ms, limit_ms, frees_in_ms: back, limiter, ..
+            } => Self {
+                needed_ms: *needed_ms,
+                left_ms: *left_ms,
+                reserved_ms: *reserved_ms,
+                limit_ms: *limit_ms,
+                resets_in_ms: Some(*back),
+                limiter: Some(*limiter),
+            },
+            Denial::TooManyGuests { frees_in_ms, .. } => Self { resets_in_ms: Some(*frees_in_ms), ..Self::default() },
             Denial::RunsExceeded { resets_in_ms, .. } => Self { resets_in_ms: Some(*resets_in_ms), ..Self::default() },
             Denial::IllegalDuration { declared_ms, limit_ms, .. } => {
                 Self { needed_ms: *declared_ms, limit_ms: *limit_ms, ..Self::default() }

@@ -84,8 +84,14 @@ mod tests {
     const START: LedgerTime = LedgerTime(1_800_000_000_000);
 
     fn tier(grants: Vec<Grant>) -> TierShown {
-        let allowance =
-            Allowance { base_ms: 60_000, longest_call_ms: 50_000, runs_per_window: None, generation: 1, grants };
+        let allowance = Allowance {
+            base_ms: 60_000,
+            per_cookie_ms: None,
+            longest_call_ms: 50_000,
+            runs_per_window: None,
+            generation: 1,
+            grants,
+        };
         TierShown { name: "demo".to_owned(), allowance }
     }
 
@@ -108,6 +114,8 @@ mod tests {
             after: None,
             generation: 1,
             via: "token".to_owned(),
+            cookie: None,
+            shortened: None,
         }
     }
 

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use spaceport_core::ids::{AccountName, Epoch, NodeName, Ticket};
-use spaceport_core::lease::Policy;
+use spaceport_core::lease::{Policy, SpaceSettings};
 use spaceport_proto::nodelink::Card;
 use spaceport_proto::nodelink::node_message::Message;
 
+use super::identities::Identities;
 use super::policy::{self, NoPool};
 use super::receipt::GivenCard;
-use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, TierSeen};
+use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
@@ -18,6 +19,10 @@ use crate::node_link::{NodeEvent, Outbound, SessionId};
 pub struct Known {
     /// Accounts.
     pub accounts: BTreeMap<AccountName, AccountSeen>,
+    /// Who has which identity.
+    identities: Identities,
+    /// What owners of Spaces chose, by uid; only of those who chose anything.
+    pub spaces: BTreeMap<String, SpaceSettings>,
     /// Tiers by name.
     pub tiers: BTreeMap<String, TierSeen>,
     /// Pools by name.
@@ -65,6 +70,8 @@ impl Known {
     pub fn new(clock_skew_max: Duration) -> Self {
         Self {
             accounts: BTreeMap::new(),
+            identities: Identities::default(),
+            spaces: BTreeMap::new(),
             tiers: BTreeMap::new(),
             pools: BTreeMap::new(),
             named_pools: BTreeMap::new(),
@@ -92,11 +99,15 @@ impl Known {
     /// Takes what a watch shows.
     pub fn store(&mut self, event: StoreEvent) {
         match event {
-            StoreEvent::Account(account) => {
-                self.accounts.insert(account.name.clone(), *account);
-            }
+            StoreEvent::Account(account) => self.take_account(*account),
             StoreEvent::AccountGone { name, .. } => {
-                self.accounts.remove(&name);
+                self.drop_account(&name);
+            }
+            StoreEvent::Space(SpaceSeen { uid, settings }) if settings != SpaceSettings::default() => {
+                self.spaces.insert(uid, settings);
+            }
+            StoreEvent::Space(SpaceSeen { uid, .. }) | StoreEvent::SpaceGone { uid } => {
+                self.spaces.remove(&uid);
             }
             StoreEvent::Tier(tier) => {
                 self.tiers.insert(tier.name.clone(), *tier);
@@ -132,6 +143,20 @@ impl Known {
             }
             StoreEvent::Term(_) => {}
         }
+    }
+
+    /// An account as it is.
+    pub fn take_account(&mut self, account: AccountSeen) {
+        self.drop_account(&account.name.clone());
+        self.identities.insert(&account);
+        self.accounts.insert(account.name.clone(), account);
+    }
+
+    /// It does not exist any more. Gives the accounts that had an identity in common with it.
+    pub fn drop_account(&mut self, name: &AccountName) -> BTreeSet<AccountName> {
+        let Some(account) = self.accounts.remove(name) else { return BTreeSet::new() };
+        self.identities.remove(&account);
+        self.identities.sharing(&account)
     }
 
     /// Takes what happens on the link. A session that is replaced is closed.
@@ -186,7 +211,8 @@ impl Known {
     /// What the account may do. The tier's name is empty if none applies: then nothing is granted.
     pub fn policy(&self, account: &AccountSeen) -> Policy {
         let grants: Vec<&GrantSeen> = self.grants.values().filter(|grant| grant.account == account.name).collect();
-        policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants)
+        let policy = policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants);
+        Policy { conflict: self.identities.conflict(account), ..policy }
     }
 
     /// The pool of a node: everything that depends on a pool asks here.
@@ -216,7 +242,12 @@ impl Known {
     /// Accounts that an event may change the policy of, looked up before it is taken.
     pub fn concerned(&self, event: &StoreEvent) -> Vec<AccountName> {
         match event {
-            StoreEvent::Account(account) => vec![account.name.clone()],
+            StoreEvent::Account(account) => {
+                let known = self.accounts.get(&account.name);
+                let mut concerned = known.map(|known| self.identities.sharing(known)).unwrap_or_default();
+                concerned.extend(self.identities.sharing(account));
+                concerned.into_iter().chain([account.name.clone()]).collect()
+            }
             StoreEvent::Grant(grant) => vec![grant.account.clone()],
             StoreEvent::GrantGone { uid } => {
                 self.grants.get(uid).map(|grant| grant.account.clone()).into_iter().collect()

@@ -3,11 +3,14 @@
 pub mod actor;
 pub mod convert;
 pub mod display;
+pub mod durations;
+pub mod identities;
 pub mod known;
 pub mod node_messages;
 pub mod pages;
 pub mod policy;
 pub mod ports;
+pub mod pressure;
 pub mod receipt;
 pub mod records;
 pub mod retention;

@@ -1,9 +1,10 @@
 //! Nodelink messages as the ledger's commands, and the ledger's effects as nodelink messages. Pure.
 
-use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size};
-use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, Place};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Size};
+use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::{CallerClass, Denial};
+use spaceport_core::queue::{Presented, Promised};
 use spaceport_core::slots::Card;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -38,7 +39,7 @@ pub fn command(node: &NodeName, message: &Incoming) -> Result<Option<Command>, N
         Incoming::Started(started) => Command::Started {
             node,
             lease: LeaseId::new(&started.lease),
-            card: (!started.waiting).then_some(started.card),
+            slot: picked(started.waiting, started.slot_picked, started.card),
         },
         Incoming::Refused(refused) => Command::Refused { node, lease: LeaseId::new(&refused.lease) },
         Incoming::Running(running) => Command::Running { node, lease: LeaseId::new(&running.lease) },
@@ -56,6 +57,25 @@ pub fn command(node: &NodeName, message: &Incoming) -> Result<Option<Command>, N
             },
         },
     }))
+}
+
+/// The slot of a lease that waits for one or has it.
+const fn picked(waiting: bool, slot_picked: bool, card: u32) -> PickedSlot {
+    match (waiting, slot_picked) {
+        (false, _) => PickedSlot::Has(card),
+        (true, true) => PickedSlot::Awaits(card),
+        (true, false) => PickedSlot::Open,
+    }
+}
+
+/// What a request was told before it is presented here; none if nothing.
+pub fn presented(request: &proto::Request) -> Option<Presented> {
+    let promised = Promised { wait_ms: request.promised_ms, ago_ms: request.promised_ago_ms };
+    (request.place_number > 0).then_some(Presented {
+        epoch: Epoch(request.place_epoch),
+        number: request.place_number,
+        promised: (promised.wait_ms > 0).then_some(promised),
+    })
 }
 
 fn card(card: &proto::Card) -> Card {
@@ -79,7 +99,9 @@ fn agent_lease(lease: &proto::NodeLease) -> Result<AgentLease, Nonsense> {
         proto::LeasePhase::Unspecified => return Err(wrong("a lease without phase")),
     };
     let size = size(lease.size()).ok_or(wrong("a lease without size"))?;
-    Ok(AgentLease { lease: LeaseId::new(&lease.lease), size, card: lease.card, phase })
+    let slot = picked(lease.waiting, lease.slot_picked, lease.card);
+    let account = (!lease.account.is_empty()).then(|| AccountName::new(&lease.account));
+    Ok(AgentLease { lease: LeaseId::new(&lease.lease), account, size, slot, phase })
 }
 
 fn end_report(ended: &proto::Ended) -> Result<EndReport, Nonsense> {
@@ -136,6 +158,8 @@ pub fn start(order: &Order, boottime_ms: u64) -> Outgoing {
         after: order.after.as_ref().map(ToString::to_string).unwrap_or_default(),
         avoid: order.avoid.clone(),
         caller: caller(order.caller).into(),
+        wait_limit_ms: order.wait_ms,
+        account: order.account.to_string(),
     })
 }
 
@@ -198,15 +222,40 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_still_clears_has_no_card_yet() {
+    fn a_lease_without_its_record_names_no_account() {
+        let told = |account: &str| {
+            let (size, phase) = (proto::Size::Large.into(), proto::LeasePhase::Running.into());
+            let lease = proto::NodeLease { size, phase, account: account.to_owned(), ..proto::NodeLease::default() };
+            agent_lease(&lease).unwrap().account
+        };
+        assert_eq!((told(""), told("bob")), (None, Some(AccountName::new("bob"))));
+    }
+
+    #[test]
+    fn a_lease_that_waits_has_no_card_but_may_know_which_it_will_have() {
         let node = NodeName::new("gpu-1");
-        let started = |waiting| {
-            Incoming::Started(proto::Started { lease: "x".to_owned(), card: 3, waiting, ..proto::Started::default() })
+        let slot = |waiting, slot_picked| {
+            let started =
+                proto::Started { lease: "x".to_owned(), card: 3, waiting, slot_picked, ..proto::Started::default() };
+            match command(&node, &Incoming::Started(started)) {
+                Ok(Some(Command::Started { slot, .. })) => slot,
+                other => panic!("{other:?}"),
+            }
         };
-        let card = |waiting| match command(&node, &started(waiting)) {
-            Ok(Some(Command::Started { card, .. })) => card,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!((card(true), card(false)), (None, Some(3)));
+        assert_eq!(slot(true, false), PickedSlot::Open);
+        assert_eq!(slot(true, true), PickedSlot::Awaits(3));
+        assert_eq!((slot(false, false), slot(false, true)), (PickedSlot::Has(3), PickedSlot::Has(3)));
+    }
+
+    #[test]
+    fn a_request_presents_what_it_was_told() {
+        let request = proto::Request::default();
+        assert_eq!(presented(&request), None);
+        let placed = proto::Request { place_epoch: 3, place_number: 9, ..request };
+        let expected = Presented { epoch: Epoch(3), number: 9, promised: None };
+        assert_eq!(presented(&placed), Some(expected));
+        let promised = proto::Request { promised_ms: 60_000, promised_ago_ms: 5_000, ..placed };
+        let promise = Promised { wait_ms: 60_000, ago_ms: 5_000 };
+        assert_eq!(presented(&promised), Some(Presented { promised: Some(promise), ..expected }));
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use spaceport_core::ids::{AccountName, Epoch};
+use spaceport_core::ids::{AccountName, Epoch, NodeName};
 use spaceport_core::page::Page;
 use spaceport_shell::error_chain;
 use tokio_util::sync::CancellationToken;
@@ -72,6 +72,15 @@ pub enum Done {
         /// The account.
         found: Option<Box<AccountSeen>>,
     },
+    /// A page was read for leases that a node has and no known page holds (L7), or its account is gone.
+    Confirmed {
+        /// Whose.
+        account: AccountName,
+        /// For which node.
+        node: NodeName,
+        /// The account.
+        found: Option<Box<AccountSeen>>,
+    },
     /// The account of a first call was made or found; None if it does not exist, or the reason.
     FirstSeen {
         /// Whose.
@@ -114,6 +123,14 @@ pub async fn read<P: Pages>(store: P, account: AccountName, stop: CancellationTo
             Err(error) => warn!(%account, error = %error_chain(&error), "A page cannot be read; it is tried again"),
         }
         tries = (tries + 1).min(READ_WAITS_MS.len());
+    }
+}
+
+/// Reads a page for the leases of a node, until it is read.
+pub async fn confirm<P: Pages>(store: P, account: AccountName, node: NodeName, stop: CancellationToken) -> Done {
+    match read(store, account, stop).await {
+        Done::Read { account, found } => Done::Confirmed { account, node, found },
+        stopped => stopped,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::lease::{Limits, NodeSettings, Policy, Priority};
+use spaceport_core::page::COOKIES_MAX;
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::QueueBounds;
 use spaceport_core::quota::{Allowance, Grant};
@@ -57,6 +58,7 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
         return Policy {
             tier: String::new(),
             allowance: Allowance {
+                per_cookie_ms: None,
                 base_ms: 0,
                 longest_call_ms: 0,
                 runs_per_window: None,
@@ -67,13 +69,18 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
             priority: Priority::Low,
             caller: CallerClass::Guest,
             deleting: account.deleting,
+            conflict: None,
         };
     };
     let grants = if tier.extendable { grants } else { &[] };
+    let guests = account.name.is_guests();
+    // Without a limit of its own a prefix has as much as all the visitors that its page can hold.
+    let prefix_ms = || tier.address_prefix_ms.unwrap_or_else(|| tier.base_ms.saturating_mul(COOKIES_MAX as u64));
     Policy {
         tier: tier.name.clone(),
         allowance: Allowance {
-            base_ms: tier.base_ms,
+            per_cookie_ms: guests.then_some(tier.base_ms),
+            base_ms: if guests { prefix_ms() } else { tier.base_ms },
             longest_call_ms: tier.longest_call_ms,
             runs_per_window: tier.runs_per_window,
             generation: tier.generation,
@@ -90,6 +97,7 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
         },
         caller: tier.class,
         deleting: account.deleting,
+        conflict: None,
     }
 }
 
@@ -136,5 +144,51 @@ pub fn settings_of(pool: &PoolSeen) -> NodeSettings {
             account: bound(pool.queue_per_account),
         },
         lanes: pool.lanes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    use super::*;
+
+    fn account(name: &str) -> AccountSeen {
+        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+        AccountSeen::malformed(&metadata, String::new())
+    }
+
+    fn tier(address_prefix_ms: Option<u64>) -> TierSeen {
+        TierSeen {
+            name: "guest".to_owned(),
+            generation: 1,
+            created: Timestamp::UNIX_EPOCH,
+            base_ms: 120_000,
+            address_prefix_ms,
+            longest_call_ms: 60_000,
+            concurrent_leases: 1,
+            runs_per_window: None,
+            extendable: false,
+            callers: Callers::Guests,
+            class: CallerClass::Guest,
+            priority: TierPriority::Low,
+            identities: Vec::new(),
+        }
+    }
+
+    /// The limits of the tier `guest`: 120 s for each visitor, 600 s for the address prefix.
+    #[test]
+    fn a_guest_page_has_a_limit_for_each_visitor_and_one_for_its_address_prefix() {
+        let limits = |name: &str, tier: &TierSeen| {
+            let allowance = policy_of(&account(name), Some(tier), &[]).allowance;
+            (allowance.per_cookie_ms, allowance.base_ms)
+        };
+        assert_eq!(limits("guest-0af3", &tier(Some(600_000))), (Some(120_000), 600_000));
+        assert_eq!(limits("guest-0af3", &tier(None)), (Some(120_000), 64 * 120_000), "all that the page can hold");
+        assert_eq!(limits("bob", &tier(Some(600_000))), (None, 120_000), "an account has one limit");
+        let tiers = BTreeMap::from([("guest".to_owned(), tier(None))]);
+        assert_eq!(tier_of(&account("guest-0af3"), &tiers).map(|tier| tier.name.as_str()), Some("guest"));
+        assert_eq!(tier_of(&account("bob"), &tiers), None);
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+use super::durations::Durations;
 use super::receipt::{ReceiptEvent, Receipts};
 use super::store::PageStore;
 use super::watches::StoreEvent;
@@ -55,6 +56,8 @@ pub struct ActorParts<P = PageStore> {
     pub verifier: TokenVerifier,
     /// What it counts.
     pub metrics: Metrics,
+    /// Where it leaves what it learns of how long functions run.
+    pub durations: Durations,
     /// A clock further off than this from the API server's grants nothing (L20).
     pub clock_skew_max: Duration,
 }

@@ -2,7 +2,8 @@
 //!
 //! A receipt is created when its lease has waited or run for 2 s, updated when the lease gets on, and written with its
 //! end; a lease that is over before that is created once, at its end. Several states of one lease that wait to be written
-//! are one write: the latest. A receipt that cannot be written is tried again for ever, with bounded back-off: its row
+//! are one write: the latest. While page writes are hard for the API server ([`PressureGauge`]) only ends are written, so
+//! that each lease costs one write whatever it lives through. A receipt that cannot be written is tried again for ever, with bounded back-off: its row
 //! stays in the account's outbox until it is (L10).
 
 mod record;
@@ -22,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 pub use record::{Crossing, GivenCard, LeaseEnd, LeaseRecord, Progress};
 
 use self::record::merged;
-use self::schedule::{Pending, Written};
+use self::schedule::{Pace, Pending, Written};
+use super::pressure::PressureGauge;
 use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi, Objects, pause};
 use crate::metrics::Metrics;
@@ -30,7 +32,8 @@ use crate::metrics::Metrics;
 /// Receipts that are followed at the same time: open leases, and ended ones not yet written. 64 holds of 256 busy
 /// accounts; a record is about 2 KiB, so this is at most 32 MiB.
 const FOLLOWED_MAX: usize = 16 * 1024;
-/// Writes at the same time: enough for hundreds a second, few beside the page writes that callers wait for.
+/// Writes at the same time: enough for hundreds a second, few beside the 64 page writes that callers wait for. Not fewer
+/// under pressure: an outbox that fills would pause its account (L10).
 const WRITES_AT_ONCE: usize = 8;
 /// How often it is looked for receipts that are due. Nobody waits for a receipt; this bounds the work of looking.
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
@@ -57,6 +60,7 @@ pub enum ReceiptEvent {
 pub struct Receipts {
     /// A std mutex: it is never held across an await.
     pending: Arc<Mutex<HashMap<LeaseId, Pending>>>,
+    pressure: PressureGauge,
 }
 
 /// There are too many receipts to follow another. A record without end can be dropped; one with its end stays in the
@@ -91,7 +95,13 @@ impl Default for Receipts {
 impl Receipts {
     /// Nothing to write yet.
     pub fn new() -> Self {
-        Self { pending: Arc::new(Mutex::new(HashMap::new())) }
+        Self { pending: Arc::new(Mutex::new(HashMap::new())), pressure: PressureGauge::default() }
+    }
+
+    /// The same, which gives way while page writes are hard for the API server.
+    #[must_use]
+    pub fn giving_way_to(self, pressure: PressureGauge) -> Self {
+        Self { pressure, ..self }
     }
 
     /// Takes the state of a lease as it is now; it replaces what was taken before. `live`: the receipt is to be written
@@ -122,6 +132,11 @@ impl Receipts {
         }
     }
 
+    /// Stops following every lease. Their rows stay in the outboxes, from where the next term offers them again (L10).
+    pub fn forget(&self) {
+        self.lock().clear();
+    }
+
     /// Receipts whose end is not written yet.
     pub fn unwritten_ends(&self) -> usize {
         self.lock().values().filter(|pending| pending.end_is_unwritten()).count()
@@ -137,12 +152,17 @@ impl Receipts {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Up to `count` receipts that are due, marked as being written.
-    fn take_due(&self, now: Instant, count: usize) -> Vec<(LeaseRecord, Option<Written>)> {
+    /// Up to `count` receipts that are due, marked as being written: ends before others, for a row of an outbox waits for
+    /// each of them (L10), and who waits longest first.
+    fn take_due(&self, now: Instant, count: usize, pace: Pace) -> Vec<(LeaseRecord, Option<Written>)> {
         let mut pending = self.lock();
         pending.retain(|_, pending| !pending.is_over(now));
-        let due = pending.values_mut().filter(|pending| pending.is_due(now)).take(count);
-        due.map(Pending::begin).collect()
+        let mut due: Vec<(bool, Instant, &mut Pending)> = pending
+            .values_mut()
+            .filter_map(|pending| Some((!pending.end_is_unwritten(), pending.overdue_since(now, pace)?, pending)))
+            .collect();
+        due.sort_by_key(|(is_open, since, _)| (*is_open, *since));
+        due.into_iter().take(count).map(|(_, _, pending)| pending.begin()).collect()
     }
 
     /// Takes in how a write ended. True if the end of the lease is durable now and was not before.
@@ -180,7 +200,11 @@ where
     let mut writes: JoinSet<(LeaseRecord, Outcome)> = JoinSet::new();
     loop {
         let room = WRITES_AT_ONCE.saturating_sub(writes.len());
-        for (record, written) in receipts.take_due(clock::monotonic(), room) {
+        let now = clock::monotonic();
+        let is_high = receipts.pressure.is_high(now);
+        metrics.set_write_pressure(is_high);
+        let pace = if is_high { Pace::EndsOnly } else { Pace::Live };
+        for (record, written) in receipts.take_due(now, room, pace) {
             let api = api.clone();
             writes.spawn(async move {
                 let objects = api.namespace::<GPULease>(&record.space.namespace);
@@ -216,10 +240,15 @@ async fn take_outcome<I: From<ReceiptEvent>>(
             lease = %record.lease, namespace = record.space.namespace,
             "A receipt is given up: its namespace is gone"
         ),
-        Outcome::Failed(error) => tracing::warn!(
-            lease = %record.lease, namespace = record.space.namespace, error = %error_chain(error),
-            "A receipt cannot be written; it is tried again"
-        ),
+        Outcome::Failed(error) => {
+            if error.is_overload() {
+                receipts.pressure.overloaded();
+            }
+            tracing::warn!(
+                lease = %record.lease, namespace = record.space.namespace, error = %error_chain(error),
+                "A receipt cannot be written; it is tried again"
+            );
+        }
     }
     if !receipts.finish(&record, outcome, clock::monotonic()) {
         return true;
@@ -285,5 +314,54 @@ fn refused(error: ApiError) -> Outcome {
             Outcome::NoPlace
         }
         _ => Outcome::Failed(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::record::tests::hold;
+    use super::*;
+
+    fn record(lease: &str, progress: Progress) -> LeaseRecord {
+        let mut hold = hold();
+        hold.lease = LeaseId::new(lease);
+        LeaseRecord { progress, ..LeaseRecord::of_hold(&AccountName::new("bob"), &hold) }
+    }
+
+    fn ended(lease: &str) -> LeaseRecord {
+        let end = LeaseEnd {
+            ending: spaceport_core::page::Ending::Released,
+            used_ms: 1,
+            charged_ms: 1,
+            message: String::new(),
+        };
+        LeaseRecord { end: Some(end), ..record(lease, Progress::Running) }
+    }
+
+    fn taken(receipts: &Receipts, now: Instant, count: usize, pace: Pace) -> Vec<String> {
+        receipts.take_due(now, count, pace).into_iter().map(|(record, _)| record.lease.to_string()).collect()
+    }
+
+    #[test]
+    fn ends_go_before_what_only_shows_a_lease_and_who_waits_longest_goes_first() {
+        let receipts = Receipts::new();
+        receipts.record(record("open", Progress::Running), true).unwrap();
+        for lease in ["a", "b", "c", "d"] {
+            receipts.record(ended(lease), true).unwrap();
+        }
+        let later = clock::monotonic() + Duration::from_secs(60);
+        assert_eq!(taken(&receipts, later, 2, Pace::Live), ["a", "b"]);
+        assert_eq!(taken(&receipts, later, 8, Pace::Live), ["c", "d", "open"]);
+    }
+
+    #[test]
+    fn under_pressure_only_ends_are_written_and_the_rest_follows_when_it_is_over() {
+        let receipts = Receipts::new();
+        receipts.record(record("open", Progress::Running), true).unwrap();
+        receipts.record(ended("a"), true).unwrap();
+        let later = clock::monotonic() + Duration::from_secs(60);
+        assert_eq!(taken(&receipts, later, 8, Pace::EndsOnly), ["a"]);
+        assert_eq!(taken(&receipts, later, 8, Pace::EndsOnly), [""; 0]);
+        assert_eq!(taken(&receipts, later, 8, Pace::Live), ["open"]);
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, Ticket};
-use spaceport_core::page::{Closed, Ending, Page};
+use spaceport_core::page::{Closed, Ending, Page, Shortened, ShortenedBy};
 use spaceport_core::queue::Waiting;
 use spaceport_proto::nodelink::Boundary;
 
@@ -59,7 +59,8 @@ impl Records {
                 space: waiting.space.clone(),
                 size: waiting.demand.size,
                 weight: waiting.demand.weight,
-                declared_ms: waiting.demand.declared_ms,
+                declared_ms: waiting.demand.asked_ms(),
+                shortened: None,
                 progress: Progress::Queued,
                 node: Some(waiting.node.clone()),
                 card: None,
@@ -113,8 +114,11 @@ impl Records {
         record.progress = record.progress.max(Progress::Reserved);
         record.parts.clone_from(&hold.parts);
         record.generation = hold.generation;
-        let detail = hold.after.as_ref().map(|after| format!("begins when {after} is freed")).unwrap_or_default();
-        cross(record, "Reserved", at, detail);
+        record.shortened = hold.shortened.map(|shortened| (hold.declared_ms, shortened.by));
+        let after = hold.after.as_ref().map(|after| format!("begins when {after} is freed"));
+        let less = hold.shortened.map(|shortened| less_than_declared(hold.declared_ms, shortened));
+        let details: Vec<String> = after.into_iter().chain(less).collect();
+        cross(record, "Reserved", at, details.join("; "));
         Some(record.clone())
     }
 
@@ -186,6 +190,15 @@ pub enum Report {
     Running,
     /// It is over, or its slot is back.
     Over,
+}
+
+/// What a call was given of what it declares, and why.
+fn less_than_declared(granted_ms: u64, shortened: Shortened) -> String {
+    let why = match shortened.by {
+        ShortenedBy::RemainingQuota => "its caller has no more left",
+        ShortenedBy::LearnedDuration => "earlier calls needed no more",
+    };
+    format!("given {} of the declared {}: {why}", seconds(granted_ms), seconds(shortened.declared_ms))
 }
 
 /// Notes a boundary once: reports are repeated (L10), and the first time counts.

@@ -1,4 +1,5 @@
-//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay.
+//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay. A batch is one
+//! request, and none is sent while page writes are hard for the API server.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,19 +7,26 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use spaceport_crds::GPULease;
+use spaceport_crds::names::LEASE_LABEL;
 use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::pressure::PressureGauge;
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
 /// Time between two rounds.
 const PERIOD: Duration = Duration::from_secs(600);
 /// Receipts removed in one round; more are left to the next, so that deletes never crowd out page writes.
-const BATCH_MAX: usize = 500;
-/// Pause after each delete: at most 50 a second.
-const DELETE_PAUSE: Duration = Duration::from_millis(20);
+const ROUND_MAX: usize = 500;
+/// Receipts of one request. The selector that names them, 27 bytes for each, fits any limit of a request line, and the
+/// server, which deletes them one after the other, answers in time.
+const BATCH_MAX: usize = 50;
+/// Pause after each request, so that the server deletes at most 50 receipts a second.
+const BATCH_PAUSE: Duration = Duration::from_secs(1);
+/// How often it is looked whether the pressure is over. Nobody waits for the removal.
+const PRESSURE_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long receipts are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,17 +45,44 @@ impl Retention {
     }
 }
 
+/// Receipts that one request removes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Batch<'a> {
+    namespace: &'a str,
+    /// Values of their label [`LEASE_LABEL`].
+    leases: Vec<&'a str>,
+}
+
 /// Removes receipts until `stop`. While no pool says how long they are kept, all are.
-pub async fn run(api: KubeApi, retention: watch::Receiver<Option<Retention>>, stop: CancellationToken) {
+pub async fn run(
+    api: KubeApi,
+    retention: watch::Receiver<Option<Retention>>,
+    pressure: PressureGauge,
+    stop: CancellationToken,
+) {
     while pause(PERIOD, &stop).await {
         let current = *retention.borrow();
         if let Some(retention) = current {
-            remove_old(&api, retention, &stop).await;
+            remove_old(&api, retention, &pressure, &stop).await;
         }
     }
 }
 
-async fn remove_old(api: &KubeApi, retention: Retention, stop: &CancellationToken) {
+/// False if it is time to stop. Without a limit: receipts that stay too long cost less than what they would delay.
+async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
+    while pressure.is_high(clock::monotonic()) {
+        if !pause(PRESSURE_PAUSE, stop).await {
+            return false;
+        }
+    }
+    true
+}
+
+async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGauge, stop: &CancellationToken) {
+    // A list of all receipts is a load as well.
+    if !is_calm(pressure, stop).await {
+        return;
+    }
     let receipts = match api.cluster::<GPULease>().list(None).await {
         Ok(receipts) => receipts,
         Err(error) => {
@@ -57,19 +92,22 @@ async fn remove_old(api: &KubeApi, retention: Retention, stop: &CancellationToke
     };
     let old = old_receipts(&receipts, retention, clock::wall());
     let mut removed = 0_usize;
-    for receipt in old.iter().take(BATCH_MAX) {
-        let namespace = receipt.namespace().unwrap_or_default();
-        let uid = receipt.uid().unwrap_or_default();
-        match api.namespace::<GPULease>(&namespace).delete(&receipt.name_any(), &uid).await {
-            Ok(()) => removed += 1,
-            Err(error) => tracing::warn!(error = %error_chain(&error), "Cannot remove an old receipt"),
+    for batch in batches(&old) {
+        match api.namespace::<GPULease>(batch.namespace).delete_labelled(LEASE_LABEL, &batch.leases).await {
+            Ok(gone) => removed = removed.saturating_add(gone),
+            Err(error) => {
+                if error.is_overload() {
+                    pressure.overloaded();
+                }
+                tracing::warn!(error = %error_chain(&error), "Cannot remove old receipts; the next round tries again");
+            }
         }
-        if !pause(DELETE_PAUSE, stop).await {
+        if !pause(BATCH_PAUSE, stop).await || !is_calm(pressure, stop).await {
             break;
         }
     }
     if removed > 0 {
-        tracing::info!(removed, left = old.len() - removed, "Removed old receipts");
+        tracing::info!(removed, left = old.len().saturating_sub(removed), "Removed old receipts");
     }
 }
 
@@ -94,6 +132,22 @@ fn old_receipts(receipts: &[GPULease], retention: Retention, now: Timestamp) -> 
     old
 }
 
+/// The requests of one round, the oldest receipts first. One without its label, which somebody took off, stays. Pure.
+fn batches<'a>(old: &[&'a GPULease]) -> Vec<Batch<'a>> {
+    let mut batches: Vec<Batch<'a>> = Vec::new();
+    for receipt in old.iter().take(ROUND_MAX) {
+        let (Some(namespace), Some(lease)) = (&receipt.metadata.namespace, receipt.labels().get(LEASE_LABEL)) else {
+            continue;
+        };
+        let open = batches.iter_mut().find(|batch| batch.namespace == namespace && batch.leases.len() < BATCH_MAX);
+        match open {
+            Some(batch) => batch.leases.push(lease),
+            None => batches.push(Batch { namespace, leases: vec![lease] }),
+        }
+    }
+    batches
+}
+
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -105,6 +159,7 @@ mod tests {
         let mut receipt =
             GPULease::new(name, GPULeaseSpec { space: "hello".to_owned(), phase, ..GPULeaseSpec::default() });
         receipt.metadata.namespace = Some(namespace.to_owned());
+        receipt.metadata.labels = Some(BTreeMap::from([(LEASE_LABEL.to_owned(), format!("lease-{name}"))]));
         receipt.metadata.creation_timestamp = Some(Time(Timestamp::from_second(10_000 - age_seconds).unwrap()));
         receipt
     }
@@ -134,5 +189,26 @@ mod tests {
             receipt("a", "waiting", LeasePhase::Queued, 500),
         ];
         assert_eq!(removed(&receipts, Retention { kept: 10, age_max_seconds: 100 }), ["old"]);
+    }
+
+    #[test]
+    fn a_batch_is_of_one_namespace_and_bounded_and_a_round_too() {
+        let many: Vec<GPULease> =
+            (0..600).map(|index| receipt("a", &format!("r{index}"), LeasePhase::Settled, 900)).collect();
+        let other = receipt("b", "other", LeasePhase::Settled, 900);
+        let old: Vec<&GPULease> = std::iter::once(&other).chain(&many).collect();
+        let batches = batches(&old);
+        assert_eq!(batches[0], Batch { namespace: "b", leases: vec!["lease-other"] });
+        assert!(batches[1..].iter().all(|batch| batch.namespace == "a" && batch.leases.len() <= BATCH_MAX));
+        assert_eq!(batches.iter().map(|batch| batch.leases.len()).sum::<usize>(), ROUND_MAX);
+        assert_eq!(batches.len(), 11, "not one request for each receipt");
+        assert_eq!(batches[1].leases[..2], ["lease-r0", "lease-r1"]);
+    }
+
+    #[test]
+    fn a_receipt_without_its_label_stays() {
+        let mut bare = receipt("a", "bare", LeasePhase::Settled, 900);
+        bare.metadata.labels = None;
+        assert_eq!(batches(&[&bare]), []);
     }
 }

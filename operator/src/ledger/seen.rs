@@ -4,7 +4,8 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use spaceport_core::ids::{AccountName, Epoch, LedgerTime, NodeName};
-use spaceport_core::page::Page;
+use spaceport_core::lease::SpaceSettings;
+use spaceport_core::page::{Page, Unsound};
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::queue::LaneSettings;
 use spaceport_crds as crds;
@@ -61,6 +62,9 @@ pub enum MalformedAccount {
     /// A field of its status is wrong.
     #[error("the page cannot be read")]
     Page(#[source] PageError),
+    /// Every field of its status can be read, and together they are no page that the ledger writes.
+    #[error("the page is none that the ledger writes")]
+    Unsound(#[source] Unsound),
 }
 
 /// The term page (L6).
@@ -83,6 +87,8 @@ pub struct TierSeen {
     pub created: Timestamp,
     /// Base quota of a window, weighted milliseconds.
     pub base_ms: u64,
+    /// Quota of all visitors behind one address prefix together, if the tier has one, weighted milliseconds.
+    pub address_prefix_ms: Option<u64>,
     /// Longest declared duration, unweighted milliseconds.
     pub longest_call_ms: u64,
     /// Most leases of an account at once.
@@ -164,6 +170,15 @@ pub struct GrantSeen {
     pub expires: LedgerTime,
 }
 
+/// A Space, as far as the broker needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpaceSeen {
+    /// Its uid; leases name it by that.
+    pub uid: String,
+    /// What its owner chose for its calls.
+    pub settings: SpaceSettings,
+}
+
 /// An object that the API server should never have accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} is {value}, which is out of range")]
@@ -193,7 +208,9 @@ impl AccountSeen {
     /// Parses an account; a wrong page is part of the value.
     pub fn of(account: &crds::GPUAccount) -> Self {
         let page = match &account.status {
-            Some(status) => page_of(status).map_err(MalformedAccount::Page),
+            Some(status) => page_of(status)
+                .map_err(MalformedAccount::Page)
+                .and_then(|page| page.sound().map_err(MalformedAccount::Unsound).map(|()| page)),
             None => Ok(Page::default()),
         };
         let tier = account.spec.tier.clone();
@@ -245,6 +262,10 @@ impl TryFrom<&crds::GPUTier> for TierSeen {
             generation: tier.metadata.generation.unwrap_or(0),
             created: created(&tier.metadata),
             base_ms: milliseconds("gpuSecondsPerWindow", spec.gpu_seconds_per_window)?,
+            address_prefix_ms: spec
+                .gpu_seconds_per_address_prefix
+                .map(|seconds| milliseconds("gpuSecondsPerAddressPrefix", seconds))
+                .transpose()?,
             longest_call_ms: milliseconds("longestCallSeconds", spec.longest_call_seconds)?,
             concurrent_leases: natural("concurrentLeases", spec.concurrent_leases)?,
             runs_per_window: spec.runs_per_window.map(|runs| natural("runsPerWindow", runs)).transpose()?,
@@ -320,6 +341,22 @@ impl TryFrom<&crds::GPUNode> for NodeSeen {
     }
 }
 
+impl TryFrom<&crds::Space> for SpaceSeen {
+    type Error = OutOfRange;
+
+    fn try_from(space: &crds::Space) -> Result<Self, OutOfRange> {
+        let spec = &space.spec;
+        Ok(Self {
+            uid: space.metadata.uid.clone().unwrap_or_default(),
+            settings: SpaceSettings {
+                concurrent: spec.concurrent_leases.map(|leases| natural("concurrentLeases", leases)).transpose()?,
+                clamp_to_remaining: spec.clamp_to_remaining,
+                learned_reservation: spec.reservation == crds::Reservation::Learned,
+            },
+        })
+    }
+}
+
 impl TryFrom<&crds::GPUQuotaGrant> for GrantSeen {
     type Error = OutOfRange;
 
@@ -386,6 +423,24 @@ mod tests {
         assert_eq!((seen.base_ms, seen.longest_call_ms, seen.class), (60_000, 50_000, CallerClass::Regular));
         assert!(TierSeen::try_from(&tier(-1)).is_err());
         assert!(TierSeen::try_from(&tier(i64::MAX)).is_err());
+    }
+
+    #[test]
+    fn what_an_owner_chose_for_the_calls_of_a_space() {
+        let space = |choice: serde_json::Value| {
+            let mut space = json!({
+                "apiVersion": "spaceport.dev/v1alpha1", "kind": "Space", "metadata": {"name": "hello", "uid": "u"},
+                "spec": {"source": {"inline": {"files": {"app.py": ""}}}}
+            });
+            space["spec"].as_object_mut().unwrap().extend(choice.as_object().unwrap().clone());
+            SpaceSeen::try_from(&serde_json::from_value::<crds::Space>(space).unwrap())
+        };
+        let nothing = SpaceSeen { uid: "u".to_owned(), settings: SpaceSettings::default() };
+        assert_eq!(space(json!({})), Ok(nothing));
+        let chosen = json!({"clampToRemaining": true, "concurrentLeases": 3, "reservation": "Learned"});
+        let settings = SpaceSettings { concurrent: Some(3), clamp_to_remaining: true, learned_reservation: true };
+        assert_eq!(space(chosen).unwrap().settings, settings);
+        assert!(space(json!({"concurrentLeases": -1})).is_err());
     }
 
     #[test]

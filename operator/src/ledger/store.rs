@@ -18,6 +18,7 @@ use spaceport_shell::error_chain;
 
 use super::convert::{KeptFields, PageError, status_of};
 use super::display::Display;
+use super::pressure::{Answer, PressureGauge};
 use super::seen::{AccountSeen, MalformedAccount};
 use crate::account::plan::is_kept;
 use crate::clock;
@@ -34,6 +35,7 @@ pub struct PageStore {
     guarded: Objects<DeserializeGuard<GPUAccount>>,
     write_timeout: Duration,
     metrics: Metrics,
+    pressure: PressureGauge,
     /// What pages do not carry of the newest status seen or written, by account; only of accounts that have any. A std
     /// mutex: it is never held across an await.
     kept: Arc<Mutex<Kept>>,
@@ -169,7 +171,19 @@ impl PageTarget {
 impl PageStore {
     /// A store whose writes are unknown after `write_timeout` without an answer.
     pub fn new(api: &KubeApi, write_timeout: Duration, metrics: Metrics) -> Self {
-        Self { accounts: api.cluster(), guarded: api.cluster(), write_timeout, metrics, kept: Arc::default() }
+        Self {
+            accounts: api.cluster(),
+            guarded: api.cluster(),
+            write_timeout,
+            metrics,
+            pressure: PressureGauge::default(),
+            kept: Arc::default(),
+        }
+    }
+
+    /// How hard writes of pages are for the API server, for whatever has to give way to them.
+    pub fn pressure(&self) -> PressureGauge {
+        self.pressure.clone()
     }
 
     /// Writes a page if the account still is as in `target`. The page carries its new `seq`, `write_id` and `epoch`
@@ -191,8 +205,11 @@ impl PageStore {
             status: &status,
         };
         let begin = clock::monotonic();
+        let under_way = self.pressure.write();
         let result = self.accounts.put_status(target.name.as_str(), &body, self.write_timeout).await;
         let time = clock::monotonic().saturating_duration_since(begin);
+        let overloaded = result.as_ref().is_err_and(ApiError::is_overload);
+        under_way.ended(if overloaded { Answer::Overloaded } else { Answer::Decided });
         let (outcome, counted) = match result {
             Ok(written) => match written.metadata.resource_version {
                 Some(resource_version) => (WriteOutcome::Written { resource_version }, PageWrite::Written),
@@ -350,6 +367,23 @@ fn next_term(page: Page, above: Epoch, write_id: String) -> Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubeapi::fake::{FakeApi, failure};
+
+    #[tokio::test]
+    async fn a_page_write_that_is_sent_away_is_write_pressure() {
+        let answered = serde_json::json!({"metadata": {"name": "bob", "resourceVersion": "8"}});
+        let fake = FakeApi::answering([(200, answered), failure(429, "TooManyRequests")]);
+        let store = PageStore::new(&fake.connect(), Duration::from_secs(5), Metrics::new());
+        let target =
+            PageTarget { name: AccountName::new("bob"), uid: "u".to_owned(), resource_version: "7".to_owned() };
+        let page = Page { seq: 1, ..Page::default() };
+        let written = store.write(&target, &page, Display::default()).await;
+        assert_eq!(written, WriteOutcome::Written { resource_version: "8".to_owned() });
+        assert!(!store.pressure().is_high(clock::monotonic()));
+        let refused = store.write(&target, &page, Display::default()).await;
+        assert!(matches!(refused, WriteOutcome::Refused { .. }), "{refused:?}");
+        assert!(store.pressure().is_high(clock::monotonic()));
+    }
 
     #[test]
     fn next_term_is_above_everything_seen() {

@@ -17,13 +17,13 @@ use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use spaceport_core::ids::{AccountName, NodeName};
 use spaceport_crds::names::TERM_PAGE;
-use spaceport_crds::{GPUAccount, GPUNode, GPUPool, GPUQuotaGrant, GPUTier};
+use spaceport_crds::{GPUAccount, GPUNode, GPUPool, GPUQuotaGrant, GPUTier, Space};
 use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::retention::Retention;
-use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, TermSeen, TierSeen};
+use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, SpaceSeen, TermSeen, TierSeen};
 use super::store::PageStore;
 use crate::account::WorkQueue;
 use crate::clock::ClockDifference;
@@ -48,11 +48,13 @@ pub enum Watched {
     Nodes,
     /// GPUQuotaGrant.
     Grants,
+    /// Space.
+    Spaces,
 }
 
 impl Watched {
     /// All of them: the broker decides nothing before each was listed once.
-    pub const ALL: [Self; 5] = [Self::Accounts, Self::Tiers, Self::Pools, Self::Nodes, Self::Grants];
+    pub const ALL: [Self; 6] = [Self::Accounts, Self::Tiers, Self::Pools, Self::Nodes, Self::Grants, Self::Spaces];
 }
 
 /// What the watches tell the broker. Objects that cannot be used count as gone, but for accounts, which are there and
@@ -95,6 +97,13 @@ pub enum StoreEvent {
     Grant(GrantSeen),
     /// A grant does not exist any more.
     GrantGone {
+        /// Its uid.
+        uid: String,
+    },
+    /// A Space as it is.
+    Space(SpaceSeen),
+    /// A Space does not exist any more.
+    SpaceGone {
         /// Its uid.
         uid: String,
     },
@@ -167,7 +176,8 @@ where
         () = follow(&api, Tiers { malformed: malformed.clone() }, &sink, &stop) => {}
         () = follow(&api, pools, &sink, &stop) => {}
         () = follow(&api, Nodes { malformed: malformed.clone() }, &sink, &stop) => {}
-        () = follow(&api, Grants { malformed }, &sink, &stop) => {}
+        () = follow(&api, Grants { malformed: malformed.clone() }, &sink, &stop) => {}
+        () = follow(&api, Spaces { malformed }, &sink, &stop) => {}
         () = measure_clock(&api, &metrics, &sink, &stop) => {}
     }
 }
@@ -425,6 +435,26 @@ impl Translate for Nodes {
 
     fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
         StoreEvent::NodeGone { name: NodeName::new(name) }
+    }
+}
+
+struct Spaces {
+    malformed: Malformed,
+}
+
+impl Translate for Spaces {
+    type Object = Space;
+    const WATCHED: Watched = Watched::Spaces;
+
+    fn present(&self, space: DeserializeGuard<Space>) -> StoreEvent {
+        match self.malformed.parse::<_, SpaceSeen>("Space", space) {
+            Ok(space) => StoreEvent::Space(space),
+            Err(metadata) => StoreEvent::SpaceGone { uid: metadata.uid.unwrap_or_default() },
+        }
+    }
+
+    fn gone(&self, _name: &str, uid: &str) -> StoreEvent {
+        StoreEvent::SpaceGone { uid: uid.to_owned() }
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`status`] (pure, written only if it differs). The loop here decides only *when*: on every change of a Space, of its
 //! Deployment or of its pods, when a phase's deadline comes, and for every Space once in a while.
 
+pub mod durations;
 pub mod execute;
 pub mod observe;
 pub mod plan;
@@ -32,6 +33,7 @@ use self::plan::LABEL_SPACE_UID;
 use self::status::Known;
 use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi};
+use crate::ledger::durations::Durations;
 
 /// Everything is looked at again this often, so that a lost event heals.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -165,6 +167,8 @@ enum Change {
 struct Controller {
     api: KubeApi,
     settings: Settings,
+    /// What the broker has learned; looked at with everything else of a Space.
+    durations: Durations,
     spaces: BTreeMap<Key, Space>,
     /// To be looked at, and when; one entry a Space.
     due: BTreeMap<Key, Instant>,
@@ -172,10 +176,16 @@ struct Controller {
 }
 
 /// Runs until it is told to stop. Only the leader runs it.
-pub async fn run(api: KubeApi, settings: Settings, stop: CancellationToken) {
+pub async fn run(api: KubeApi, settings: Settings, durations: Durations, stop: CancellationToken) {
     let mut changes = changes(&api);
-    let mut controller =
-        Controller { api, settings, spaces: BTreeMap::new(), due: BTreeMap::new(), backoff: BTreeMap::new() };
+    let mut controller = Controller {
+        api,
+        settings,
+        durations,
+        spaces: BTreeMap::new(),
+        due: BTreeMap::new(),
+        backoff: BTreeMap::new(),
+    };
     let mut resync = tokio::time::interval(RESYNC);
     loop {
         let next = controller.due.values().min().copied();
@@ -242,7 +252,9 @@ impl Controller {
             }
             Change::SpaceGone(key) => {
                 // What it was made of goes by its owner references.
-                self.spaces.remove(&key);
+                if let Some(space) = self.spaces.remove(&key) {
+                    self.durations.forget(&space.uid().unwrap_or_default());
+                }
                 self.due.remove(&key);
                 self.backoff.remove(&key);
             }
@@ -293,7 +305,7 @@ impl Controller {
         let name = space.name_any();
         let uid = space.uid().unwrap_or_default();
         let observed = observe::observe(&self.api, &namespace, &name, &uid).await?;
-        let mut known = Known::default();
+        let mut known = Known { learned: self.durations.get(&uid), ..Known::default() };
         match self.claim(space) {
             Ok(host) => known.host = Some(host),
             Err(taken) => known.host_taken = Some(taken),

@@ -2,10 +2,12 @@
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use spaceport_core::queue::Learned;
 use spaceport_core::stage::{Override, Progress, Stage, Steps, stage};
 use spaceport_crds::conditions::{ConditionStatus, SpaceCondition, SpaceReason, condition, set};
 use spaceport_crds::{Phase, Sdk, Space, SpaceStage, SpaceStatus};
 
+use super::durations;
 use super::observe::PodProgress;
 use super::validate::Invalid;
 
@@ -35,6 +37,8 @@ pub struct Known {
     pub host: Option<String>,
     /// The claim that failed, as a message.
     pub host_taken: Option<String>,
+    /// How long its functions run, if the broker knows.
+    pub learned: Option<Vec<Learned>>,
 }
 
 /// The status, given the one before.
@@ -103,6 +107,7 @@ pub fn status(space: &Space, known: &Known, now: Timestamp) -> SpaceStatus {
     };
     put(SpaceCondition::Ready, holds, reason, why.clone());
 
+    let durations = durations::rows(&before.durations, known.learned.as_deref());
     let stage = crd_stage(derived);
     let unchanged = before.stage == stage && before.since.is_some();
     SpaceStatus {
@@ -116,6 +121,8 @@ pub fn status(space: &Space, known: &Known, now: Timestamp) -> SpaceStatus {
         sdk: known.sdk.or(before.sdk),
         environment: before.environment,
         build: before.build,
+        suggested_duration: durations::suggested(&durations),
+        durations,
         phases,
         conditions,
     }

@@ -203,7 +203,6 @@ fn supported(spec: &SpaceSpec) -> Result<(), Invalid> {
         () if spec.egress.policy != EgressPolicy::Internet => {
             refused(&format!("egress.policy {}", spec.egress.policy), "use Internet, and a NetworkPolicy of your own")
         }
-        () if spec.clamp_to_remaining => refused("clampToRemaining", "remove it, and declare shorter durations"),
         () if spec.duplicate_of.is_some() => refused("duplicateOf", "copy spec.source instead"),
         () if !spec.preload.is_empty() => refused("preload", "let the app download at its start"),
         () if spec.replicas > 1 => refused(&format!("replicas {}", spec.replicas), "use 1"),
@@ -325,7 +324,6 @@ pub(super) mod tests {
         };
         assert!(refused("visibility", "private".into()).contains("visibility private"));
         assert!(refused("egress", serde_json::json!({ "policy": "None" })).contains("egress.policy None"));
-        refused("clampToRemaining", true.into());
         refused("duplicateOf", "team/other".into());
         assert!(refused("replicas", 2.into()).contains("replicas 2"));
     }

@@ -14,6 +14,8 @@ const AT: LedgerTime = LedgerTime(1_800_000_000_000);
 
 fn hold(namespace: &str) -> Hold {
     Hold {
+        cookie: None,
+        shortened: None,
         lease: LeaseId::new(format!("01jd8x000000000000{:08x}", rand::random::<u32>())),
         space: SpaceKey::new(namespace, "hello", "u"),
         parts: vec![Part { source: Source::Window(AT), ms: 10_000 }],

@@ -1,14 +1,18 @@
 //! Calls: who pays, who was answered, and what is left of those who were not served.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Ticket};
-use spaceport_core::lease::{Account, Event, Order, Outcome, PageChange, Place, State};
-use spaceport_core::page::Page;
+use spaceport_core::lease::{Account, Event, Lease, Order, Outcome, PageChange, Place, Stage, State};
+use spaceport_core::page::{Hold, Page};
 use spaceport_core::protocol::{CallerClass, Denial, wire};
+use spaceport_core::queue::WaitsFor;
+use spaceport_core::quota::SHORTENED_MIN_MS;
 
+use crate::coverage::Scenario;
 use crate::plan::Plan;
-use crate::violation::{Checked, Rule};
+use crate::violation::{Checked, Rule, Violation};
 use crate::world::World;
 
 /// Messages and page writes between one lease and the next take time that no promise counts.
@@ -37,6 +41,8 @@ pub struct Promise {
     pub latest: u64,
     /// Who waits.
     pub account: AccountName,
+    /// In which Space.
+    pub space: String,
 }
 
 /// Looks at what a command did.
@@ -55,12 +61,25 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }
+            Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
+            Event::PromiseOver { .. } => world.coverage.saw(Scenario::PromiseOver),
             Event::Reserved { waiting, lease, .. } => {
-                let full = |account: &Account| account.working.holds.len() >= account.policy.concurrent as usize;
+                let own =
+                    |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
+                let full = |account: &Account| {
+                    account.working.holds.iter().filter(own).count() >= account.policy.concurrent as usize
+                };
                 let payer = world.state(number).and_then(|state| state.accounts.get(&waiting.account));
                 if payer.is_some_and(|account| full(account)) {
                     // Its other requests wait for their own account from now on.
                     world.seen_calls.promised.retain(|_, promise| promise.account != waiting.account);
+                }
+                if waiting.demand.shortened.is_some() {
+                    world.coverage.saw(Scenario::Clamped);
+                }
+                if space_limit(world, number, &waiting.space.uid)? {
+                    // The others of its Space wait for that.
+                    world.seen_calls.promised.retain(|_, promise| promise.space != waiting.space.uid);
                 }
                 let Some(epoch) = world.state(number).map(|state| state.epoch) else { continue };
                 let reserved = world.seen_calls.reserved.entry((epoch, waiting.node.clone())).or_default();
@@ -75,6 +94,23 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
         }
     }
     Ok(())
+}
+
+/// L1: a broker lets no more leases of a Space begin than its owner chose, as far as it made them itself. True at the limit.
+fn space_limit(world: &World, number: u64, uid: &str) -> Result<bool, Violation> {
+    let (Some(state), Some(limit)) =
+        (world.state(number), world.plan.chosen.get(uid).and_then(|chosen| chosen.concurrent))
+    else {
+        return Ok(false);
+    };
+    let of_space = |lease: &Lease| lease.space.as_deref() == Some(uid) && lease.stage < Stage::Settling;
+    let open: Vec<&Lease> = state.leases().map(|(_, lease)| lease).filter(|lease| of_space(lease)).collect();
+    let own = open.iter().filter(|lease| lease.request.is_some()).count();
+    Rule::L(1).check(own <= limit as usize, || format!("{uid} has {own} leases of {limit}"))?;
+    let counted = state.spaces.get(uid).map_or(0, |space| space.leases as usize);
+    Rule::L(1)
+        .check(counted == open.len(), || format!("{uid} has {} leases, and {counted} are counted", open.len()))?;
+    Ok(open.len() >= limit as usize)
 }
 
 /// L18: a refusal for quota says when to try again, and that is not now.
@@ -146,8 +182,12 @@ pub fn ordered(world: &World, order: &Order) -> Checked {
     };
     let payer = world.store.held_ever.get(lease);
     let asked = &call.request;
+    let chosen = world.plan.chosen.get(&asked.space.uid).copied().unwrap_or_default();
+    let shortened = (chosen.clamp_to_remaining || chosen.learned_reservation)
+        && (SHORTENED_MIN_MS..asked.declared_ms).contains(&order.declared_ms);
     let same = payer == asked.caller.as_ref().ok()
-        && (order.size, order.declared_ms, &order.node) == (asked.size, asked.declared_ms, &asked.node);
+        && (order.size, &order.node) == (asked.size, &asked.node)
+        && (order.declared_ms == asked.declared_ms || shortened);
     Rule::Invariant(10).check(same, || format!("{lease} is paid by {payer:?} and was asked for by {:?}", asked.caller))
 }
 
@@ -163,15 +203,43 @@ pub fn order_left(world: &mut World, order: &Order) {
 
 /// A request is told its place: invariant 11, where nothing goes wrong the latest start is kept. Not of requests that wait
 /// for their own account, now or later: how long that takes nobody promises.
-pub fn queued(world: &mut World, place: &Place) {
-    let Some(account) = world.clients.calls.get(&place.ticket).and_then(|call| call.request.caller.clone().ok()) else {
-        return;
-    };
+///
+/// # Errors
+/// See [`keeps_place`].
+pub fn queued(world: &mut World, number: u64, place: &Place) -> Checked {
+    keeps_place(world, number, place)?;
+    promised(world, place);
+    Ok(())
+}
+
+/// L17: what a request was told once is its place under every leader: so nobody who was ahead of somebody comes behind.
+fn keeps_place(world: &mut World, number: u64, place: &Place) -> Checked {
+    let Some(agent) = world.agents.get(&place.node) else { return Ok(()) };
+    let session = world.brokers.get(&number).and_then(|broker| broker.sessions.get(&place.node));
+    // An agent listens to nobody but its leader.
+    if session.is_none_or(|session| agent.leader != Some(session.link)) {
+        return Ok(());
+    }
+    let Some(told) = agent.tickets.get(&place.ticket).and_then(|asked| asked.told) else { return Ok(()) };
+    let ((before, was), (epoch, is)) = (told.place, place.place);
+    if world.state(number).is_some_and(|state| before < state.epoch) {
+        world.coverage.saw(Scenario::PlaceKept);
+    }
+    Rule::L(17).check(told.place == place.place, || {
+        let request = place.ticket.number;
+        format!("request {request} had place {was} of epoch {}, and is told {is} of epoch {}", before.0, epoch.0)
+    })
+}
+
+fn promised(world: &mut World, place: &Place) {
+    let Some(call) = world.clients.calls.get(&place.ticket) else { return };
+    let (Ok(account), space) = (call.request.caller.clone(), call.request.space.uid.clone()) else { return };
     let Some(latest_start_ms) = place.latest_start_ms else {
+        world.seen_calls.promised.remove(&place.ticket);
         world.seen_calls.promised.retain(|_, promise| promise.account != account);
         return;
     };
-    let promise = Promise { latest: world.now + latest_start_ms, account };
+    let promise = Promise { latest: world.now + latest_start_ms, account, space };
     world.seen_calls.promised.entry(place.ticket.clone()).or_insert(promise);
 }
 

@@ -77,6 +77,9 @@ pub fn balance(world: &World) -> Checked {
     outcomes(world)?;
     let mut serving = world.brokers.values().filter_map(|broker| broker.term.as_ref());
     let term = serving.next().ok_or_else(|| Rule::L(6).broken("nobody leads"))?;
+    if let Some((space, found)) = term.state.spaces.iter().find(|(_, space)| space.leases > 0) {
+        return Err(Rule::L(1).broken(format!("{space} still counts {} leases", found.leases)));
+    }
     if let Some((lease, found)) = term.state.leases.iter().next() {
         return Err(Rule::Invariant(6).broken(format!("the leader still has {lease} as {:?}", found.stage)));
     }

@@ -50,7 +50,7 @@ pub fn deposed(world: &World, number: u64, page: &Page) -> Checked {
 fn of_misfit(misfit: &Misfit) -> Violation {
     let rule = match misfit {
         Misfit::AlreadyHeld(_) | Misfit::NotHeld(_) | Misfit::NotClosed(_) => Rule::Invariant(3),
-        Misfit::OverLimit { .. } => Rule::Invariant(1),
+        Misfit::OverLimit { .. } | Misfit::OverCookie { .. } => Rule::Invariant(1),
         Misfit::OverCharge { .. } => Rule::Invariant(5),
         Misfit::NoSource(_) | Misfit::NoWindow(_) => Rule::L(12),
         Misfit::Full(_) => Rule::L(1),

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{Epoch, LeaseId, NodeName};
-use spaceport_core::lease::SlotUse;
+use spaceport_core::lease::{NOBODYS, SlotUse};
 use spaceport_core::page::{Ending, Page};
 
 use crate::agent::{Agent, Held, Phase};
-use crate::coverage::Scenario;
 use crate::violation::{Checked, Rule};
 use crate::world::World;
 
@@ -66,11 +65,24 @@ pub fn taken(world: &World, node: &NodeName, lease: &LeaseId) -> Checked {
     }
 }
 
+/// A lease has its slot: L9, it was not given up while it waited.
+///
+/// # Errors
+/// What must not be.
+pub fn began(world: &World, lease: &LeaseId) -> Checked {
+    let closed = world.store.settled.get(lease);
+    let given_up = closed.filter(|closed| matches!(closed.ending, Ending::Expired | Ending::Refused));
+    given_up.map_or(Ok(()), |closed| {
+        let how = closed.ending;
+        Err(Rule::L(9).broken(format!("{lease} was given up as {how:?} and began after that")))
+    })
+}
+
 /// A lease was settled: L9, what was given up does not run any more.
 ///
 /// # Errors
 /// What must not be.
-pub fn given_up(world: &mut World) -> Checked {
+pub fn given_up(world: &World) -> Checked {
     for agent in world.agents.values() {
         let asleep = world.asleep.contains_key(&agent.name);
         // On a node that stands still nothing computes, and what has passed its limit ends when it goes on.
@@ -78,21 +90,25 @@ pub fn given_up(world: &mut World) -> Checked {
             Some((limit, _)) => limit <= agent.clock(world.now),
             None => asleep,
         };
-        for (lease, held) in agent.leases.iter().filter(|(lease, held)| agent.is_live(lease) && !over(held)) {
+        for (lease, _) in agent.leases.iter().filter(|(lease, held)| agent.is_live(lease) && !over(held)) {
             let closed = world.store.settled.get(lease);
             let given_up = closed.filter(|closed| matches!(closed.ending, Ending::Expired | Ending::Refused));
             if let Some(closed) = given_up {
-                // Nothing bounds how long a lease waits for a slot on a node that stands still (docs/simulation.md).
-                if held.waited && world.slept.contains(&agent.name) {
-                    world.coverage.saw(Scenario::BeganAfterExpiry);
-                    continue;
-                }
                 let how = closed.ending;
                 return Err(Rule::L(9).broken(format!("{lease} was given up as {how:?} and its node still has it")));
             }
         }
     }
     Ok(())
+}
+
+/// A broker ends a lease as nobody's: L7, not one that a page holds. An old leader's Cancel its node does not take.
+///
+/// # Errors
+/// What must not be.
+pub fn killed(world: &World, epoch: Epoch, lease: &LeaseId, reason: &str) -> Checked {
+    let held = reason == NOBODYS && epoch == world.store.term.0 && world.store.is_held(lease);
+    Rule::L(7).check(!held, || format!("{lease} is ended as nobody's, and it is held"))
 }
 
 /// Invariant 4: where nothing goes wrong a reservation is gone within a second of the end (L13).

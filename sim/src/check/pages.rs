@@ -1,7 +1,7 @@
 //! Every page that is written, against the page before it.
 
-use spaceport_core::ids::AccountName;
-use spaceport_core::page::{Closed, Ending, Page, Source};
+use spaceport_core::ids::{AccountName, LedgerTime};
+use spaceport_core::page::{Closed, CookieRow, CookieWindow, Ending, Hold, Page, Source};
 use spaceport_core::quota::fill;
 
 use crate::coverage::{Coverage, Scenario};
@@ -35,6 +35,7 @@ pub fn audit(store: &mut Store, account: &AccountName, old: &Page, new: &Page, c
         store.settle(closed, coverage);
     }
     outbox(store, old, new)?;
+    rows(store, old, new)?;
     cover(old, new, coverage);
     sums(old, new, charged_ms)
 }
@@ -56,11 +57,40 @@ fn admitted(store: &mut Store, account: &AccountName, old: &Page, new: &Page) ->
         for part in hold.parts.iter().filter(|part| part.ms > 0) {
             source(new, &part.source)?;
         }
+        visitor(account, new, hold)?;
+        if let Some(Source::Window(start)) = hold.parts.first().map(|part| &part.source) {
+            within_tier(store, account, new, *start)?;
+        }
         let ms: u64 = hold.parts.iter().map(|part| part.ms).sum();
         let whole = hold.weight * hold.declared_ms;
         Rule::Invariant(1).check(ms == whole, || format!("{lease} has reserved {ms} of {whole} ms"))?;
     }
     Ok(())
+}
+
+/// L1 and invariant 1: a hold of a guest counts in the row of its visitor as well, and nobody else's does.
+fn visitor(account: &AccountName, page: &Page, hold: &Hold) -> Checked {
+    let lease = &hold.lease;
+    Rule::L(1).check(hold.cookie.is_some() == account.is_guests(), || format!("{lease} is of {:?}", hold.cookie))?;
+    let Some(window) = &hold.cookie else { return Ok(()) };
+    let row = page.cookies.iter().find(|row| row.is_of(window));
+    let row = row.ok_or_else(|| Rule::L(12).broken(format!("{lease} has no row of its visitor")))?;
+    let of_row = page.holds.iter().filter(|hold| hold.cookie.as_ref() == Some(window));
+    let reserved_ms: u64 = of_row.flat_map(|hold| &hold.parts).map(|part| part.ms).sum();
+    let (charged_ms, base_ms) = (row.charged_ms, row.base_ms);
+    let fits = charged_ms + reserved_ms <= base_ms;
+    Rule::Invariant(1).check(fits, || format!("{} has {charged_ms} + {reserved_ms} of {base_ms} ms", window.cookie))
+}
+
+/// Invariant 1, by what the tier ever gave and not by what the page says of it: of an address prefix all its visitors
+/// together.
+fn within_tier(store: &Store, account: &AccountName, page: &Page, start: LedgerTime) -> Checked {
+    let Some(window) = page.windows.iter().find(|window| window.start == start) else { return Ok(()) };
+    let taken_ms = window.charged_ms + page.reserved_ms(&Source::Window(start));
+    let most_ms = store.highest_base_ms.get(account).copied().unwrap_or_default();
+    Rule::Invariant(1).check(taken_ms <= most_ms, || {
+        format!("{account} has taken {taken_ms} ms of the {most_ms} ms its tier ever gave")
+    })
 }
 
 fn source(page: &Page, source: &Source) -> Checked {
@@ -113,6 +143,33 @@ fn outbox(store: &Store, old: &Page, new: &Page) -> Checked {
         Rule::L(10).check(stays || written, || format!("{lease} left the outbox without a receipt"))?;
     }
     Ok(())
+}
+
+/// L1, invariants 3 and 5 of the rows of a guest page: what each gained is what its visitor's leases were charged, and none with
+/// a charge goes before its day is over.
+fn rows(store: &Store, old: &Page, new: &Page) -> Checked {
+    for row in &new.cookies {
+        let before_ms = old.cookies.iter().find(|known| known.is_of(&of(row))).map_or(0, |known| known.charged_ms);
+        let settled = new.closed.iter().filter(|closed| closed.hold.cookie.as_ref() == Some(&of(row)));
+        let fresh = settled.filter(|closed| !old.closed.iter().any(|known| known.hold.lease == closed.hold.lease));
+        let charged_ms: u64 = fresh.map(|closed| closed.charged_ms).sum();
+        let (cookie, after_ms) = (&row.cookie, row.charged_ms);
+        Rule::Invariant(3).check(before_ms + charged_ms == after_ms, || {
+            format!("{cookie} had {before_ms} ms, was charged {charged_ms} ms and has {after_ms} ms")
+        })?;
+    }
+    for row in &old.cookies {
+        let kept = new.cookies.iter().any(|known| known.is_of(&of(row)));
+        let over = row.charged_ms == 0 || new.last_time >= row.end();
+        let settled = store.settled.values().filter(|closed| closed.hold.cookie.as_ref() == Some(&of(row)));
+        let due_ms: u64 = settled.map(|closed| closed.charged_ms).sum();
+        Rule::L(1).check(kept || over, || format!("the row of {} with {due_ms} ms is lost", row.cookie))?;
+    }
+    Ok(())
+}
+
+fn of(row: &CookieRow) -> CookieWindow {
+    CookieWindow { cookie: row.cookie.clone(), start: row.start }
 }
 
 /// What windows and grants gained is what leases were charged.
@@ -170,6 +227,9 @@ fn cover_settled(old: &Page, closed: &Closed, coverage: &mut Coverage) {
                 }
             }
         }
+    }
+    if closed.hold.cookie.is_some() && closed.charged_ms > 0 {
+        coverage.saw(Scenario::GuestCharged);
     }
     match closed.ending {
         Ending::Expired => coverage.saw(Scenario::Expired),

@@ -7,7 +7,7 @@ use spaceport_core::lease::{Command, Request};
 use spaceport_core::page::{Closed, Page};
 
 use super::{World, Write};
-use crate::agenda::Happening;
+use crate::agenda::{Asked, Happening};
 use crate::broker::Target;
 use crate::check;
 use crate::coverage::Scenario;
@@ -135,31 +135,64 @@ impl World {
 
     // === reads ===
 
-    pub(super) fn read(&mut self, number: u64, account: AccountName) {
+    pub(super) fn read(&mut self, number: u64, account: AccountName, node: Option<NodeName>) {
         let at = self.now + self.latency();
+        let Some(epoch) = self.state(number).map(|state| state.epoch) else { return };
         let target = self.brokers.get(&number).and_then(|broker| broker.targets.get(&account));
         let uid = target.map(|target| target.uid);
-        self.agenda.add(at, Happening::ReadArrives(number, account, uid));
+        self.agenda.add(at, Happening::ReadArrives(number, Asked { epoch, account, uid, node }));
     }
 
-    pub(super) fn read_arrives(&mut self, number: u64, account: AccountName, uid: Option<u64>) {
+    /// Reads the page for leases of a node that no known page holds, unless that is under way.
+    pub(super) fn confirm(&mut self, number: u64, account: AccountName, node: NodeName) {
+        let Some(broker) = self.brokers.get_mut(&number) else { return };
+        if broker.confirming.insert((account.clone(), node.clone())) {
+            self.read(number, account, Some(node));
+        }
+    }
+
+    pub(super) fn read_arrives(&mut self, number: u64, asked: Asked) {
         let Some(broker) = self.brokers.get(&number) else { return };
         if broker.cut_off_until > self.now {
             let at = broker.cut_off_until + self.random.between(1, 500);
-            return self.agenda.add(at, Happening::ReadArrives(number, account, uid));
+            return self.agenda.add(at, Happening::ReadArrives(number, asked));
         }
-        let object = self.store.objects.get(&account).cloned();
+        let object = self.store.objects.get(&asked.account).cloned();
         let at = self.now + self.latency();
-        self.agenda.add(at, Happening::ReadAnswered(number, account, uid, object));
+        self.agenda.add(at, Happening::ReadAnswered(number, asked, object));
     }
 
-    pub(super) fn read_answered(
-        &mut self,
-        number: u64,
-        account: AccountName,
-        uid: Option<u64>,
-        object: Option<Object>,
-    ) -> Checked {
+    pub(super) fn read_answered(&mut self, number: u64, asked: &Asked, object: Option<Object>) -> Checked {
+        // The tasks of a term end with it.
+        if self.state(number).is_none_or(|state| state.epoch != asked.epoch) {
+            return Ok(());
+        }
+        match &asked.node {
+            None => self.page_read(number, asked.account.clone(), asked.uid, object),
+            Some(node) => self.page_confirmed(number, asked.account.clone(), node.clone(), object),
+        }
+    }
+
+    fn page_confirmed(&mut self, number: u64, account: AccountName, node: NodeName, found: Option<Object>) -> Checked {
+        let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
+        broker.confirming.remove(&(account.clone(), node.clone()));
+        let known = broker.term.as_ref().and_then(|term| term.state.accounts.get(&account));
+        let known = known.map(|known| known.durable.seq);
+        if let Some(object) = &found {
+            if known.is_none() {
+                // The watch has not shown it.
+                self.show(number, account.clone(), object.clone())?;
+            } else if known <= Some(object.page.seq) {
+                broker.targets.insert(account.clone(), Target::of(object));
+            }
+        }
+        let page = found.map(|object| object.page);
+        let confirmed = page.as_ref().map(|page| Box::new(Page::clone(page)));
+        self.command(number, Command::PageConfirmed { account, node, page: confirmed })?;
+        page.map_or(Ok(()), |page| check::ledger::deposed(self, number, &page))
+    }
+
+    fn page_read(&mut self, number: u64, account: AccountName, uid: Option<u64>, object: Option<Object>) -> Checked {
         let Some(object) = object else { return self.gone_if(number, account, uid) };
         let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         // A watch may have been faster, also with the object after this one.

@@ -1,9 +1,9 @@
 //! Brokers: elections and terms, commands and what follows from them.
 
 use spaceport_core::ids::{Epoch, IdSeed, NodeName};
-use spaceport_core::lease::{Command, Effect, Order, Outcome, State, TermEnd, step};
+use spaceport_core::lease::{Command, Effect, Event, Order, Outcome, State, TermEnd, step};
 use spaceport_core::page::Page;
-use spaceport_core::protocol::{Denial, UnauthenticatedReason};
+use spaceport_core::protocol::{Denial, Limiter, UnauthenticatedReason};
 
 use super::World;
 use crate::agenda::Happening;
@@ -16,6 +16,8 @@ use crate::violation::{Checked, Rule};
 
 /// The ledger's own clock tick, as in the operator.
 const BROKER_TICK_MS: u64 = 500;
+/// Nodes that hear late of a new leader: meanwhile they take orders of the old one.
+const SLOW_DIAL_MAX_MS: u64 = 4_000;
 /// How often a broker compares its clock with the API server's.
 const CLOCK_READ_MS: u64 = 2_000;
 /// How far off a clock may be (L20), with the uncertainty of a `Date` in whole seconds.
@@ -32,7 +34,8 @@ impl World {
         self.agenda.add(self.now + BROKER_TICK_MS, Happening::BrokerTick(number));
         self.agenda.add(self.now + self.random.below(CLOCK_READ_MS), Happening::ClockRead(number));
         for node in self.agents.keys().cloned().collect::<Vec<_>>() {
-            let at = self.now + self.random.between(5, 500);
+            let within_ms = if self.now < self.slow_dials_until { SLOW_DIAL_MAX_MS } else { 500 };
+            let at = self.now + self.random.between(5, within_ms);
             self.agenda.add(at, Happening::Dial(node, number));
         }
     }
@@ -83,12 +86,17 @@ impl World {
     pub(super) fn take_over(&mut self, number: u64, epoch: Epoch) -> Checked {
         let Some(broker) = self.brokers.get_mut(&number) else { return Ok(()) };
         broker.begun = None;
+        broker.confirming.clear();
         let awaited = broker.awaited();
         let state = self.plan.broken.map_or_else(
             || State::new(epoch, awaited.clone()),
             |broken| broken.in_ledger(State::new(epoch, awaited.clone())),
         );
         broker.term = Some(Term::new(state, self.now, broker.stood_ms));
+        // What an old leader still writes is seen late.
+        if self.now < self.slow_dials_until && self.random.chance(500) {
+            broker.stalled_until = self.now + self.random.between(200, 5_000);
+        }
         let off_ms = broker.clock_off_ms;
         let accounts: Vec<_> = broker.accounts.keys().cloned().collect();
         let sessions: Vec<_> = broker.sessions.keys().cloned().collect();
@@ -96,6 +104,9 @@ impl World {
         self.command(number, Command::ClockJudged { off_ms })?;
         for node in awaited {
             self.configure(number, &node)?;
+        }
+        for (space, settings) in self.plan.chosen.clone() {
+            self.command(number, Command::SpaceSettings { space, settings })?;
         }
         for account in accounts {
             self.account_seen(number, &account)?;
@@ -145,6 +156,10 @@ impl World {
         }
         match up.command {
             Command::Request(request) => {
+                let epoch = broker.term.as_ref().map(|term| term.state.epoch);
+                if request.presented.is_some_and(|presented| Some(presented.epoch) < epoch) {
+                    self.coverage.saw(Scenario::PlacePresented);
+                }
                 let account = request.caller.as_ref().ok();
                 let known = |state: &State| account.is_none_or(|account| state.accounts.contains_key(account));
                 if broker.term.as_ref().is_some_and(|term| known(&term.state)) {
@@ -218,6 +233,7 @@ impl World {
             self.coverage.saw(Scenario::TwoLeaders);
         }
         self.commands += 1;
+        self.cover_strangers(&outcome);
         check::ledger::after(self, number, &outcome)?;
         check::calls::after(self, number, &outcome)?;
         let Outcome { events, effects, .. } = std::mem::take(&mut outcome);
@@ -233,11 +249,13 @@ impl World {
     fn carry_out(&mut self, number: u64, effect: Effect) -> Checked {
         match effect {
             Effect::Write { account, page } => self.write(number, account, Page::clone(&page))?,
-            Effect::Read { account } => self.read(number, account),
+            Effect::Read { account } => self.read(number, account, None),
+            Effect::Confirm { account, node } => self.confirm(number, account, node),
             Effect::Receipt { account, closed } => self.receipt(number, account, closed)?,
             Effect::Start(order) => self.order(number, order)?,
-            Effect::Cancel { node, lease, .. } => {
+            Effect::Cancel { node, lease, reason } => {
                 let Some(state) = self.state(number) else { return Ok(()) };
+                check::nodes::killed(self, state.epoch, &lease, reason)?;
                 let (epoch, order_ttl_ms) = (state.epoch, state.settings(&node).limits.order_ttl_ms);
                 self.send_to(number, &node, |session| ToAgent::Cancel {
                     epoch,
@@ -247,12 +265,7 @@ impl World {
                 });
             }
             Effect::Acknowledge { node, lease, ended, freed } => {
-                let late = self.store.late_holds.contains(&lease);
                 let early = ended && self.store.is_held(&lease);
-                if early && late {
-                    self.coverage.saw(Scenario::LateHoldKilled);
-                }
-                let early = early && !late;
                 Rule::Invariant(2).check(!early, || format!("{lease} is acknowledged before it is settled"))?;
                 self.send_to(number, &node, |_| ToAgent::Acknowledge(lease, ended, freed));
             }
@@ -266,11 +279,27 @@ impl World {
             Effect::Queue(place) => {
                 let waited = if place.concurrency { Scenario::WaitedForAccount } else { Scenario::Waited };
                 self.coverage.saw(waited);
-                check::calls::queued(self, &place);
+                check::calls::queued(self, number, &place)?;
+                let node = place.node.clone();
+                let session = self.brokers.get(&number).and_then(|broker| broker.sessions.get(&node));
+                if session.is_some_and(|session| *session.instance == *place.ticket.agent_instance) {
+                    self.send_to(number, &node, |_| ToAgent::Queued(place));
+                }
             }
             Effect::EndTerm(end) => self.term_ended(number, end)?,
         }
         Ok(())
+    }
+
+    fn cover_strangers(&mut self, outcome: &Outcome) {
+        let judged = outcome.events.iter().filter_map(|event| match event {
+            Event::StrangerJudged { lease } => Some(lease),
+            _ => None,
+        });
+        for lease in judged {
+            let held = self.store.late_holds.contains(lease) && self.store.is_held(lease);
+            self.coverage.saw(if held { Scenario::LateHoldFound } else { Scenario::Stranger });
+        }
     }
 
     fn order(&mut self, number: u64, order: Box<Order>) -> Checked {
@@ -315,6 +344,11 @@ impl World {
     fn cover_denial(&mut self, denial: &Denial) {
         self.coverage.saw(Scenario::Denied);
         self.coverage.saw(match denial {
+            Denial::QuotaExceeded { limiter: Limiter::Cookie, .. }
+            | Denial::PendingOverquota { limiter: Limiter::Cookie, .. }
+            | Denial::TooManyGuests { .. } => Scenario::DeniedCookie,
+            Denial::QuotaExceeded { limiter: Limiter::AddressPrefix, .. }
+            | Denial::PendingOverquota { limiter: Limiter::AddressPrefix, .. } => Scenario::DeniedPrefix,
             Denial::QuotaExceeded { .. } => Scenario::DeniedQuota,
             Denial::PendingOverquota { .. } => Scenario::DeniedPending,
             Denial::RunsExceeded { .. } => Scenario::DeniedRuns,

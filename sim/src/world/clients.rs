@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::{LeaseId, NodeName, Size, Ticket};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Size, Ticket};
 use spaceport_core::lease::{Budget, EndReport, FreedAs, Request};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::UnauthenticatedReason;
@@ -17,6 +17,8 @@ use crate::weather::FaultKind;
 
 /// How often a client makes a call again that was not served.
 const RETRIES_MAX: u32 = 2;
+/// Visitors of an address prefix.
+const VISITORS: u64 = 5;
 /// `/allow` this near to the limit is a race.
 const RACE_MS: u64 = 20;
 
@@ -118,8 +120,10 @@ impl World {
             1 => 100_000,
             _ => self.random.between(500, self.plan.declared_max_ms),
         };
+        let is_guest = caller.as_ref().is_ok_and(AccountName::is_guests);
+        let cookie = is_guest.then(|| CookieId::new(format!("c{}", self.random.below(VISITORS))));
         let ticket = Ticket { agent_instance: "".into(), number: 0 };
-        let request = Request { ticket, node, space, size, declared_ms, caller, budget };
+        let request = Request { cookie, ticket, node, space, size, declared_ms, caller, budget, presented: None };
         self.ask(request, 0);
     }
 

@@ -120,6 +120,9 @@ impl World {
             }
         }
         self.hold_up_writes(self.elected);
+        if self.random.chance(500) {
+            self.slow_dials_until = self.now + 5_000;
+        }
         self.agenda.add(self.now, Happening::Elected);
     }
 
@@ -176,7 +179,6 @@ impl World {
         let Some(node) = self.awake_node() else { return };
         let until = self.now + self.random.between(1_000, 40_000);
         self.asleep.insert(node.clone(), until);
-        self.slept.insert(node.clone());
         self.agenda.add(until, Happening::Limit(node.clone()));
         let links: Vec<LinkId> = self.links.iter().filter(|(_, link)| link.node == node).map(|(id, _)| *id).collect();
         for link in links {
@@ -265,6 +267,8 @@ impl World {
                 allowance.grants.pop();
             }
         }
+        let highest_ms = self.store.highest_base_ms.entry(name.clone()).or_default();
+        *highest_ms = (*highest_ms).max(policy.allowance.base_ms);
         for number in self.brokers.keys().copied().collect::<Vec<_>>() {
             let at = self.now + self.random.between(1, 500);
             self.agenda.add(at, Happening::PolicyShown(number, name.clone()));

@@ -105,10 +105,10 @@ pub struct World {
     pub(crate) ids: u128,
     /// Page writes take long until then.
     pub(crate) slow_until: u64,
+    /// Nodes hear late of a leader that is elected before then.
+    pub(crate) slow_dials_until: u64,
     /// Nodes that stand still, and until when.
     pub(crate) asleep: BTreeMap<NodeName, u64>,
-    /// Nodes that ever stood still.
-    pub(crate) slept: BTreeSet<NodeName>,
     /// Node and broker (None: all) that do not reach each other, until when.
     pub(crate) partitions: Vec<(NodeName, Option<u64>, u64)>,
     /// Clients.
@@ -158,8 +158,8 @@ impl World {
             next_write: 1,
             ids: u128::from(plan.seed) << 64,
             slow_until: 0,
+            slow_dials_until: 0,
             asleep: BTreeMap::new(),
-            slept: BTreeSet::new(),
             partitions: Vec::new(),
             clients: Clients::default(),
             lost_rows: BTreeSet::new(),
@@ -266,10 +266,8 @@ impl World {
             Happening::WriteArrives(write) => self.write_arrives(write)?,
             Happening::WriteAnswered(write) => self.write_answered(write)?,
             Happening::WriteTimesOut(write) => self.write_times_out(write)?,
-            Happening::ReadArrives(broker, account, uid) => self.read_arrives(broker, account, uid),
-            Happening::ReadAnswered(broker, account, uid, object) => {
-                self.read_answered(broker, account, uid, object)?
-            }
+            Happening::ReadArrives(broker, asked) => self.read_arrives(broker, asked),
+            Happening::ReadAnswered(broker, asked, object) => self.read_answered(broker, &asked, object)?,
             Happening::FirstSeen(broker, request) => self.first_seen(broker, *request)?,
             Happening::ReceiptArrives(broker, account, closed) => self.receipt_arrives(broker, account, closed)?,
             Happening::ReceiptWritten(broker, account, lease) => self.receipt_written(broker, account, lease)?,

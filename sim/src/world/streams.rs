@@ -104,7 +104,7 @@ impl World {
             link.welcomed = true;
             let epoch = *epoch;
             agent.expire(now);
-            if agent.welcome(id, epoch) {
+            if agent.welcome(id, epoch, now) {
                 let seen = self.seen_nodes.epochs.entry(node.clone()).or_default();
                 *seen = epoch.max(*seen);
                 if agent.leases.keys().any(|lease| agent.is_live(lease)) {
@@ -260,7 +260,10 @@ impl World {
                 }
                 self.clients.leases.insert(lease, ticket);
             }
-            Notice::Began(lease) => self.began(node, &lease),
+            Notice::Began(lease) => {
+                check::nodes::began(self, &lease)?;
+                self.began(node, &lease);
+            }
             Notice::Ended(lease, report) => self.ended(node, lease, report),
             Notice::RefusedAge(_) => self.coverage.saw(Scenario::StalledOrder),
             Notice::RefusedEpoch(_) => self.coverage.saw(Scenario::OldEpochOrder),
@@ -279,6 +282,7 @@ impl World {
                     format!("{node} was ordered {lease} and has no room for it, in a calm world")
                 })?;
             }
+            Notice::WaitedTooLong(_) => self.coverage.saw(Scenario::WaitedTooLong),
             Notice::CallerGone(_) => self.coverage.saw(Scenario::Nack),
             Notice::Refused(ticket) => self.answered(&ticket, 100),
             Notice::GaveUp(ticket) => self.answered(&ticket, 500),

@@ -54,7 +54,7 @@ pub fn ensure(workspace: &Workspace) -> Result<()> {
             "kubelet".into(),
             format!("--config={}", workspace.short_text("kubelet.yaml")),
             format!("--kubeconfig={}", workspace.short_text("kubelet.kubeconfig")),
-            format!("--root-dir={}", workspace.short_text("kubelet")),
+            format!("--root-dir={}", kubelet_root(workspace)),
             format!("--cert-dir={}", workspace.short_text("kubelet-pki")),
             format!("--hostname-override={NODE}"),
             format!("--node-ip={BRIDGE_ADDRESS}"),
@@ -230,7 +230,13 @@ fn proxy_config(workspace: &Workspace) -> serde_json::Value {
     })
 }
 
-/// kubelet's root folder, which its sockets lie in.
+/// Longest path of kubelet's root folder, bytes: a socket's path has 107, and kubelet adds 40.
+const KUBELET_ROOT_MAX: usize = 64;
+
+/// kubelet's root folder, which its sockets lie in: its real path where that is short enough. kubelet looks for the folder in the
+/// mount table, where no link is; through a link it would mount the folder upon itself at each start, and so double every
+/// mount below it.
 pub fn kubelet_root(workspace: &Workspace) -> String {
-    workspace.short_text("kubelet")
+    let real = workspace.local.join("kubelet").display().to_string();
+    if real.len() <= KUBELET_ROOT_MAX { real } else { workspace.short_text("kubelet") }
 }

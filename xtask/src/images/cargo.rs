@@ -71,20 +71,23 @@ fn cargo(workspace: &Workspace) -> Command {
 
 /// Runs cargo, whose diagnostics go to the terminal, and picks the file from its messages.
 fn built(cargo: &mut Command, pick: impl Fn(&Value) -> Option<&str>) -> Result<PathBuf> {
+    artifacts(cargo)?
+        .iter()
+        .find_map(|artifact| pick(artifact).map(PathBuf::from))
+        .context("cargo built nothing of that name")
+}
+
+/// Runs cargo with `--message-format=json-render-diagnostics`, and gives what it has built as its messages tell it.
+pub fn artifacts(cargo: &mut Command) -> Result<Vec<Value>> {
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     if !output.status.success() {
         bail!("cargo failed ({})", output.status);
     }
     let messages = String::from_utf8(output.stdout).context("cargo's messages are not text")?;
-    for line in messages.lines() {
-        let message: Value = serde_json::from_str(line).context("a message of cargo is not JSON")?;
-        if message["reason"] == "compiler-artifact"
-            && let Some(path) = pick(&message)
-        {
-            return Ok(PathBuf::from(path));
-        }
-    }
-    bail!("cargo built nothing of that name")
+    let parsed: Result<Vec<Value>, _> = messages.lines().map(serde_json::from_str).collect();
+    let mut parsed = parsed.context("a message of cargo is not JSON")?;
+    parsed.retain(|message| message["reason"] == "compiler-artifact");
+    Ok(parsed)
 }
 
 /// Whether an ELF file of 64 bits names a dynamic loader (a program header of type PT_INTERP).

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use serde_json::Value;
 
-use super::super::{DurationLimit, QueueOf, UnauthenticatedReason};
+use super::super::{DurationLimit, LegalDurations, Limiter, QueueOf, UnauthenticatedReason};
 use super::*;
 use crate::ids::Size;
 
@@ -86,6 +86,7 @@ fn quota(left_ms: u64, resets_in_ms: u64) -> Denial {
         limit_ms: 60_000,
         resets_in_ms,
         largest_declared_ms: left_ms,
+        limiter: Limiter::Account,
     }
 }
 
@@ -99,11 +100,12 @@ fn pending(left_ms: u64, frees_in_ms: u64) -> Denial {
         limit_ms: 120_000,
         frees_in_ms,
         largest_declared_ms: left_ms / 2,
+        limiter: Limiter::AddressPrefix,
     }
 }
 
 fn illegal(what: DurationLimit) -> Denial {
-    Denial::IllegalDuration { declared_ms: 300_000, limit_ms: 120_000, what }
+    Denial::IllegalDuration { declared_ms: 300_000, limit_ms: 120_000, what, legal: None }
 }
 
 #[test]
@@ -119,11 +121,17 @@ fn every_row_of_the_table() {
             M::Quota { left: 18_446_744_073_709_551, wait_seconds: 31_622_400 },
         ),
         (pending(1, 1), 429, Some("pending-overquota-exceeded"), M::PendingCredits),
+        (
+            Denial::TooManyGuests { limit: 64, frees_in_ms: 1_500 },
+            429,
+            Some("quota-exceeded"),
+            M::Quota { left: 0, wait_seconds: 2 },
+        ),
         (Denial::RunsExceeded { limit: 20, resets_in_ms: 7_000 }, 429, Some("runs-exceeded"), M::RunsLimit),
         (illegal(DurationLimit::LongestCall), 429, Some("illegal-duration"), M::IllegalDuration),
         (illegal(DurationLimit::WholeQuota), 429, Some("illegal-duration"), M::IllegalDuration),
         (illegal(DurationLimit::Zero), 429, Some("illegal-duration"), M::IllegalDuration),
-        (Denial::ConcurrencyExceeded { limit: 2 }, 503, None, M::NoGpu),
+        (Denial::ConcurrencyExceeded { limit: 2, of: QueueOf::Account }, 503, None, M::NoGpu),
         (Denial::NoCapacity { size: Size::Xlarge }, 503, None, M::NoGpu),
         (Denial::QueueFull { bound: 64, of: QueueOf::Space }, 503, None, M::NoGpu),
         (Denial::Unauthenticated { reason: UnauthenticatedReason::Expired }, 401, None, M::ExpiredToken),
@@ -140,6 +148,78 @@ fn every_row_of_the_table() {
         let body: Value = serde_json::from_slice(&answer.body).unwrap();
         assert_eq!(body["reason"], denial.kind());
         assert_eq!(body["detail"], human_message(&denial));
+    }
+}
+
+/// Requirement A9: each kind has a name, a row and a message of its own, and the message has its numbers. A new kind does not
+/// compile without a line here.
+#[test]
+fn no_kind_of_refusal_stands_in_for_another() {
+    const fn is_listed(denial: &Denial) -> bool {
+        match denial {
+            Denial::QuotaExceeded { .. }
+            | Denial::PendingOverquota { .. }
+            | Denial::TooManyGuests { .. }
+            | Denial::RunsExceeded { .. }
+            | Denial::IllegalDuration { .. }
+            | Denial::ConcurrencyExceeded { .. }
+            | Denial::NoCapacity { .. }
+            | Denial::QueueFull { .. }
+            | Denial::Unauthenticated { .. }
+            | Denial::AccountDeleting
+            | Denial::ClockSkew { .. }
+            | Denial::BrokerUnavailable
+            | Denial::PlatformFault => true,
+        }
+    }
+    let legal = LegalDurations { tier: "free".to_owned(), size: Size::Large, large_ms: 120_000, xlarge_ms: 119_000 };
+    let illegal = Denial::IllegalDuration {
+        declared_ms: 300_000,
+        limit_ms: 120_000,
+        what: DurationLimit::LongestCall,
+        legal: Some(Box::new(legal)),
+    };
+    // Kind, what the client is told, and the numbers that a person has to find.
+    let rows: [(Denial, u16, Option<&str>, &[&str]); 13] = [
+        (quota(44_000, 89_000), 429, Some("quota-exceeded"), &["50 s", "weight 1", "44 s", "60 s", "89 s"]),
+        (
+            pending(1_000, 5_000),
+            429,
+            Some("pending-overquota-exceeded"),
+            &["60 s", "weight 2", "1 s", "120 s", "5 s", "behind this address"],
+        ),
+        (Denial::TooManyGuests { limit: 64, frees_in_ms: 90_000 }, 429, Some("quota-exceeded"), &["64", "90 s"]),
+        (Denial::RunsExceeded { limit: 20, resets_in_ms: 7_000 }, 429, Some("runs-exceeded"), &["20", "7 s"]),
+        (illegal, 429, Some("illegal-duration"), &["300 s", "large", "free", "120 s of large", "119 s of xlarge"]),
+        (Denial::ConcurrencyExceeded { limit: 2, of: QueueOf::Space }, 503, None, &["Space", "2"]),
+        (Denial::NoCapacity { size: Size::Xlarge }, 503, None, &["xlarge"]),
+        (Denial::QueueFull { bound: 16, of: QueueOf::Account }, 503, None, &["account", "16"]),
+        (Denial::Unauthenticated { reason: UnauthenticatedReason::Expired }, 401, None, &["expired"]),
+        (Denial::AccountDeleting, 503, None, &["deleted"]),
+        (Denial::ClockSkew { ms: 6_500 }, 503, None, &["6.5 s"]),
+        (Denial::BrokerUnavailable, 503, None, &["broker"]),
+        (Denial::PlatformFault, 503, None, &["nothing was charged"]),
+    ];
+    let (mut kinds, mut messages) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    for (denial, status, result, numbers) in rows {
+        assert!(is_listed(&denial) && kinds.insert(denial.kind()), "{} is there twice", denial.kind());
+        let message = human_message(&denial);
+        for number in numbers {
+            assert!(message.contains(number), "{number} is not in {message:?}");
+        }
+        assert!(messages.insert(message));
+        let answer = wire(&denial, CallerClass::Guest);
+        let found = answer.headers.iter().find(|(name, _)| *name == "X-Approve-Result").map(|(_, value)| &**value);
+        assert_eq!((answer.status, found), (status, result), "{denial:?}");
+        let body: Value = serde_json::from_slice(&answer.body).unwrap();
+        let wait = body["wait"].as_i64();
+        let expected = match &denial {
+            Denial::RunsExceeded { .. } => wait == Some(0),
+            Denial::IllegalDuration { .. } => wait < Some(0),
+            _ if status == 429 => wait >= Some(1),
+            _ => wait.is_none(),
+        };
+        assert!(expected, "{denial:?} waits {wait:?}");
     }
 }
 
@@ -235,14 +315,20 @@ fn any_denial() -> impl Strategy<Value = Denial> {
     prop_oneof![
         (number(), number()).prop_map(|(left, resets)| quota(left, resets)),
         (number(), number()).prop_map(|(left, frees)| pending(left, frees)),
+        (number(), number()).prop_map(|(limit, frees_in_ms)| Denial::TooManyGuests { limit, frees_in_ms }),
         (number(), number()).prop_map(|(limit, resets_in_ms)| Denial::RunsExceeded { limit, resets_in_ms }),
         (
             number(),
             number(),
             prop::sample::select(vec![DurationLimit::LongestCall, DurationLimit::WholeQuota, DurationLimit::Zero])
         )
-            .prop_map(|(declared_ms, limit_ms, what)| Denial::IllegalDuration { declared_ms, limit_ms, what }),
-        number().prop_map(|limit| Denial::ConcurrencyExceeded { limit }),
+            .prop_map(|(declared_ms, limit_ms, what)| Denial::IllegalDuration {
+                declared_ms,
+                limit_ms,
+                what,
+                legal: None
+            }),
+        number().prop_map(|limit| Denial::ConcurrencyExceeded { limit, of: QueueOf::Space }),
         Just(Denial::NoCapacity { size: Size::Large }),
         (number(), prop::sample::select(vec![QueueOf::Pool, QueueOf::Space, QueueOf::Account, QueueOf::Pod]))
             .prop_map(|(bound, of)| Denial::QueueFull { bound, of }),
@@ -253,6 +339,7 @@ fn any_denial() -> impl Strategy<Value = Denial> {
             UnauthenticatedReason::Expired,
             UnauthenticatedReason::WrongAudience,
             UnauthenticatedReason::UnknownAccount,
+            UnauthenticatedReason::IdentityConflict,
             UnauthenticatedReason::Exhausted,
         ])
         .prop_map(|reason| Denial::Unauthenticated { reason }),
@@ -280,7 +367,11 @@ proptest! {
                     && wait_seconds >= 1
                     && wait_seconds.unsigned_abs() == resets_in_ms.div_ceil(1000).clamp(1, WAIT_MAX_SECONDS)
             }
-            (Denial::QuotaExceeded { .. } | Denial::RunsExceeded { .. }, Message::AppLimit) => !has_token,
+            (Denial::TooManyGuests { .. }, Message::Quota { left: 0, wait_seconds }) => has_token && wait_seconds >= 1,
+            (
+                Denial::QuotaExceeded { .. } | Denial::RunsExceeded { .. } | Denial::TooManyGuests { .. },
+                Message::AppLimit,
+            ) => !has_token,
             (Denial::RunsExceeded { .. }, Message::RunsLimit) => has_token,
             (Denial::PendingOverquota { .. }, Message::PendingCredits)
             | (Denial::IllegalDuration { .. }, Message::IllegalDuration)

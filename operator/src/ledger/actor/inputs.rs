@@ -1,6 +1,6 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
-use spaceport_core::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_proto::nodelink as proto;
@@ -10,13 +10,14 @@ use tracing::{error, info, warn};
 
 use super::Actor;
 use crate::clock;
+use crate::fault::Place;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages};
 use crate::ledger::policy;
 use crate::ledger::ports::Input;
 use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::records::Report;
-use crate::ledger::seen::AccountSeen;
+use crate::ledger::seen::{AccountSeen, SpaceSeen};
 use crate::ledger::watches::StoreEvent;
 use crate::node_link::NodeEvent;
 
@@ -29,12 +30,20 @@ const FIRST_ACCOUNTS_MAX: usize = 256;
 /// admins change by hand.
 const SHOWN_PER_TICK: usize = 16;
 
+/// Who pays for a call.
+struct Paying {
+    caller: Result<AccountName, UnauthenticatedReason>,
+    cookie: Option<CookieId>,
+    budget: Option<Budget>,
+}
+
 impl<P: Pages> Actor<P> {
     pub(super) fn input(&mut self, input: Input) {
         match input {
             Input::Store(event) => self.store_event(event),
             Input::Node(event) => self.node_event(event),
             Input::Receipt(ReceiptEvent::Written { account, lease }) => {
+                Place::ReceiptWritten.reached();
                 self.command(Command::ReceiptWritten { account, lease });
             }
         }
@@ -51,6 +60,7 @@ impl<P: Pages> Actor<P> {
         self.end_messages.retain(|lease, _| leases.contains_key(lease));
         let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
         self.metrics.set_nodes_without_pool(without_pool);
+        self.metrics.set_leases_in_doubt(self.state.strangers.len());
         for node in self.state.nodes.keys() {
             self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
         }
@@ -91,7 +101,15 @@ impl<P: Pages> Actor<P> {
         let concerned = self.known.concerned(&event);
         let pools = matches!(event, StoreEvent::Pool(_) | StoreEvent::PoolGone { .. });
         let moved = self.known.moved(&event);
+        let space = match &event {
+            StoreEvent::Space(SpaceSeen { uid, .. }) | StoreEvent::SpaceGone { uid } => Some(uid.clone()),
+            _ => None,
+        };
         self.known.store(event);
+        if let Some(space) = space {
+            let settings = self.known.spaces.get(&space).copied().unwrap_or_default();
+            self.command(Command::SpaceSettings { space, settings });
+        }
         for account in concerned {
             self.account_seen(&account);
         }
@@ -170,7 +188,10 @@ impl<P: Pages> Actor<P> {
 
     fn message(&mut self, node: &NodeName, message: Incoming) {
         match message {
-            Incoming::Request(request) => self.request(node, request),
+            Incoming::Request(request) => {
+                Place::RequestReceived.reached();
+                self.request(node, request);
+            }
             Incoming::Dequeue(dequeue) => {
                 if let Some(ticket) = self.known.ticket(node, dequeue.ticket) {
                     for calls in self.first_calls.values_mut() {
@@ -205,6 +226,7 @@ impl<P: Pages> Actor<P> {
             }
             Incoming::Running(running) => (&running.lease, &running.boundaries, Report::Running),
             Incoming::Ended(ended) => {
+                Place::EndReceived.reached();
                 let lease = LeaseId::new(&ended.lease);
                 if !ended.message.is_empty() && self.state.leases.contains_key(&lease) {
                     self.end_messages.insert(lease, ended.message.clone());
@@ -239,15 +261,17 @@ impl<P: Pages> Actor<P> {
         let Some(ticket) = self.known.ticket(node, request.ticket) else { return };
         // Where the decorator names no size it is `large`.
         let size = node_messages::size(request.size()).unwrap_or(Size::Large);
+        let presented = node_messages::presented(&request);
         let Some(pod) = request.pod else {
             error!(%node, "A request without its pod");
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
         let space = SpaceKey::new(pod.namespace, pod.space, pod.space_uid);
-        let (caller, budget) = self.caller(&request.token, &space);
+        let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
-        let request = Request { ticket, node: node.clone(), space, size, declared_ms, caller, budget };
+        let request =
+            Request { ticket, node: node.clone(), space, size, declared_ms, caller, cookie, budget, presented };
         match &request.caller {
             Ok(account) if !self.state.accounts.contains_key(account) => self.first_call(account.clone(), request),
             _ => self.command(Command::Request(Box::new(request))),
@@ -255,9 +279,9 @@ impl<P: Pages> Actor<P> {
     }
 
     /// Who pays: the token's account, or without a token the Space's own.
-    fn caller(&self, token: &str, space: &SpaceKey) -> (Result<AccountName, UnauthenticatedReason>, Option<Budget>) {
+    fn caller(&self, token: &str, space: &SpaceKey) -> Paying {
         if token.is_empty() {
-            return (Ok(AccountName::of_space(&space.uid)), None);
+            return Paying { caller: Ok(AccountName::of_space(&space.uid)), cookie: None, budget: None };
         }
         match self.verifier.verify(token, &space.uid, clock::wall()) {
             Ok(caller) => {
@@ -267,20 +291,20 @@ impl<P: Pages> Actor<P> {
                     max_calls: caller.max_calls,
                     expires: LedgerTime(caller.expires.as_millisecond()),
                 };
-                (Ok(caller.account), Some(budget))
+                Paying { caller: Ok(caller.account), cookie: caller.cookie, budget: Some(budget) }
             }
-            Err(reason) => (Err(reason), None),
+            Err(reason) => Paying { caller: Err(reason), cookie: None, budget: None },
         }
     }
 
-    /// A call whose account is not known here. The Space's own is made with its first call (L4); that of a token was made
-    /// by whoever minted it, and may be newer than what our watch has shown.
+    /// A call whose account is not known here. The Space's own and guest pages are made with their first call (L4); that of
+    /// a user's token was made by whoever minted it, and may be newer than what our watch has shown.
     fn first_call(&mut self, account: AccountName, request: Request) {
         let full = self.first_calls.len() >= FIRST_ACCOUNTS_MAX;
         match self.first_calls.get_mut(&account) {
             Some(calls) if calls.len() < FIRST_CALLS_MAX => calls.push(request),
             None if !full => {
-                let make = request.budget.is_none();
+                let make = request.budget.is_none() || request.cookie.is_some();
                 self.first_calls.insert(account.clone(), vec![request]);
                 self.tasks.spawn(pages::first_see(self.store.clone(), account, make));
             }
@@ -299,7 +323,7 @@ impl<P: Pages> Actor<P> {
                 return;
             }
             Ok(Some(seen)) if !self.state.accounts.contains_key(&account) => {
-                self.known.accounts.insert(account.clone(), *seen);
+                self.known.take_account(*seen);
                 self.account_seen(&account);
             }
             // The watch was faster; or there is none, which is for the ledger to say.

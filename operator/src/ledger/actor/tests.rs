@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::identity::KeySet;
 use crate::kubeapi::ApiError;
+use crate::ledger::durations::Durations;
 use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::seen::{TermSeen, TierSeen};
 use crate::ledger::store::CreateError;
@@ -22,6 +23,7 @@ use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
 mod cards;
+mod places;
 mod pools;
 
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
@@ -151,6 +153,7 @@ fn tier() -> TierSeen {
         created: Timestamp::UNIX_EPOCH,
         base_ms: 60_000,
         longest_call_ms: 50_000,
+        address_prefix_ms: None,
         concurrent_leases: 2,
         runs_per_window: None,
         extendable: false,
@@ -167,6 +170,7 @@ struct Story {
     inputs: mpsc::Sender<Input>,
     receipts: Receipts,
     metrics: Metrics,
+    leading: watch::Sender<bool>,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
     from_broker: mpsc::Receiver<Result<proto::BrokerMessage, tonic::Status>>,
@@ -179,29 +183,36 @@ impl Story {
         let above = memory.0.lock().unwrap().epoch;
         let (inputs, receiver) = mpsc::channel(64);
         let (_, keys) = watch::channel(Arc::new(KeySet::default()));
+        let (leading, leads) = watch::channel(true);
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
         let parts = ActorParts {
             inputs: receiver,
-            leading: watch::channel(true).1,
+            leading: leads,
             store: memory.clone(),
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
+            durations: Durations::default(),
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story = Self { memory, inputs, receipts, metrics, broker, stop, from_broker, session: 0 };
+        let story = Self { memory, inputs, receipts, metrics, leading, broker, stop, from_broker, session: 0 };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
-        let accounts = story.memory.0.lock().unwrap().accounts.clone();
-        for (name, (revision, page)) in accounts {
-            story.store(StoreEvent::Account(Box::new(Memory::seen(&name, revision, &page)))).await;
-        }
+        story.see_pages().await;
         for watched in Watched::ALL {
             story.store(StoreEvent::Listed(watched)).await;
         }
         story.see_term(above).await;
         story
+    }
+
+    /// Our watch shows every page.
+    async fn see_pages(&self) {
+        let accounts = self.memory.0.lock().unwrap().accounts.clone();
+        for (name, (revision, page)) in accounts {
+            self.store(StoreEvent::Account(Box::new(Memory::seen(&name, revision, &page)))).await;
+        }
     }
 
     /// A term above `above` begins, and our watch shows its page.
@@ -274,6 +285,7 @@ impl Story {
             size: proto::Size::Large.into(),
             declared_ms,
             token: token.to_owned(),
+            ..proto::Request::default()
         };
         self.say(7, Incoming::Request(request)).await;
     }
@@ -478,6 +490,40 @@ async fn a_later_term_of_another_ends_the_broker() {
     story.store(StoreEvent::Term(TermSeen { epoch: Epoch(9), write_id: "theirs".to_owned() })).await;
     let over = tokio::time::timeout(LIMIT, story.broker).await.unwrap().unwrap();
     assert!(matches!(over, Err(TermOver::Deposed { by: Epoch(9) })));
+}
+
+#[tokio::test]
+async fn a_leader_that_steps_down_grants_nothing_and_leads_again_in_a_later_term() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    let runs = story.order().await;
+    assert_eq!(runs.epoch, 1);
+    let followed = LeaseId::new(&runs.lease);
+    wait_for(|| story.receipts.latest(&followed)).await;
+
+    // The API server was away for too long. The link ends its sessions with the term.
+    story.leading.send_replace(false);
+    wait_for(|| Some(()).filter(|()| story.receipts.latest(&followed).is_none())).await;
+    story.connect(1).await;
+    assert_eq!(story.memory.0.lock().unwrap().epoch, 1, "who does not lead begins no term");
+
+    story.see_pages().await;
+    story.leading.send_replace(true);
+    story.see_term(1).await;
+    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: 2 }));
+    let lease = proto::NodeLease {
+        lease: runs.lease.clone(),
+        phase: proto::LeasePhase::Running.into(),
+        size: proto::Size::Large.into(),
+        running_ms: 100,
+        ..proto::NodeLease::default()
+    };
+    story.joined(2, vec![lease]).await;
+    story.end_lease(&runs.lease, 2_000).await;
+    let page = story.memory.page(SPACE);
+    assert_eq!((page.epoch, page.holds.len(), page.windows[0].charged_ms), (Epoch(2), 0, 2_000));
+    story.stop().await;
 }
 
 #[tokio::test]

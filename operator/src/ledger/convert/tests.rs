@@ -26,8 +26,16 @@ prop_compose! {
         after in prop::option::of("[0-9a-z]{26}"),
         generation in any::<i64>(),
         via in "[a-z]{0,9}",
+        shortened in prop::option::of((AMOUNT, any::<bool>()).prop_map(|(declared_ms, learned)| Shortened {
+            declared_ms,
+            by: if learned { ShortenedBy::LearnedDuration } else { ShortenedBy::RemainingQuota },
+        })),
+        cookie in prop::option::of(("[a-f0-9]{1,64}", ledger_time())
+            .prop_map(|(cookie, start)| CookieWindow { cookie: CookieId::new(cookie), start })),
     ) -> Hold {
         Hold {
+            cookie,
+            shortened,
             lease: LeaseId::new(lease),
             space: SpaceKey::new(namespace, name, uid),
             parts,
@@ -60,6 +68,7 @@ prop_compose! {
 prop_compose! {
     fn page()(
         windows in prop::collection::vec((ledger_time(), AMOUNT, AMOUNT, AMOUNT, any::<i64>()), 0..=WINDOWS_MAX),
+        cookies in prop::collection::vec(("[a-f0-9]{1,64}", ledger_time(), AMOUNT, AMOUNT, AMOUNT), 0..4),
         holds in prop::collection::vec(hold(), 0..5),
         grants in prop::collection::vec(("[a-f0-9-]{1,36}", AMOUNT, ledger_time(), AMOUNT), 0..4),
         closed in prop::collection::vec(closed(), 0..4),
@@ -70,6 +79,7 @@ prop_compose! {
     ) -> Page {
         Page {
             windows: windows.into_iter().map(|(start, base_ms, charged_ms, runs, generation)| Window { start, base_ms, charged_ms, runs, generation }).collect(),
+            cookies: cookies.into_iter().map(|(cookie, start, base_ms, charged_ms, runs)| CookieRow { cookie: CookieId::new(cookie), start, base_ms, charged_ms, runs, generation: 3 }).collect(),
             holds: holds.into_iter().map(Arc::new).collect(),
             grants: grants.into_iter().map(|(uid, ms, expires, used_ms)| GrantRow { uid, ms, expires, used_ms }).collect(),
             closed,
@@ -110,6 +120,8 @@ fn stored() -> crds::GPUAccountStatus {
         after: None,
         generation: 1,
         via: String::new(),
+        cookie: None,
+        shortened: None,
     };
     crds::GPUAccountStatus { seq: 1, epoch: 1, holds: vec![hold], ..crds::GPUAccountStatus::default() }
 }
@@ -118,7 +130,9 @@ fn stored() -> crds::GPUAccountStatus {
 fn one_wrong_field_gives_no_page() {
     assert!(page_of(&stored()).is_ok());
     type BreakIt = fn(&mut crds::GPUAccountStatus);
-    let broken: [(&str, BreakIt); 7] = [
+    let broken: [(&str, BreakIt); 9] = [
+        ("unknown reason", |status| status.holds[0].shortened = Some(crds::Shortened::default())),
+        ("too many cookies", |status| status.cookies = vec![crds::CookieRow::default(); COOKIES_MAX + 1]),
         ("negative seq", |status| status.seq = -1),
         ("negative epoch", |status| status.epoch = -1),
         ("negative part", |status| status.holds[0].parts[0].milliseconds = -5),
@@ -154,6 +168,7 @@ fn denial_is_shown_with_its_numbers_and_kept_until_the_next() {
             limit_ms: 60_000,
             resets_in_ms: 1000,
             largest_declared_ms: 45_000,
+            limiter: Limiter::AddressPrefix,
         },
         space: SpaceKey::new("demo", "hello", "u"),
         at: LedgerTime(1_800_000_000_000),
@@ -165,12 +180,33 @@ fn denial_is_shown_with_its_numbers_and_kept_until_the_next() {
         (denial.kind.as_str(), denial.needed_milliseconds, denial.left_milliseconds),
         ("QuotaExceeded", 50_000, 45_000)
     );
+    assert_eq!(denial.limiter, "AddressPrefix");
     assert_eq!(denial.resets_at, Timestamp::from_millisecond(1_800_000_001_000).ok().map(Time));
     assert_eq!(denial.space, "demo/hello");
     let read = page_of(&first).unwrap();
     assert_eq!(read.last_denial, None);
     let second = status_of(&read, Display::default(), Some(&KeptFields::of(&first))).unwrap();
     assert_eq!(second.last_denial, Some(denial), "a write that knows of no denial does not remove it");
+}
+
+#[test]
+fn a_row_of_a_guest_page_says_what_is_used_and_reserved_in_seconds() {
+    let row = CookieRow {
+        cookie: CookieId::new("c"),
+        start: LedgerTime(5),
+        base_ms: 120_000,
+        charged_ms: 18_400,
+        runs: 2,
+        generation: 1,
+    };
+    let mut status = stored();
+    status.holds[0].cookie = Some(crds::CookieWindow { cookie: "c".to_owned(), start_milliseconds: 5 });
+    status.holds[0].parts[0].milliseconds = 7_000;
+    let page = Page { cookies: [row].into(), ..page_of(&status).unwrap() };
+    let shown = status_of(&page, Display::default(), None).unwrap();
+    let cookie = &shown.cookies[0];
+    assert_eq!((cookie.used.as_str(), cookie.reserved.as_str(), shown.guests), ("18.4s", "7s", Some(1)));
+    assert_eq!(page_of(&shown).unwrap(), page);
 }
 
 #[test]

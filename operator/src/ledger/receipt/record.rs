@@ -3,13 +3,13 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
-use spaceport_core::page::{Closed, Ending, Hold, Part};
+use spaceport_core::page::{Closed, Ending, Hold, Part, ShortenedBy};
 use spaceport_crds::gpu_lease::MAX_TIMELINE;
 use spaceport_crds::names::{ACCOUNT_LABEL, LEASE_LABEL, SPACE_LABEL};
 use spaceport_crds::{GPULease, GPULeaseSpec, Isolation, LeaseBoundaries, LeasePhase};
 
 use crate::fault::{self, Fault};
-use crate::ledger::convert::{outcome_reason, part_row, shortened, size_text};
+use crate::ledger::convert::{outcome_reason, part_row, shortened, shortened_reason, size_text};
 use crate::ledger::display::seconds;
 
 /// Longest value of a label; names may be longer.
@@ -30,8 +30,10 @@ pub struct LeaseRecord {
     pub size: Size,
     /// Charged milliseconds for each of use.
     pub weight: u64,
-    /// Longest run, unweighted milliseconds.
+    /// Longest run as the function declares it, unweighted milliseconds.
     pub declared_ms: u64,
+    /// What it was given of that, and why it is less.
+    pub shortened: Option<(u64, ShortenedBy)>,
     /// Where it is, while it has no end.
     pub progress: Progress,
     /// The node, once there is a hold.
@@ -116,7 +118,8 @@ impl LeaseRecord {
             space: hold.space.clone(),
             size: hold.size,
             weight: hold.weight,
-            declared_ms: hold.declared_ms,
+            declared_ms: hold.shortened.map_or(hold.declared_ms, |shortened| shortened.declared_ms),
+            shortened: hold.shortened.map(|shortened| (hold.declared_ms, shortened.by)),
             progress: Progress::Reserved,
             node: Some(hold.node.clone()),
             card: None,
@@ -215,6 +218,9 @@ impl LeaseRecord {
             used_milliseconds: end.map(|end| amount(end.used_ms)),
             charged_milliseconds: end.map(|end| amount(end.charged_ms / if is_less { 2 } else { 1 })),
             declared: seconds(self.declared_ms),
+            granted_milliseconds: self.shortened.map(|(granted_ms, _)| amount(granted_ms)),
+            granted: self.shortened.map(|(granted_ms, _)| seconds(granted_ms)),
+            shortened_by: self.shortened.map(|(_, by)| shortened_reason(by).as_str().to_owned()),
             used: end.map(|end| seconds(end.used_ms)),
             charged: end.map(|end| seconds(end.charged_ms)),
             node: self.node.as_ref().map(ToString::to_string),
@@ -340,12 +346,16 @@ pub fn merged(found: &GPULeaseSpec, mut ours: GPULeaseSpec) -> Option<GPULeaseSp
 
 #[cfg(test)]
 pub(super) mod tests {
+    use spaceport_core::page::Shortened;
+
     use super::*;
 
     const AT: LedgerTime = LedgerTime(1_800_000_000_123);
 
     pub(in super::super) fn hold() -> Hold {
         Hold {
+            cookie: None,
+            shortened: None,
             lease: LeaseId::new("01jd8x0000000000000000000a"),
             space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),
@@ -393,6 +403,18 @@ pub(super) mod tests {
         assert_eq!(spec.gpu_uuid.as_deref(), Some("GPU-5c1f"));
         assert_eq!(spec.timeline, ["2027-01-15T08:00:00.123Z Reserved", "2027-01-15T08:00:00.143Z Allowed"]);
         assert!(spec.boundaries.allowed.is_some() && spec.boundaries.freed.is_none());
+    }
+
+    #[test]
+    fn a_lease_that_was_given_less_shows_both_durations_and_why() {
+        let shortened = Some(Shortened { declared_ms: 60_000, by: ShortenedBy::RemainingQuota });
+        let record = LeaseRecord::of_hold(&bob(), &Hold { shortened, ..hold() });
+        let spec = record.receipt().spec;
+        assert_eq!((spec.declared.as_str(), spec.declared_milliseconds), ("60s", 60_000));
+        assert_eq!((spec.granted.as_deref(), spec.granted_milliseconds), (Some("10s"), Some(10_000)));
+        assert_eq!(spec.shortened_by.as_deref(), Some("RemainingQuota"));
+        let whole = LeaseRecord::of_hold(&bob(), &hold()).receipt().spec;
+        assert_eq!((whole.granted, whole.shortened_by), (None, None));
     }
 
     #[test]

@@ -13,11 +13,22 @@ const OPEN_FOR: Duration = Duration::from_secs(2);
 const PHASE_RESTS: Duration = Duration::from_secs(1);
 /// The end waits this long for the slot to come back, so that both are one write.
 const END_RESTS: Duration = Duration::from_secs(1);
+/// The same while receipts give way: nobody looks, and a second write would be one more.
+const END_RESTS_UNDER_PRESSURE: Duration = Duration::from_secs(3);
 /// A lease whose slot never comes back (quarantine, lost node) is followed this long after its end is written.
 const FREED_WITHIN: Duration = Duration::from_secs(60);
 /// First and longest time between tries of a write that fails.
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
+
+/// How much is written of leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// All that a person may want to see while it happens.
+    Live,
+    /// Ends only: there is write pressure. What is left out is written when it is over, if it still says anything.
+    EndsOnly,
+}
 
 /// What is on the API server.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,11 +96,13 @@ impl Pending {
     }
 
     /// When it should be written, if nothing changes.
-    fn due(&self) -> Option<Instant> {
+    pub(super) fn due(&self, pace: Pace) -> Option<Instant> {
         let record = &self.record;
         let due = match &self.written {
             _ if self.end_is_unwritten() && record.is_complete() => self.changed,
+            _ if self.end_is_unwritten() && pace == Pace::EndsOnly => self.changed + END_RESTS_UNDER_PRESSURE,
             _ if self.end_is_unwritten() => self.changed + END_RESTS,
+            _ if pace == Pace::EndsOnly => return None,
             // The slot came back after the end was written.
             Some(written) if written.end && record.is_complete() && !written.complete => self.changed,
             Some(written) if written.end => return None,
@@ -101,8 +114,9 @@ impl Pending {
         Some(due.max(self.not_before))
     }
 
-    pub(super) fn is_due(&self, now: Instant) -> bool {
-        !self.being_written && self.due().is_some_and(|due| due <= now)
+    /// When it was to be written, if that is over and nobody does it.
+    pub(super) fn overdue_since(&self, now: Instant, pace: Pace) -> Option<Instant> {
+        self.due(pace).filter(|due| !self.being_written && *due <= now)
     }
 
     /// True when nothing more is to be written.
@@ -187,13 +201,18 @@ mod tests {
 
         /// First millisecond within 200 s at which it is due.
         fn due_ms(&self) -> Option<u64> {
-            (0..200_000).step_by(100).find(|ms| self.pending.is_due(self.at(*ms)))
+            self.due_ms_at(Pace::Live)
+        }
+
+        fn due_ms_at(&self, pace: Pace) -> Option<u64> {
+            (0..200_000).step_by(100).find(|ms| self.pending.overdue_since(self.at(*ms), pace).is_some())
         }
 
         fn is_written(&mut self, ms: u64) -> bool {
-            assert!(self.pending.is_due(self.at(ms)), "not due at {ms}");
+            assert!(self.pending.overdue_since(self.at(ms), Pace::Live).is_some(), "not due at {ms}");
             let (record, _) = self.pending.begin();
-            assert!(!self.pending.is_due(self.at(ms + 100_000)), "one write at a time");
+            let again = self.pending.overdue_since(self.at(ms + 100_000), Pace::Live);
+            assert_eq!(again, None, "one write at a time");
             self.version += 1;
             self.pending.succeeded(&record, self.version.to_string(), self.at(ms))
         }
@@ -239,6 +258,33 @@ mod tests {
         assert_eq!(story.due_ms(), None);
         story.ends(9000);
         assert!(story.due_ms().is_some());
+    }
+
+    #[test]
+    fn under_pressure_a_lease_is_one_write_and_what_was_left_out_comes_when_it_is_over() {
+        let mut story = Story::new(true);
+        story.goes_on(5000, |record| record.progress = Progress::Running);
+        story.crosses(5000, "Assigned");
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), None, "it is not created while it runs");
+        assert_eq!(story.due_ms(), Some(2000), "but as soon as the pressure is over");
+        assert!(!story.is_written(6000));
+        story.goes_on(7000, |record| record.progress = Progress::Queued);
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), None, "it is not updated");
+        story.ends(9000);
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), Some(12_000), "its end waits longer for its slot");
+        story.crosses(10_000, "Freed");
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), Some(9000), "then both are one write");
+    }
+
+    #[test]
+    fn under_pressure_a_slot_that_comes_back_late_is_no_write_of_its_own() {
+        let mut story = Story::new(true);
+        story.crosses(0, "Assigned");
+        story.ends(0);
+        assert!(story.is_written(3000));
+        story.crosses(4000, "Freed");
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), None);
+        assert!(story.due_ms().is_some(), "it is written when the pressure is over");
     }
 
     #[test]

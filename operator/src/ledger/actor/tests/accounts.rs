@@ -1,11 +1,11 @@
 //! What accounts show of themselves, and those that are being deleted.
 
-use spaceport_core::lease::NOTE_PERIOD_MS;
+use spaceport_core::lease::{NOTE_PERIOD_MS, SpaceSettings};
 use spaceport_core::page::{Closed, Hold};
 
 use super::*;
 use crate::clock::ClockDifference;
-use crate::ledger::seen::ReadyShown;
+use crate::ledger::seen::{ReadyShown, SpaceSeen};
 
 const BOB: &str = "bob";
 
@@ -179,5 +179,45 @@ async fn a_finalizer_that_is_written_beside_a_page_write_costs_one_more_try() {
     story.store(StoreEvent::Account(Box::new(watched))).await;
     story.run_lease(&order.lease, 1_000).await;
     assert_eq!((memory.page(SPACE).seq, memory.writes()), (2, 3), "two writes and the one that met another revision");
+    story.stop().await;
+}
+
+#[tokio::test]
+async fn an_identity_of_two_accounts_belongs_to_the_older_one() {
+    let story = Story::begin(Memory::default()).await;
+    let memory = story.memory.clone();
+    let identity = spaceport_crds::Identity { issuer: "i".to_owned(), subject: "bob".to_owned() };
+    let seen = |name: &str, second: i64| AccountSeen {
+        tier: Some("space".to_owned()),
+        identities: vec![identity.clone()],
+        created: Timestamp::from_second(second).unwrap(),
+        ..memory.shown(name)
+    };
+    story.store(StoreEvent::Account(Box::new(seen(BOB, 2)))).await;
+    story.store(StoreEvent::Account(Box::new(seen("older", 1)))).await;
+    let ready = |status, reason| {
+        let memory = memory.clone();
+        wait_for(move || memory.condition(BOB, "Ready").filter(|found| Some(found) == of(status, reason).as_ref()))
+    };
+    ready("False", "IdentityConflict").await;
+    assert_eq!(memory.condition("older", "Ready"), None, "it is as expected and costs no write");
+    story.store(StoreEvent::Account(Box::new(seen(BOB, 2)))).await;
+    story.store(StoreEvent::AccountGone { name: AccountName::new("older"), uid: "u".to_owned() }).await;
+    // Notes of one account are written every 5 s at most (L5).
+    clock::passed::pass(Duration::from_millis(NOTE_PERIOD_MS));
+    ready("True", "AsExpected").await;
+    story.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_owner_of_a_space_chose_applies_to_its_calls() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    let settings = SpaceSettings { clamp_to_remaining: true, ..SpaceSettings::default() };
+    story.store(StoreEvent::Space(SpaceSeen { uid: "space-uid".to_owned(), settings })).await;
+    story.request(1, 40_000, "").await;
+    let first = story.order().await;
+    story.request(2, 40_000, "").await;
+    assert_eq!((first.declared_ms, story.order().await.declared_ms), (40_000, 20_000), "20 of 60 s are left");
     story.stop().await;
 }

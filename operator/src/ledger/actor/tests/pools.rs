@@ -78,6 +78,8 @@ async fn a_node_whose_pool_is_not_known_has_the_defaults_and_is_counted() {
 /// A hold that is made now.
 pub(super) fn hold(node: &str, now: LedgerTime) -> Hold {
     Hold {
+        cookie: None,
+        shortened: None,
         lease: LeaseId::new("01jd8x0000000000000000000a"),
         space: SpaceKey::new("demo", "hello", "space-uid"),
         parts: vec![Part { source: Source::Window(now), ms: 20_000 }],

@@ -1,0 +1,221 @@
+//! Two operators of which one dies, and an API server that is away.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::{SETTLE_LIMIT, schedule};
+use crate::breakable::SYSTEM;
+use crate::component::Component;
+use crate::kubectl::at;
+use crate::replicas::Replicas;
+use crate::story::{CALLS, NAMESPACE, pids_of};
+use crate::world::World;
+
+const OPERATOR: &str = "spaceport-operator";
+/// From the start of a program in the pod until its lease runs and its visitors wait.
+const READY_LIMIT: Duration = Duration::from_secs(40);
+/// Everything after it: a fail-over, three short leases, and a slow machine.
+const END_LIMIT: Duration = Duration::from_secs(90);
+/// How long the API server is away: three leader leases, so that whoever led has stepped down.
+const OUTAGE: Duration = Duration::from_secs(6);
+
+/// One of two operators leads and is killed while a whole card is in use and two visitors wait for it: the lease that runs is
+/// charged what it used, and the visitors get the card in the order in which they came (L17).
+///
+/// # Errors
+/// What was not as it must be.
+pub fn those_who_wait_keep_their_place_when_the_leader_dies(world: &World) -> Result<()> {
+    let replicas = Replicas::note(world)?;
+    replicas.set(2)?;
+    let holder = world.new_account("failover-holder")?;
+    let waiting = [world.new_account("failover-first")?, world.new_account("failover-second")?];
+    let paths = [
+        schedule(&world.token(&holder)?, "30", "xlarge"),
+        schedule(&world.token(&waiting[0])?, "5", "xlarge"),
+        schedule(&world.token(&waiting[1])?, "5", "xlarge"),
+    ];
+    let told = format!("/tmp/failover-{holder}.json");
+    world.start_detached(&format!(
+        r#"{CALLS}
+paths = {paths}
+def say(**said):
+    with open("{told}.new", "w") as file:
+        file.write(json.dumps(said) + "\n")
+    os.rename("{told}.new", "{told}")
+def allowed(token):
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(90); os._exit(0)
+    return worker, post(f"/allow?allowToken={{token}}&pid={{worker}}")[0]
+status, body = post(paths[0])
+held = json.loads(body)["allowToken"]
+worker, allow = allowed(held)
+order = []
+def wait(name, connection):
+    text = b""
+    while b"succeeded" not in text or not text.rstrip().endswith(b"}}"):
+        more = connection.recv(65536)
+        if not more:
+            break
+        text += more
+    granted = re.search(r'"allowToken"\s*:\s*"([^"]+)"', text.decode())
+    order.append({{"who": name, "granted": granted is not None, "at": time.time(), "said": "" if granted else text.decode()}})
+    if granted:
+        post(f"/release?allowToken={{granted[1]}}&fail=true")
+threads = []
+for name, path in (("first", paths[1]), ("second", paths[2])):
+    thread = threading.Thread(target=wait, args=(name, queue(path)))
+    thread.start()
+    threads.append(thread)
+    wait_for_queue(len(threads), 20)
+say(ready=queue_size(), allow=allow)
+while not os.path.exists("{told}.go"):
+    time.sleep(0.02)
+released = post(f"/release?allowToken={{held}}&fail=false")[0]
+for thread in threads:
+    thread.join(80)
+say(ready=2, allow=allow, released=released, order=order)
+"#,
+        paths = serde_json::to_string(&paths)?,
+    ))?;
+    let ready = world.told(&told, READY_LIMIT, |said| !said["ready"].is_null())?;
+    ensure!(ready["ready"] == 2 && ready["allow"] == 200, "{ready}");
+
+    let leader = leader_pid(world)?;
+    let killed_at = wall()?;
+    let status = std::process::Command::new("kill").args(["-KILL", &leader.to_string()]).status()?;
+    ensure!(status.success(), "cannot kill the leader (pid {leader}): {status}");
+    world.in_pod(&["touch", &format!("{told}.go")])?;
+    let said = world.told(&told, END_LIMIT, |said| !said["order"].is_null())?;
+    ensure!(said["released"] == 200 || said["released"] == 204, "{said}");
+    let order: Vec<_> = said["order"].as_array().into_iter().flatten().collect();
+    ensure!(order.iter().all(|waited| waited["granted"] == true), "a visitor got nothing: {said}");
+    let names: Vec<_> = order.iter().filter_map(|waited| waited["who"].as_str()).collect();
+    ensure!(names == ["first", "second"], "the places were lost (L17): {said}");
+    let again = order.first().and_then(|waited| waited["at"].as_f64()).context("nobody was granted anything")?;
+    println!("the next leader granted {:.1} s after the old one was killed", again - killed_at);
+    world.settled(&holder, SETTLE_LIMIT)?;
+    let receipts = world.ended_receipts(NAMESPACE, &holder, 1)?;
+    ensure!(receipts.len() == 1, "one lease, one receipt: {receipts:?}");
+    ensure!(
+        at(&receipts[0], "/spec/chargedMilliseconds").as_i64() == Some(world.charged_ms(&holder)?),
+        "page and receipt differ: {receipts:?}"
+    );
+    ensure!(at(&receipts[0], "/spec/phase") == "Settled", "it ran on through the fail-over: {receipts:?}");
+    replicas.put_back()
+}
+
+/// The API server is away for some seconds: the lease that runs goes on and is charged what it used, and nothing is granted
+/// meanwhile, because nothing could be written down; who asks waits, or is told why not.
+///
+/// # Errors
+/// What was not as it must be.
+pub fn without_an_api_server_leases_run_on_and_nothing_is_granted(world: &World) -> Result<()> {
+    let (runs, asks) = (world.new_account("outage-runs")?, world.new_account("outage-asks")?);
+    let running = schedule(&world.token(&runs)?, "40", "");
+    let asking = schedule(&world.token(&asks)?, "2", "");
+    let told = format!("/tmp/outage-{runs}.json");
+    world.start_detached(&format!(
+        r#"{CALLS}
+def say(**said):
+    with open("{told}.new", "w") as file:
+        file.write(json.dumps(said) + "\n")
+    os.rename("{told}.new", "{told}")
+status, body = post({running:?})
+token = json.loads(body)["allowToken"]
+beats = "{told}.beats"
+worker = os.fork()
+if worker == 0:
+    for beat in range(600):
+        with open(beats, "a") as file:
+            file.write(".")
+        time.sleep(0.1)
+    os._exit(0)
+begin = time.monotonic()
+allow = post(f"/allow?allowToken={{token}}&pid={{worker}}")[0]
+say(ready=True, allow=allow)
+answers = []
+while not os.path.exists("{told}.stop"):
+    begun = time.time()
+    try:
+        status, body = post({asking:?})
+    except OSError as error:
+        status, body = 0, type(error).__name__
+    granted = re.search(r'"allowToken"\s*:\s*"([^"]+)"', body)
+    answers.append({{"begun": begun, "at": time.time(), "granted": granted is not None, "status": status,
+                     "body": "" if granted else body[:300]}})
+    if granted:
+        post(f"/release?allowToken={{granted[1]}}&fail=true")
+    time.sleep(0.1)
+beaten = os.path.getsize(beats)
+released = post(f"/release?allowToken={{token}}&fail=false")[0]
+say(ready=True, allow=allow, released=released, beats=beaten, seconds=time.monotonic() - begin, answers=answers)
+"#
+    ))?;
+    let ready = world.told(&told, READY_LIMIT, |said| said["ready"] == true)?;
+    ensure!(ready["allow"] == 200, "{ready}");
+
+    let away = wall()?;
+    Component::ApiServer.kill()?;
+    // What is told: an outage of this length.
+    std::thread::sleep(OUTAGE);
+    let back = wall()?;
+    Component::start_all()?;
+    crate::breakable::leases_are_granted(world)?;
+    let granted_again = wall()?;
+    world.in_pod(&["touch", &format!("{told}.stop")])?;
+    let said = world.told(&told, END_LIMIT, |said| !said["answers"].is_null())?;
+
+    let answers: Vec<_> = said["answers"].as_array().into_iter().flatten().collect();
+    let at_of = |answer: &Value| answer["at"].as_f64().unwrap_or_default();
+    let meanwhile: Vec<_> = answers.iter().filter(|answer| at_of(answer) > away && at_of(answer) < back).collect();
+    ensure!(meanwhile.iter().all(|answer| answer["granted"] == false), "granted from memory: {said}");
+    let silent = meanwhile.iter().find(|answer| answer["body"].as_str().is_none_or(str::is_empty));
+    ensure!(silent.is_none(), "who is not served is told why: {silent:?}");
+    let first = answers.iter().find(|answer| at_of(answer) > back && answer["granted"] == true);
+    let first = first.with_context(|| format!("nothing was granted after the outage: {said}"))?;
+    println!(
+        "{} answers while the API server was away for {:.1} s, then a grant {:.1} s after it was started ({:.1} s for a stranger)",
+        meanwhile.len(),
+        back - away,
+        at_of(first) - back,
+        granted_again - back,
+    );
+    let (beats, seconds) = (said["beats"].as_f64().unwrap_or_default(), said["seconds"].as_f64().unwrap_or_default());
+    // A tenth of a second each, and what the machine takes for itself.
+    ensure!(beats >= seconds * 5.0, "the lease did not run on: {beats} beats in {seconds} s");
+    ensure!(said["released"] == 200 || said["released"] == 204, "{said}");
+    world.settled(&runs, SETTLE_LIMIT)?;
+    let receipts = world.ended_receipts(NAMESPACE, &runs, 1)?;
+    ensure!(receipts.len() == 1, "one lease, one receipt: {receipts:?}");
+    let charged = at(&receipts[0], "/spec/chargedMilliseconds").as_i64().unwrap_or_default();
+    ensure!(charged == world.charged_ms(&runs)?, "page and receipt differ: {receipts:?}");
+    ensure!(
+        (charged as f64 / 1_000.0 - seconds).abs() < 2.0,
+        "charged {charged} ms for {seconds} s between /allow and /release"
+    );
+    Ok(())
+}
+
+/// Seconds since 1970, on the clock that pods have too.
+#[allow(clippy::disallowed_methods)] // Compared with what a program in a pod of this machine wrote down.
+fn wall() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
+}
+
+/// The process of the replica that holds the leader's lease.
+fn leader_pid(world: &World) -> Result<u32> {
+    let lease = world.kubectl.json(&["--namespace", SYSTEM, "get", "lease", OPERATOR])?;
+    let holder = at(&lease, "/spec/holderIdentity").as_str().unwrap_or_default().to_owned();
+    // The replica's name is its pod's, and a random part follows.
+    let pod = holder.rsplit_once('_').map_or(holder.as_str(), |(pod, _)| pod).to_owned();
+    let pod = world.kubectl.json(&["--namespace", SYSTEM, "get", "pod", &pod])?;
+    let uid = at(&pod, "/metadata/uid").as_str().context("a pod without uid")?.to_owned();
+    let is_of_pod = |pid: &u32| {
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        groups.contains(&uid) || groups.contains(&uid.replace('-', "_"))
+    };
+    pids_of(OPERATOR)?.into_iter().find(is_of_pod).with_context(|| format!("no process of the leader's pod {uid}"))
+}

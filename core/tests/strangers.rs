@@ -1,6 +1,8 @@
 //! L7: leases that a node has and that no page is known to hold. Their pages decide, read behind the node's Joined: an earlier
 //! leader may have written a hold, and ordered its lease, that no watch has shown yet.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // A story that cannot go on ends there.
+
 use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};

@@ -1,5 +1,7 @@
 //! `GPUAccount.status` as it is read back, and what the ledger does with it.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
 use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size};
 use spaceport_core::lease::{Command, EndReport, FreedAs};
 use spaceport_core::page::{Ending, Page};
@@ -31,15 +33,23 @@ pub fn check(bytes: &[u8]) -> Verdict {
         }
     };
     stored_alike(&page, Some(&kept));
-    goes_on(page);
+    goes_on(page, ids(bytes));
     Verdict::Taken
 }
 
+/// Where the ids of the story come from. Of all bytes, so that none of them can name an id that will be drawn: nobody draws
+/// an id twice.
+fn ids(bytes: &[u8]) -> u128 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    u128::from(hasher.finish()) << 48
+}
+
 /// The next term takes the account, lets it call, and settles everything that is open.
-fn goes_on(page: Page) {
+fn goes_on(page: Page, ids: u128) {
     let holds: Vec<(LeaseId, NodeName)> =
         page.holds.iter().map(|hold| (hold.lease.clone(), hold.node.clone())).collect();
-    let mut ledger = Ledger::new(Epoch(page.epoch.0 + 1));
+    let mut ledger = Ledger::new(Epoch(page.epoch.0 + 1)).drawing_from(ids);
     ledger.account(page);
     ledger.request(1, Size::Large, 30_000);
     ledger.request(2, Size::Xlarge, 60_000);

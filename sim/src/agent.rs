@@ -133,8 +133,6 @@ pub enum Notice {
     NoSlot {
         /// Which.
         lease: LeaseId,
-        /// It was to get the slot of another lease (L14).
-        handover: bool,
     },
     /// It refused a lease that had waited too long for a slot.
     WaitedTooLong(LeaseId),
@@ -358,7 +356,7 @@ impl Agent {
         }
         let place = self.place(order.size, None);
         if place.is_none() && !self.is_pending(order.after.as_ref()) {
-            self.notices.push(Notice::NoSlot { lease: lease(), handover: order.after.is_some() });
+            self.notices.push(Notice::NoSlot { lease: lease() });
             return self.refuse(order.lease);
         }
         let (id, ticket) = (lease(), order.ticket.clone());

@@ -51,7 +51,6 @@ scenarios! {
     WaitedTooLong = "lease refused because its slot was not clear within its order's limit",
     PlacePresented = "request presented its place to the next leader",
     PlaceKept = "request told the place that it had under an earlier leader",
-    PromiseOver = "latest start promised by an earlier leader had passed when it was presented",
     LateHoldFound = "lease of an old leader's late hold met on its node before its page was seen",
     Stranger = "lease on a node judged by its page to be nobody's",
     StalledOrder = "stalled order refused by its age",

@@ -89,7 +89,7 @@ impl Agent {
             Some((card, false)) => self.await_slot(id, Some(card)),
             None if self.is_pending(after.as_ref()) => self.await_slot(id, None),
             None => {
-                self.notices.push(Notice::NoSlot { lease: id.clone(), handover: true });
+                self.notices.push(Notice::NoSlot { lease: id.clone() });
                 self.refuse_waiting(id, now);
             }
         }

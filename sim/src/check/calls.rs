@@ -29,8 +29,8 @@ pub struct CallsSeen {
     pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
     /// Reservations of each term whose order has not left, by node, in the order in which they were made.
     pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
-    /// Nodes where an order left behind one that was reserved later, or where a lease had to wait for its slot: the broker's
-    /// picture of such a node may be wrong (docs/simulation.md, known gaps).
+    /// Nodes where an order left behind one that was reserved later: the broker's picture of such a node may be wrong
+    /// (docs/simulation.md, known gaps).
     pub overtaken: BTreeSet<NodeName>,
 }
 
@@ -62,7 +62,6 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 world.seen_calls.promised.remove(ticket);
             }
             Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
-            Event::PromiseOver { .. } => world.coverage.saw(Scenario::PromiseOver),
             Event::Reserved { waiting, lease, .. } => {
                 let own =
                     |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();

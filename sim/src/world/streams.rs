@@ -5,7 +5,7 @@ use spaceport_core::lease::Command;
 
 use super::{NODE_TICK_MS, World};
 use crate::agenda::Happening;
-use crate::agent::{Agent, Notice, Phase, ToAgent};
+use crate::agent::{Notice, ToAgent};
 use crate::broker::Session;
 use crate::check;
 use crate::coverage::Scenario;
@@ -254,10 +254,6 @@ impl World {
             Notice::Taken(lease, ticket) => {
                 self.coverage.saw(Scenario::Granted);
                 check::nodes::taken(self, node, &lease)?;
-                let held = self.agents.get(node).and_then(|agent| agent.leases.get(&lease));
-                if held.is_some_and(|held| held.waited) {
-                    self.seen_calls.overtaken.insert(node.clone());
-                }
                 self.clients.leases.insert(lease, ticket);
             }
             Notice::Began(lease) => {
@@ -267,14 +263,12 @@ impl World {
             Notice::Ended(lease, report) => self.ended(node, lease, report),
             Notice::RefusedAge(_) => self.coverage.saw(Scenario::StalledOrder),
             Notice::RefusedEpoch(_) => self.coverage.saw(Scenario::OldEpochOrder),
-            Notice::NoSlot { lease, handover } => {
+            Notice::NoSlot { lease } => {
                 self.coverage.saw(Scenario::Nack);
                 let calm = self.plan.weather.is_calm();
-                // Where leases wait for slots, or orders came in another order than their reservations, the broker's picture
-                // of the node can be wrong (docs/simulation.md, known gaps).
-                let waits = |agent: &Agent| agent.leases.values().any(|held| held.phase == Phase::Waiting);
-                let overtaken =
-                    handover || self.seen_calls.overtaken.contains(node) || self.agents.get(node).is_some_and(waits);
+                // Where orders came in another order than their reservations the broker's picture of the node can be wrong
+                // (docs/simulation.md, known gaps).
+                let overtaken = self.seen_calls.overtaken.contains(node);
                 if calm && overtaken {
                     self.coverage.saw(Scenario::WrongPicture);
                 }

@@ -182,7 +182,7 @@ fn an_order_that_waits_for_an_idle_worker_to_go_has_the_same_limit() {
 /// The broker predicts the slots of others from it (L7).
 #[test]
 fn where_a_lease_waits_is_told_and_told_again_when_that_changes() {
-    let (mut node, apps) = (Node::with_cards(2), ["one", "two", "three"].map(|name| pod(name)));
+    let (mut node, apps) = (Node::with_cards(2), ["one", "two", "three"].map(pod));
     node.runs("l1", &apps[0], 1, XLARGE).runs("l2", &apps[1], 1, XLARGE).releases("l2", &apps[1], true);
     let ticket = node.asks(&apps[2], 1, Some(Size::Xlarge));
     let mut order = node.order("l3", ticket, XLARGE);

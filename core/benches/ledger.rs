@@ -139,7 +139,7 @@ impl Bench {
                 self.next.push_back(Command::PageWritten { account, write_id: page.write_id.clone() });
             }
             Effect::Receipt { account, closed } => {
-                self.next.push_back(Command::ReceiptWritten { account, lease: closed.hold.lease });
+                self.next.push_back(Command::ReceiptWritten { account, lease: closed.hold.lease.clone() });
             }
             Effect::Start(order) => {
                 let Order { node, lease, declared_ms, size, avoid, .. } = *order;
@@ -190,13 +190,9 @@ impl Bench {
         let declared_ms = (5 + 5 * self.draw(12)) * 1000;
         self.next.push_back(Command::Request(Box::new(Request {
             cookie: None,
-            ticket: Ticket { agent_instance: format!("instance-{at}"), number: self.tickets },
+            ticket: Ticket { agent_instance: format!("instance-{at}").into(), number: self.tickets },
             node: node(at),
-            space: SpaceKey {
-                namespace: "demo".to_owned(),
-                name: format!("space-{space}"),
-                uid: format!("00000000-0000-0000-0000-{space:012}"),
-            },
+            space: SpaceKey::new("demo", format!("space-{space}"), format!("00000000-0000-0000-0000-{space:012}")),
             size,
             declared_ms,
             caller: Ok(account),

@@ -56,9 +56,16 @@ macro_rules! name_type {
         $(#[$doc])*
         ///
         /// Cheap to clone: names travel through every command, event and row.
-        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Debug, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(from = "String", into = "String")]
+        #[allow(clippy::derived_hash_with_manual_eq)] // The same names are equal; the shared ones are found so at once.
         pub struct $name(Arc<str>);
+
+        impl PartialEq for $name {
+            fn eq(&self, other: &Self) -> bool {
+                Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+            }
+        }
 
         impl $name {
             /// Takes the name as it stands on the object it comes from.
@@ -133,22 +140,42 @@ pub struct Epoch(pub u64);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ticket {
-    /// Fresh at every start of the agent.
-    pub agent_instance: String,
+    /// Fresh at every start of the agent. Shared, like a name.
+    pub agent_instance: Arc<str>,
     /// Counts up within the instance.
     pub number: u64,
 }
 
-/// A Space: the object that a pod belongs to.
+/// A Space: the object that a pod belongs to. Cheap to clone, like a name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SpaceKey(Arc<SpaceNames>);
+
+/// What a Space is called.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct SpaceKey {
+pub struct SpaceNames {
     /// Namespace of the Space.
     pub namespace: String,
     /// Name of the Space.
     pub name: String,
     /// `metadata.uid`; the audience of its tokens.
     pub uid: String,
+}
+
+impl SpaceKey {
+    /// Takes the names as they stand on the object.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>, uid: impl Into<String>) -> Self {
+        Self(Arc::new(SpaceNames { namespace: namespace.into(), name: name.into(), uid: uid.into() }))
+    }
+}
+
+impl Deref for SpaceKey {
+    type Target = SpaceNames;
+
+    fn deref(&self) -> &SpaceNames {
+        &self.0
+    }
 }
 
 /// Size of a lease (docs/rules.md). The weight is what a second of it costs.
@@ -240,15 +267,15 @@ impl IdSeed {
 /// The 26 characters of a ULID, in lower case (Crockford's base 32, most significant first).
 pub fn ulid_text(ulid: u128) -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
-    const CHARACTERS: u32 = 26;
-    (0..CHARACTERS)
-        .rev()
-        .map(|position| {
-            // Five bits a character; the first has only three left.
-            let index = (ulid >> (5 * position)) & 0x1f;
-            char::from(ALPHABET[usize::try_from(index).unwrap_or_default()])
-        })
-        .collect()
+    const CHARACTERS: usize = 26;
+    let mut text = [0; CHARACTERS];
+    let mut rest = ulid;
+    for character in text.iter_mut().rev() {
+        // Five bits a character; the first has only three left.
+        *character = ALPHABET[usize::from(rest as u8 & 0x1f)];
+        rest >>= 5;
+    }
+    text.iter().copied().map(char::from).collect()
 }
 
 #[cfg(test)]

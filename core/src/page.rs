@@ -2,6 +2,8 @@
 
 mod sound;
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 pub use self::sound::Unsound;
@@ -21,7 +23,8 @@ pub const COOKIES_MAX: usize = 64;
 /// Most outcomes without receipt that are remembered.
 pub const OUTCOMES_MAX: usize = 20;
 
-/// One account's page. Every list has a maximum, above.
+/// One account's page. Every list has a maximum, above. Rows that do not change once they are written are shared: by the
+/// page as it is stored, the one that is worked on, and the changes that lead from one to the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Page {
@@ -30,15 +33,15 @@ pub struct Page {
     /// Visitors of an address prefix, oldest row first; empty on every other page, and then it takes no memory of its own.
     pub cookies: Box<[CookieRow]>,
     /// Open reservations, in the order they were made.
-    pub holds: Vec<Hold>,
+    pub holds: Vec<Arc<Hold>>,
     /// Copies of the GPUQuotaGrants of this account.
     pub grants: Vec<GrantRow>,
     /// Outbox: settled, receipt not written yet (L10).
     pub closed: Vec<Closed>,
     /// The last refusal with its numbers; coalesced (L5).
-    pub last_denial: Option<DenialRow>,
+    pub last_denial: Option<Arc<DenialRow>>,
     /// Endings that have no receipt, newest last.
-    pub recent_outcomes: Vec<Outcome>,
+    pub recent_outcomes: Vec<Arc<Outcome>>,
     /// No decision on this page happens before it (L20).
     pub last_time: LedgerTime,
     /// Counts the writes of this page.
@@ -220,7 +223,7 @@ pub enum Ending {
 #[serde(rename_all = "camelCase")]
 pub struct Closed {
     /// The hold as it was.
-    pub hold: Hold,
+    pub hold: Arc<Hold>,
     /// How it ended.
     pub ending: Ending,
     /// Unweighted milliseconds from clock start to end.

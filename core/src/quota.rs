@@ -3,6 +3,8 @@
 //!
 //! All amounts are weighted milliseconds unless they are called declared.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{CookieId, LedgerTime, Size};
@@ -245,7 +247,7 @@ impl Page {
 
     /// Open holds of a visitor's row.
     pub fn holds_of_row<'a>(&'a self, row: &'a CookieRow) -> impl Iterator<Item = &'a Hold> {
-        self.holds.iter().filter(|hold| hold.cookie.as_ref().is_some_and(|window| row.is_of(window)))
+        self.holds.iter().map(Arc::as_ref).filter(|hold| hold.cookie.as_ref().is_some_and(|window| row.is_of(window)))
     }
 
     /// What open holds have reserved in a visitor's row.
@@ -468,7 +470,7 @@ fn check_runs(payer: Payer<'_>, cookie: Option<&CookieRow>) -> Result<(), Denial
         (Some(row), _) => (row.runs, page.holds_of_row(row).count(), row.end()),
         (None, Some(window)) => {
             let source = Source::Window(window.start);
-            let is_of = |hold: &&Hold| hold.parts.iter().any(|part| part.source == source);
+            let is_of = |hold: &&Arc<Hold>| hold.parts.iter().any(|part| part.source == source);
             (window.runs, page.holds.iter().filter(is_of).count(), window.end())
         }
         (None, None) => (0, 0, payer.at.plus(WINDOW_MS)),

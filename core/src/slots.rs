@@ -28,6 +28,11 @@ impl Card {
         }
     }
 
+    /// True if a lease of this size has a place on it when nothing else runs.
+    pub const fn fits(&self, size: Size) -> bool {
+        self.takes(size, 0)
+    }
+
     const fn takes(&self, size: Size, used: u32) -> bool {
         // Quarantined slots are as good as used, for good: an xlarge needs the card without one (invariant 6).
         let used = used.saturating_add(self.quarantined_slots);
@@ -64,16 +69,21 @@ impl Occupancy {
 /// `large` goes to the fullest card that has room, so that whole cards stay free; among equals, and for `xlarge`, to the
 /// one with the lowest index.
 pub fn pick(cards: &[Card], occupancy: &Occupancy, size: Size, avoid: &[u32]) -> Option<u32> {
-    pick_by(cards, |_, card| occupancy.used(card.index), size, avoid)
+    pick_by(cards, |_, card| occupancy.used(card.index), size, |card| !avoid.contains(&card))
 }
 
 /// The same, where `used` says how many slots of a card are in use; it is given the card's place among `cards` as well.
-pub fn pick_by(cards: &[Card], used: impl Fn(usize, &Card) -> u32, size: Size, avoid: &[u32]) -> Option<u32> {
+/// `allowed` says which cards may be used, by their indices.
+pub fn pick_by(
+    cards: &[Card],
+    used: impl Fn(usize, &Card) -> u32,
+    size: Size,
+    allowed: impl Fn(u32) -> bool,
+) -> Option<u32> {
     let mut best: Option<(u32, u32)> = None;
-    let grantable = |card: &Card| card.grantable && !avoid.contains(&card.index);
-    for (place, card) in cards.iter().enumerate().filter(|(_, card)| grantable(card)) {
+    for (place, card) in cards.iter().enumerate() {
         let used = used(place, card);
-        if !card.takes(size, used) {
+        if !card.takes(size, used) || !allowed(card.index) {
             continue;
         }
         let filled = used.saturating_add(card.quarantined_slots);
@@ -86,7 +96,7 @@ pub fn pick_by(cards: &[Card], used: impl Fn(usize, &Card) -> u32, size: Size, a
 
 /// True if a lease of this size has a place on these cards when nothing else runs.
 pub fn possible(cards: &[Card], size: Size) -> bool {
-    pick(cards, &Occupancy::default(), size, &[]).is_some()
+    cards.iter().any(|card| card.fits(size))
 }
 
 /// How many leases of this size the cards hold at the same time.

@@ -120,7 +120,7 @@ impl Story {
         self.tell(Command::Request(Box::new(Request {
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
-            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: who.space.into() },
+            space: SpaceKey::new("n", "s", who.space),
             size: Size::Large,
             declared_ms,
             caller: Ok(AccountName::new(who.account)),

@@ -2,6 +2,8 @@
 //! behind the node's Joined, for an earlier leader may have written a hold, and ordered its lease, that no watch has shown yet.
 //! L9: an order leaves soon after its hold was decided, or not at all, for a later leader gives the lease up.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // A story that cannot go on ends there.
+
 use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
@@ -104,7 +106,7 @@ impl Term {
 
     fn request(&self, size: Size) -> Command {
         let ticket = Ticket { agent_instance: "a".into(), number: (self.seed % 1_000_000) as u64 };
-        let space = SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() };
+        let space = SpaceKey::new("n", "s", "u");
         let (node, caller) = (NodeName::new(NODE), Ok(AccountName::new(BOB)));
         let request = Request {
             ticket,

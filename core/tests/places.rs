@@ -47,7 +47,7 @@ fn request(number: u64, account: &str, presented: Option<Presented>) -> Request 
     Request {
         ticket: Ticket { agent_instance: "a".into(), number },
         node: NodeName::new(NODE),
-        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        space: SpaceKey::new("n", "s", "u"),
         size: Size::Large,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(account)),

@@ -1,5 +1,7 @@
 //! What the ledger knows of the slots of leases that wait for one (L7, L14).
 
+#![allow(clippy::unwrap_used, clippy::panic)] // A story that cannot go on ends there.
+
 use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
@@ -30,11 +32,11 @@ impl Story {
         let mut story = Self { state: State::new(Epoch(1), BTreeSet::new()), cards, seed: 0, tickets: 0 };
         let allowance = Allowance {
             base_ms: 600_000,
+            per_cookie_ms: None,
             longest_call_ms: 50_000,
             runs_per_window: None,
             generation: 1,
             grants: Vec::new(),
-            per_cookie_ms: None,
         };
         let policy = Policy {
             tier: "demo".into(),
@@ -81,13 +83,13 @@ impl Story {
     fn ask(&mut self, size: Size) -> Vec<Order> {
         self.tickets += 1;
         self.tell(Command::Request(Box::new(Request {
+            cookie: None,
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
-            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            space: SpaceKey::new("n", "s", "u"),
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new("bob")),
-            cookie: None,
             budget: None,
             presented: None,
         })))
@@ -150,8 +152,8 @@ fn a_lease_that_got_its_slot_and_ended_while_its_node_was_away_holds_it_until_th
         story.started(&waits, told);
         let phase = AgentPhase::Ended { report: REPORT, freed: false };
         story.join(vec![AgentLease {
+            account: Some(AccountName::new("bob")),
             lease: waits.clone(),
-            account: None,
             size: Size::Large,
             slot: PickedSlot::Has(0),
             phase,

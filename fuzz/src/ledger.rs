@@ -1,6 +1,7 @@
 //! A ledger whose pages are all written at once, with a look at each: what the broker does with what it was told.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{Command, Effect, Moment, Order, Policy, Priority, Request, State, step};
@@ -90,9 +91,9 @@ impl Ledger {
 
     /// A call of the account.
     pub fn request(&mut self, number: u64, size: Size, declared_ms: u64) {
-        let space = SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "space-uid".to_owned() };
+        let space = SpaceKey::new("demo", "hello", "space-uid");
         self.command(Command::Request(Box::new(Request {
-            ticket: Ticket { agent_instance: AGENT.to_owned(), number },
+            ticket: Ticket { agent_instance: AGENT.into(), number },
             node: NodeName::new(NODE),
             space,
             size,
@@ -203,7 +204,8 @@ pub fn stored_alike(page: &Page, kept: Option<&KeptFields>) {
     // The stored form has the denial's numbers only, and of a settled hold nothing that mattered only before its start.
     let mut page = Page { last_denial: None, ..page.clone() };
     for closed in &mut page.closed {
-        (closed.hold.avoid, closed.hold.after) = (Vec::new(), None);
+        let hold = Arc::make_mut(&mut closed.hold);
+        (hold.avoid, hold.after) = (Vec::new(), None);
     }
     assert_eq!(read, page);
 }

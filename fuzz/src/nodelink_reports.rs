@@ -70,7 +70,7 @@ fn take(ledger: &mut Ledger, message: Message) -> Result<(), node_messages::Nons
                 ledger.request(request.ticket, size, request.declared_ms);
             }
             Message::Dequeue(dequeue) => {
-                let ticket = Ticket { agent_instance: AGENT.to_owned(), number: dequeue.ticket };
+                let ticket = Ticket { agent_instance: AGENT.into(), number: dequeue.ticket };
                 ledger.command(Command::Dequeue { ticket });
             }
             report => panic!("a report without a command: {report:?}"),

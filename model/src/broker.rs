@@ -334,7 +334,7 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             cookie: None,
             ticket: names::ticket(usize::from(*call), node, *start),
             node: name,
-            space: SpaceKey { namespace: "model".into(), name: "space".into(), uid: "space".into() },
+            space: SpaceKey::new("model", "space", "space"),
             size: Size::Large,
             declared_ms: DECLARED_MS,
             caller: Ok(names::account(calls[usize::from(*call)].account)),

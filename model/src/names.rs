@@ -28,7 +28,7 @@ fn index(name: &str) -> usize {
 
 /// Key of a call: the `start`-th start of the agent took it.
 pub fn ticket(call: usize, node: usize, start: u8) -> Ticket {
-    Ticket { agent_instance: format!("agent-{node}-{start}"), number: call as u64 }
+    Ticket { agent_instance: format!("agent-{node}-{start}").into(), number: call as u64 }
 }
 
 /// Name of an agent's start.

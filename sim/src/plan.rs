@@ -146,7 +146,7 @@ fn queue(random: &mut Random) -> QueueBounds {
 }
 
 fn space(number: u64) -> SpaceKey {
-    SpaceKey { namespace: "lab".into(), name: format!("space-{number}"), uid: format!("s{number}") }
+    SpaceKey::new("lab", format!("space-{number}"), format!("s{number}"))
 }
 
 fn token(number: u64, accounts: usize, random: &mut Random) -> TokenPlan {

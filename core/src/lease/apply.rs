@@ -7,7 +7,7 @@ use super::event::Event;
 use super::mutant::Mutant;
 use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State, Stranger};
 use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
-use crate::page::{OUTCOMES_MAX, Page};
+use crate::page::Page;
 use crate::queue::Lane;
 
 impl State {
@@ -19,13 +19,15 @@ impl State {
         match event {
             Event::AccountTaken { account, page, policy } => {
                 self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
-                self.accounts.insert(account.clone(), Account::new(page, policy.clone()));
+                let policy = self.policies.share(policy);
+                self.accounts.insert(account.clone(), Box::new(Account::new(page, policy)));
                 self.unpark(account);
             }
             Event::PolicyChanged { account, policy } => {
                 self.longest_call_ms = self.longest_call_ms.max(policy.allowance.longest_call_ms);
+                let policy = self.policies.share(policy);
                 if let Some(found) = self.accounts.get_mut(account) {
-                    found.policy = policy.clone();
+                    found.policy = policy;
                 }
                 self.reschedule(account);
                 self.unpark(account);
@@ -45,13 +47,13 @@ impl State {
             Event::Queued(waiting) => {
                 self.next_place = self.next_place.max(waiting.place.saturating_add(1));
                 let settings = self.settings(&waiting.node).lanes;
-                self.queue.insert((**waiting).clone(), settings);
+                self.queue.insert(Arc::clone(waiting), settings);
             }
             Event::Confirmed { ticket } => {
                 self.queue.confirm(ticket);
                 let lease = self.tickets.get(ticket).and_then(|lease| self.leases.get_mut(lease));
                 if let Some(waiting) = lease.and_then(|lease| lease.request.as_mut()) {
-                    waiting.unconfirmed = None;
+                    Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
             Event::Left { ticket } => {
@@ -150,7 +152,7 @@ impl State {
         let Some(known) = self.nodes.get(node) else { return };
         for id in &known.leases {
             if let Some(waiting) = self.leases.get_mut(id).and_then(|lease| lease.request.as_mut()) {
-                waiting.unconfirmed = Some(confirm_by);
+                Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
             }
         }
     }
@@ -241,18 +243,33 @@ impl State {
     }
 
     fn reschedule(&mut self, account: &AccountName) {
-        let Some(found) = self.accounts.get(account) else { return };
-        let scheduled = self.schedule.place(account, Some(found), found.scheduled);
-        if let Some(found) = self.accounts.get_mut(account) {
-            found.scheduled = scheduled;
-        }
+        let Some(found) = self.accounts.get_mut(account) else { return };
+        found.scheduled = self.schedule.place(account, Some(found), found.scheduled);
     }
 
     fn begin_write(&mut self, account: &AccountName, write_id: &str, at: Steady) {
         let epoch = self.epoch;
         let (stateful, twice) = (self.has(Mutant::Stateful), self.has(Mutant::SettleTwice));
         let Some(found) = self.accounts.get_mut(account) else { return };
-        let (changes, written) = found.take_batch();
+        let seq = found.durable.seq.saturating_add(1);
+        let head = |page: &mut Arc<Page>| {
+            let page = Arc::make_mut(page);
+            (page.seq, page.epoch) = (seq, epoch);
+            write_id.clone_into(&mut page.write_id);
+        };
+        head(&mut found.working);
+        // The fault leaves on the working page what no change accounts for.
+        let (changes, page) = if found.fits_one_write() && !twice {
+            // The working page has all the changes that wait, and nothing else that is not durable (L3).
+            (std::mem::take(&mut found.pending), Arc::clone(&found.working))
+        } else {
+            let (changes, mut page) = found.take_first();
+            head(&mut page);
+            if found.pending.is_empty() && !twice {
+                found.working = Arc::clone(&page);
+            }
+            (changes, page)
+        };
         if changes.iter().any(|change| change.urgency() == Urgency::Note) {
             found.noted_at = Some(at);
         }
@@ -260,17 +277,6 @@ impl State {
         let still = |urgency| found.pending.iter().any(|change| change.urgency() == urgency);
         found.lazy_since = found.lazy_since.filter(|_| still(Urgency::Lazy));
         found.settle_since = found.settle_since.filter(|_| still(Urgency::Soon));
-        let page = Page { seq: found.durable.seq.saturating_add(1), write_id: write_id.to_owned(), epoch, ..written };
-        let page = Arc::new(page);
-        if found.pending.is_empty() && !twice {
-            // The working page is what is written.
-            found.working = Arc::clone(&page);
-        } else {
-            // The header is this write's; the rest of the working page has the batch already.
-            let working = Arc::make_mut(&mut found.working);
-            (working.seq, working.epoch) = (page.seq, page.epoch);
-            working.write_id.clone_from(&page.write_id);
-        }
         let batch = Box::new(Batch { write_id: write_id.to_owned(), changes, page, unknown: false });
         self.writes_in_flight += 1;
         self.holds_in_flight += usize::from(batch.has_hold());
@@ -354,7 +360,7 @@ impl State {
                         node: waiting.node.clone(),
                         size: waiting.demand.size,
                         declared_ms: waiting.demand.declared_ms,
-                        request: Some((**waiting).clone()),
+                        request: Some(Arc::clone(waiting)),
                         lane,
                         stage: Stage::Reserving,
                         card: None,
@@ -429,8 +435,8 @@ impl State {
                 lease.card = slot.has().or(lease.card);
                 lease.awaits = slot.awaits();
                 // The node has it, so its request is alive if the node gives it back.
-                if let Some(waiting) = &mut lease.request {
-                    waiting.unconfirmed = None;
+                if let Some(waiting) = lease.request.as_mut().filter(|waiting| waiting.unconfirmed.is_some()) {
+                    Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
             Event::Running { .. } => lease.stage = lease.stage.max(Stage::Running),
@@ -459,14 +465,14 @@ impl State {
     fn note_holder(&mut self, id: &LeaseId) {
         let Some(lease) = self.leases.get(id) else { return };
         let Some(node) = self.nodes.get_mut(&lease.node) else { return };
-        let known = node.holders.iter().position(|holder| holder.lease == *id);
-        match (known, lease.holder(id)) {
+        // They are in the order of their numbers; only leases of earlier terms have one in common.
+        let first = node.holders.partition_point(|other| other.number < lease.number);
+        let same = node.holders[first..].iter().take_while(|other| other.number == lease.number).count();
+        let known = node.holders[first..first + same].iter().position(|holder| holder.lease == *id);
+        match (known.map(|index| first + index), lease.holder(id)) {
             (Some(index), Some(holder)) => node.holders[index] = holder,
             (Some(index), None) => drop(node.holders.remove(index)),
-            (None, Some(holder)) => {
-                let index = node.holders.partition_point(|other| other.number <= holder.number);
-                node.holders.insert(index, holder);
-            }
+            (None, Some(holder)) => node.holders.insert(first + same, holder),
             (None, None) => {}
         }
     }
@@ -533,7 +539,7 @@ impl State {
 }
 
 impl Account {
-    fn new(page: &Page, policy: super::command::Policy) -> Self {
+    fn new(page: &Page, policy: Arc<super::command::Policy>) -> Self {
         let page = Arc::new(page.clone());
         Self {
             policy,
@@ -547,45 +553,6 @@ impl Account {
             retry_at: None,
             failures: 0,
             scheduled: None,
-        }
-    }
-
-    /// The changes that the next write carries, and the page with them. All that wait, but for one case: a base that is
-    /// lowered after a hold was admitted under the higher one goes into a write of its own, so that at every revision the
-    /// limit that admitted a hold is the one on the page (invariant 1).
-    fn take_batch(&mut self) -> (Vec<PageChange>, Page) {
-        let mut page = (*self.durable).clone();
-        let mut changes = Vec::new();
-        let mut waiting = std::mem::take(&mut self.pending).into_iter();
-        for change in waiting.by_ref() {
-            let holds = changes.iter().any(|change| matches!(change, PageChange::Hold { .. }));
-            if holds && change.lowers_base(&page) {
-                self.pending.push(change);
-                break;
-            }
-            // It was made on the working page in this order before, so it fits.
-            if change.make(&mut page).is_ok() {
-                changes.push(change);
-            }
-        }
-        self.pending.extend(waiting);
-        (changes, page)
-    }
-
-    /// Of notes that no write carries yet only the newest are kept (L5).
-    fn coalesce(&mut self, change: &PageChange) {
-        match change {
-            PageChange::Denied(_) => self.pending.retain(|pending| !matches!(pending, PageChange::Denied(_))),
-            PageChange::Shown => self.pending.retain(|pending| *pending != PageChange::Shown),
-            PageChange::Outcome(_) => {
-                let is_outcome = |pending: &PageChange| matches!(pending, PageChange::Outcome(_));
-                if self.pending.iter().filter(|pending| is_outcome(pending)).count() >= OUTCOMES_MAX
-                    && let Some(oldest) = self.pending.iter().position(is_outcome)
-                {
-                    self.pending.remove(oldest);
-                }
-            }
-            _ => {}
         }
     }
 }

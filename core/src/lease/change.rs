@@ -1,6 +1,8 @@
 //! What one compare-and-swap does to a page. A change is checked against the page it meets, so that the same change can
 //! be made on the working state, on the durable page, and again on a page that somebody else has written (L2).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{LeaseId, LedgerTime};
@@ -16,7 +18,7 @@ pub enum PageChange {
     /// Reserves. Opens its window if it is not on the page, and takes the base that applies into it.
     Hold {
         /// The reservation.
-        hold: Box<Hold>,
+        hold: Arc<Hold>,
         /// Its window as admission saw it: start, base and generation.
         window: Window,
         /// Grants among its parts.
@@ -52,9 +54,9 @@ pub enum PageChange {
         generation: i64,
     },
     /// Remembers the last refusal (L5).
-    Denied(Box<DenialRow>),
+    Denied(Arc<DenialRow>),
     /// Remembers an ending without receipt.
-    Outcome(Outcome),
+    Outcome(Arc<Outcome>),
     /// Nothing that is decided upon, so not its time either (L20): what the shell shows beside the page has changed, and no
     /// other write carries it.
     Shown,
@@ -186,14 +188,14 @@ impl PageChange {
             }
             Self::Denied(row) => {
                 page.last_time = page.last_time.max(row.at);
-                page.last_denial = Some((**row).clone());
+                page.last_denial = Some(Arc::clone(row));
                 Ok(())
             }
             Self::Outcome(outcome) => {
                 page.last_time = page.last_time.max(outcome.at);
                 let surplus = (page.recent_outcomes.len() + 1).saturating_sub(OUTCOMES_MAX);
                 page.recent_outcomes.drain(..surplus);
-                page.recent_outcomes.push(outcome.clone());
+                page.recent_outcomes.push(Arc::clone(outcome));
                 Ok(())
             }
             Self::Shown => Ok(()),
@@ -213,7 +215,7 @@ fn limit_of(page: &Page, source: &Source) -> Option<(u64, u64)> {
 
 fn make_hold(
     page: &mut Page,
-    hold: &Hold,
+    hold: &Arc<Hold>,
     window: &Window,
     grants: &[GrantRow],
     cookie: Option<&CookieRow>,
@@ -227,41 +229,57 @@ fn make_hold(
     if page.holds.len() >= HOLDS_MAX || page.holds.len() + page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("holds"));
     }
-    let mut next = page.clone();
-    next.last_time = next.last_time.max(hold.since);
-    prune(&mut next, hold.since);
-    match next.windows.iter_mut().find(|found| found.start == window.start) {
+    // The visitors' rows of other pages than a guest's take no memory, nor does their copy.
+    let before = (page.last_time, page.windows.clone(), page.grants.clone(), page.cookies.clone());
+    let admitted = open_sources(page, hold, window, grants)
+        .and_then(|()| open_row(page, hold, cookie))
+        .and_then(|()| check_parts(page, hold));
+    match admitted {
+        Ok(()) => page.holds.push(Arc::clone(hold)),
+        Err(_) => (page.last_time, page.windows, page.grants, page.cookies) = before,
+    }
+    admitted
+}
+
+/// Brings the window and the grants of a hold onto the page.
+fn open_sources(page: &mut Page, hold: &Hold, window: &Window, grants: &[GrantRow]) -> Result<(), Misfit> {
+    page.last_time = page.last_time.max(hold.since);
+    prune(page, hold.since);
+    match page.windows.iter_mut().find(|found| found.start == window.start) {
         Some(found) => (found.base_ms, found.generation) = (window.base_ms, window.generation),
         None => {
-            if next.windows.iter().any(|other| other.covers(window.start) || window.covers(other.start)) {
-                return Err(Misfit::NoSource(lease.clone()));
+            if page.windows.iter().any(|other| other.covers(window.start) || window.covers(other.start)) {
+                return Err(Misfit::NoSource(hold.lease.clone()));
             }
-            if next.windows.len() >= WINDOWS_MAX {
+            if page.windows.len() >= WINDOWS_MAX {
                 return Err(Misfit::Full("windows"));
             }
-            next.windows.push(Window { charged_ms: 0, runs: 0, ..window.clone() });
+            page.windows.push(Window { charged_ms: 0, runs: 0, ..window.clone() });
         }
     }
     for row in grants {
-        if next.grants.iter().any(|known| known.uid == row.uid) {
+        if page.grants.iter().any(|known| known.uid == row.uid) {
             continue;
         }
-        if next.grants.len() >= GRANTS_MAX {
+        if page.grants.len() >= GRANTS_MAX {
             return Err(Misfit::Full("grants"));
         }
-        next.grants.push(GrantRow { used_ms: 0, ..row.clone() });
+        page.grants.push(GrantRow { used_ms: 0, ..row.clone() });
     }
-    open_row(&mut next, hold, cookie)?;
+    Ok(())
+}
+
+/// Invariant 1: each part fits its source.
+fn check_parts(page: &Page, hold: &Hold) -> Result<(), Misfit> {
+    let lease = &hold.lease;
     for part in &hold.parts {
-        let (limit_ms, charged_ms) = limit_of(&next, &part.source).ok_or(Misfit::NoSource(lease.clone()))?;
-        let sum_ms = charged_ms.saturating_add(next.reserved_ms(&part.source)).saturating_add(part.ms);
-        // Invariant 1. A part of 0 ms takes nothing, also from a base that was lowered below what is charged.
+        let (limit_ms, charged_ms) = limit_of(page, &part.source).ok_or(Misfit::NoSource(lease.clone()))?;
+        let sum_ms = charged_ms.saturating_add(page.reserved_ms(&part.source)).saturating_add(part.ms);
+        // A part of 0 ms takes nothing, also from a base that was lowered below what is charged.
         if part.ms > 0 && sum_ms > limit_ms {
             return Err(Misfit::OverLimit { lease: lease.clone(), which: part.source.clone(), sum_ms, limit_ms });
         }
     }
-    next.holds.push(hold.clone());
-    *page = next;
     Ok(())
 }
 
@@ -307,20 +325,20 @@ fn settle(
     charged_ms: u64,
     at: LedgerTime,
 ) -> Result<(), Misfit> {
-    let hold = page.holds[index].clone();
+    let hold = Arc::clone(&page.holds[index]);
     let bound_ms = hold.weight.saturating_mul(hold.declared_ms);
     if charged_ms > bound_ms {
-        return Err(Misfit::OverCharge { lease: hold.lease, charged_ms, bound_ms });
+        return Err(Misfit::OverCharge { lease: hold.lease.clone(), charged_ms, bound_ms });
     }
     if page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("closed"));
     }
     if hold.parts.iter().any(|part| limit_of(page, &part.source).is_none()) {
-        return Err(Misfit::NoSource(hold.lease));
+        return Err(Misfit::NoSource(hold.lease.clone()));
     }
     if let Some(window) = &hold.cookie {
         let Some(row) = page.cookies.iter_mut().find(|row| row.is_of(window)) else {
-            return Err(Misfit::NoSource(hold.lease));
+            return Err(Misfit::NoSource(hold.lease.clone()));
         };
         row.charged_ms = row.charged_ms.saturating_add(charged_ms);
         row.runs = row.runs.saturating_add(u64::from(charged_ms > 0));
@@ -352,18 +370,16 @@ fn settle(
 /// (L12), expired grants.
 /// Nothing that an open hold refers to.
 fn prune(page: &mut Page, at: LedgerTime) {
-    let windows = page
-        .windows
-        .iter()
-        .filter(|window| {
-            let unused = window.charged_ms == 0 && window.runs == 0;
-            page.is_referenced(&Source::Window(window.start)) || (!unused && at < window.end())
-        })
-        .cloned()
-        .collect();
-    let grants = page.grants.iter().filter(|row| keeps(page, row, at)).cloned().collect();
+    let mut windows = std::mem::take(&mut page.windows);
+    windows.retain(|window| {
+        let unused = window.charged_ms == 0 && window.runs == 0;
+        page.is_referenced(&Source::Window(window.start)) || (!unused && at < window.end())
+    });
+    page.windows = windows;
+    let mut grants = std::mem::take(&mut page.grants);
+    grants.retain(|row| keeps(page, row, at));
+    page.grants = grants;
     if page.cookies.iter().any(|row| !row.is_kept(page, at)) {
         page.cookies = page.cookies.iter().filter(|row| row.is_kept(page, at)).cloned().collect();
     }
-    (page.windows, page.grants) = (windows, grants);
 }

@@ -1,6 +1,8 @@
 //! Who gets the next slot of a node, as its lanes say (`queue`). At the end of a lease its slot is given to the next one
 //! while it still clears (L14).
 
+use std::sync::Arc;
+
 use super::Moment;
 use super::change::PageChange;
 use super::event::Event;
@@ -32,7 +34,7 @@ pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) ->
     match lanes.next(&found.room()) {
         None => Vec::new(),
         Some(Choice::Reserve { place, lane }) => {
-            let kept = |waiting: &Waiting| Event::CardKept { ticket: waiting.ticket.clone(), lane };
+            let kept = |waiting: &Arc<Waiting>| Event::CardKept { ticket: waiting.ticket.clone(), lane };
             state.queue.at(name, place).map(kept).into_iter().collect()
         }
         Some(Choice::Start { place, fit }) => {
@@ -51,11 +53,11 @@ fn impossible<'a>(state: &'a State, node: &Node, name: &NodeName, lanes: &Lanes)
     let place = [Size::Large, Size::Xlarge]
         .into_iter()
         .find_map(|size| lanes.first_of(size).filter(|_| !slots::possible(&node.cards, size)))?;
-    state.queue.at(name, place)
+    state.queue.at(name, place).map(Arc::as_ref)
 }
 
 /// A request has its turn.
-fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Waiting, slot: Option<FoundSlot>) -> Vec<Event> {
+fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Arc<Waiting>, slot: Option<FoundSlot>) -> Vec<Event> {
     let Some(account) = state.accounts.get(&waiting.account).filter(|account| !account.policy.deleting) else {
         return refuse(at, state, waiting, Denial::AccountDeleting);
     };
@@ -87,7 +89,11 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Waiting, slot: O
     };
     let spared_ms = waiting.demand.needed_ms().saturating_sub(demand.needed_ms());
     let spared = if spared_ms > 0 { give_back(waiting, spared_ms, false) } else { None };
-    let waiting = Waiting { demand, ..waiting.clone() };
+    let waiting = if demand == waiting.demand {
+        Arc::clone(waiting)
+    } else {
+        Arc::new(Waiting { demand, ..Waiting::clone(waiting) })
+    };
     spared.into_iter().chain(reserve(at, ids, state, account, waiting, slot, admission)).collect()
 }
 
@@ -103,7 +109,7 @@ fn reserve(
     ids: &mut IdSeed,
     state: &State,
     account: &Account,
-    waiting: Waiting,
+    waiting: Arc<Waiting>,
     slot: FoundSlot,
     admission: Admission,
 ) -> Vec<Event> {
@@ -121,12 +127,12 @@ fn reserve(
         since: account.working.time(at.wall),
         after: slot.after.clone(),
         generation: account.policy.allowance.generation,
-        via: waiting.via.clone(),
+        via: waiting.via.to_string(),
         cookie: admission.cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
         shortened: waiting.demand.shortened,
     };
     let change = PageChange::Hold {
-        hold: Box::new(hold),
+        hold: Arc::new(hold),
         window: admission.window,
         grants: admission.grants,
         cookie: admission.cookie.map(Box::new),
@@ -134,13 +140,7 @@ fn reserve(
     let limits = state.settings(&waiting.node).limits;
     let mut events = vec![
         Event::Changed { account: waiting.account.clone(), change, at: at.steady },
-        Event::Reserved {
-            lease: lease.clone(),
-            waiting: Box::new(waiting),
-            after: slot.after,
-            avoid: slot.avoid,
-            at: at.steady,
-        },
+        Event::Reserved { lease: lease.clone(), waiting, after: slot.after, avoid: slot.avoid, at: at.steady },
     ];
     if state.has(Mutant::OrderEarly) {
         events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });
@@ -149,7 +149,6 @@ fn reserve(
 }
 
 /// Room for one more lease.
-#[derive(Clone, Default)]
 struct FoundSlot {
     /// It gets the slot that this lease clears.
     after: Option<LeaseId>,
@@ -157,44 +156,58 @@ struct FoundSlot {
     avoid: Vec<u32>,
 }
 
-/// Where leases of each size could begin.
-struct Found {
-    /// A half on a card that is not reserved.
-    large: Option<FoundSlot>,
-    xlarge: Option<FoundSlot>,
-    /// A half on the reserved card, with the time until that drains.
-    on_reserved: Option<(FoundSlot, u64)>,
+/// Where a lease could begin.
+struct Opening {
+    /// When this one has given its slot back; None: at once.
+    after: Option<LeaseId>,
 }
 
-impl Found {
+/// Where leases of each size could begin.
+struct Found<'a> {
+    now: Steady,
+    node: &'a Node,
+    /// The card that is kept for who has the reservation, and when it drains.
+    kept: Option<(u32, Steady)>,
+    /// A half on a card that is not kept.
+    large: Option<Opening>,
+    xlarge: Option<Opening>,
+    /// A half on the card that is kept.
+    on_reserved: Option<Opening>,
+}
+
+impl<'a> Found<'a> {
     /// None if the picture of the node does not hold.
-    fn on(now: Steady, node: &Node, reserved: bool) -> Option<Self> {
+    fn on(now: Steady, node: &'a Node, reserved: bool) -> Option<Self> {
         let picture = Picture::of(now, node)?;
-        let xlarge = picture.slot(Size::Xlarge, &[]);
+        let xlarge = picture.slot(Size::Xlarge, |card| picture.is_open(card));
         // With room for a whole card nothing has to be kept.
         let kept = if reserved && xlarge.is_none() { picture.drains_first() } else { None };
-        let avoid: Vec<u32> = kept.iter().map(|(card, _)| *card).collect();
-        let large = picture.slot(Size::Large, &avoid);
-        let on_reserved = kept.and_then(|(card, drained)| {
-            let others: Vec<u32> = node.cards.iter().map(|card| card.index).filter(|index| *index != card).collect();
-            picture.slot(Size::Large, &others).map(|slot| (slot, drained.since(now)))
-        });
-        Some(Self { large, xlarge, on_reserved })
+        let is_kept = |card| kept.is_some_and(|(kept, _)| kept == card);
+        let large = picture.slot(Size::Large, |card| !is_kept(card));
+        let on_reserved = if kept.is_some() { picture.slot(Size::Large, is_kept) } else { None };
+        Some(Self { now, node, kept, large, xlarge, on_reserved })
     }
 
     fn room(&self) -> Room {
+        let drains_in_ms = self.kept.map(|(_, drained)| drained.since(self.now));
         Room {
             large: self.large.is_some(),
             xlarge: self.xlarge.is_some(),
-            reserved_for_ms: self.on_reserved.as_ref().map(|(_, ms)| *ms),
+            reserved_for_ms: drains_in_ms.filter(|_| self.on_reserved.is_some()),
         }
     }
 
     fn of(self, size: Size, fit: Fit) -> Option<FoundSlot> {
+        let is_kept = |card: u32| self.kept.is_some_and(|(kept, _)| kept == card);
+        let avoid = |avoided: &dyn Fn(u32) -> bool| {
+            self.node.cards.iter().map(|card| card.index).filter(|card| avoided(*card)).collect()
+        };
         match (size, fit) {
-            (Size::Large, Fit::BeforeDrain | Fit::InsteadOfReserved) => self.on_reserved.map(|(slot, _)| slot),
-            (Size::Large, Fit::Open) => self.large,
-            (Size::Xlarge, _) => self.xlarge,
+            (Size::Large, Fit::BeforeDrain | Fit::InsteadOfReserved) => {
+                self.on_reserved.map(|Opening { after }| FoundSlot { after, avoid: avoid(&|card| !is_kept(card)) })
+            }
+            (Size::Large, Fit::Open) => self.large.map(|Opening { after }| FoundSlot { after, avoid: avoid(&is_kept) }),
+            (Size::Xlarge, _) => self.xlarge.map(|Opening { after }| FoundSlot { after, avoid: Vec::new() }),
         }
     }
 }
@@ -262,11 +275,12 @@ impl<'a> Picture<'a> {
             if holder.follows && holder.size == Size::Large {
                 picture.halves_under_way.push(&holder.avoid);
             }
-            let now = picture.pick(holder.size, &holder.avoid, CardUse::now).filter(|_| holder.after.is_none());
+            let allowed = |card| !holder.avoid.contains(&card);
+            let now = picture.pick(holder.size, CardUse::now, allowed).filter(|_| holder.after.is_none());
             match now {
                 Some(card) => picture.add(card, holder, Use::Taken),
                 None => {
-                    let card = picture.pick(holder.size, &holder.avoid, CardUse::soon)?;
+                    let card = picture.pick(holder.size, CardUse::soon, allowed)?;
                     picture.add(card, holder, Use::Following);
                 }
             }
@@ -276,8 +290,8 @@ impl<'a> Picture<'a> {
 
     fn add(&mut self, card: u32, holder: &Holder, how: Use) {
         // A card that is gone from the inventory has no slots to give.
-        let known = self.node.cards.iter().zip(&mut self.uses).find(|(known, _)| known.index == card);
-        let Some((card, card_use)) = known else { return };
+        let Some(place) = self.place_of(card) else { return };
+        let (card, card_use) = (&self.node.cards[place], &mut self.uses[place]);
         let slots = card.slots_of(holder.size);
         card_use.drained = card_use.drained.max(holder.drained_by(self.now));
         let used = match how {
@@ -288,8 +302,22 @@ impl<'a> Picture<'a> {
         *used = used.saturating_add(slots);
     }
 
-    fn pick(&self, size: Size, avoid: &[u32], used: fn(&CardUse) -> u32) -> Option<u32> {
-        slots::pick_by(&self.node.cards, |place, _| self.uses.get(place).map_or(0, used), size, avoid)
+    /// Where a card is in the inventory: mostly where its index says.
+    fn place_of(&self, index: u32) -> Option<usize> {
+        let (cards, likely) = (&self.node.cards, usize::try_from(index).ok()?);
+        if cards.get(likely).is_some_and(|card| card.index == index) {
+            return Some(likely);
+        }
+        cards.iter().position(|card| card.index == index)
+    }
+
+    fn pick(&self, size: Size, used: impl Fn(&CardUse) -> u32, allowed: impl Fn(u32) -> bool) -> Option<u32> {
+        slots::pick_by(&self.node.cards, |place, _| self.uses.get(place).map_or(0, &used), size, allowed)
+    }
+
+    /// A whole card that is clear, or will be, may be a half's by then, unless that half avoids it.
+    fn is_open(&self, card: u32) -> bool {
+        self.halves_under_way.iter().all(|avoided| avoided.contains(&card))
     }
 
     /// The card that can be had as a whole first, and when it is surely free. Leases that begin on it meanwhile are over by
@@ -297,28 +325,24 @@ impl<'a> Picture<'a> {
     fn drains_first(&self) -> Option<(u32, Steady)> {
         let cards = self.node.cards.iter().zip(&self.uses);
         cards
-            .filter(|(card, _)| slots::possible(std::slice::from_ref(*card), Size::Xlarge))
+            .filter(|(card, _)| card.fits(Size::Xlarge))
             .map(|(card, card_use)| (card.index, card_use.drained.max(self.now)))
             .min_by_key(|(index, drained)| (*drained, *index))
     }
 
-    fn slot(&self, size: Size, avoid: &[u32]) -> Option<FoundSlot> {
-        let mut passed = avoid.to_vec();
-        if size == Size::Xlarge {
-            // A whole card that is clear, or will be, may be a half's by then, unless that half avoids it.
-            let is_open = |card: u32| self.halves_under_way.iter().all(|avoided| avoided.contains(&card));
-            passed.extend(self.node.cards.iter().map(|card| card.index).filter(|card| !is_open(*card)));
-        }
-        if self.pick(size, &passed, CardUse::now).is_some() {
-            return Some(FoundSlot { after: None, avoid: avoid.to_vec() });
+    /// Where a lease of this size could begin on one of the cards that are allowed.
+    fn slot(&self, size: Size, allowed: impl Fn(u32) -> bool) -> Option<Opening> {
+        if self.pick(size, CardUse::now, &allowed).is_some() {
+            return Some(Opening { after: None });
         }
         if !self.uses.iter().any(|card_use| card_use.clearing > 0) {
             return None;
         }
+        let mut passed = Vec::new();
         // Each round rules one card out.
-        while let Some(card) = self.pick(size, &passed, CardUse::soon) {
+        while let Some(card) = self.pick(size, CardUse::soon, |card| allowed(card) && !passed.contains(&card)) {
             if let Some(after) = predecessor(self.node, card, size) {
-                return Some(FoundSlot { after: Some(after), avoid: avoid.to_vec() });
+                return Some(Opening { after: Some(after) });
             }
             passed.push(card);
         }

@@ -135,49 +135,51 @@ pub struct Place {
     pub caller: CallerClass,
 }
 
-/// What an event asks for, in order. `state` is the state after it.
-pub fn effects(state: &State, event: &Event) -> Vec<Effect> {
+/// Adds what an event asks for to `effects`, in order. `state` is the state after it.
+pub fn add_effects(state: &State, event: &Event, effects: &mut Vec<Effect>) {
+    let receipt = |account: &AccountName, closed: &Closed| Effect::Receipt {
+        account: account.clone(),
+        closed: Box::new(closed.clone()),
+    };
     match event {
         Event::WriteBegun { account, .. } | Event::WriteRepeated { account } => {
             let batch = state.accounts.get(account).and_then(|found| found.in_flight.as_ref());
-            let write = batch.map(|batch| Effect::Write { account: account.clone(), page: Arc::clone(&batch.page) });
-            write.into_iter().collect()
+            effects
+                .extend(batch.map(|batch| Effect::Write { account: account.clone(), page: Arc::clone(&batch.page) }));
         }
         Event::WriteUnknown { account } | Event::WriteContested { account } => {
-            vec![Effect::Read { account: account.clone() }]
+            effects.push(Effect::Read { account: account.clone() });
         }
         Event::PageDoubted { node, account } => {
-            vec![Effect::Confirm { account: account.clone(), node: node.clone() }]
+            effects.push(Effect::Confirm { account: account.clone(), node: node.clone() });
         }
         Event::AccountTaken { account, page, .. } | Event::Rebased { account, page, .. } => {
-            let receipt =
-                |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
-            page.closed.iter().map(receipt).collect()
+            effects.extend(page.closed.iter().map(|closed| receipt(account, closed)));
         }
-        Event::Settled { account, lease } => {
+        Event::Settled { account, lease } if !state.has(Mutant::NoReceipt) => {
             let page = state.accounts.get(account).map(|found| &found.durable);
             let row = page.and_then(|page| page.closed.iter().find(|closed| closed.hold.lease == *lease));
-            let receipt =
-                |closed: &Closed| Effect::Receipt { account: account.clone(), closed: Box::new(closed.clone()) };
-            row.filter(|_| !state.has(Mutant::NoReceipt)).map(receipt).into_iter().collect()
+            effects.extend(row.map(|closed| receipt(account, closed)));
         }
-        Event::Ordered { lease, .. } => start(state, lease).into_iter().collect(),
+        Event::Ordered { lease, .. } => effects.extend(start(state, lease)),
         Event::Cancelled { lease, reason, .. } => {
             let node = state.leases.get(lease).map(|found| found.node.clone());
-            node.map(|node| Effect::Cancel { node, lease: lease.clone(), reason }).into_iter().collect()
+            effects.extend(node.map(|node| Effect::Cancel { node, lease: lease.clone(), reason }));
         }
         Event::Acknowledged { node, lease, ended, freed } => {
-            vec![Effect::Acknowledge { node: node.clone(), lease: lease.clone(), ended: *ended, freed: *freed }]
+            let (node, lease) = (node.clone(), lease.clone());
+            effects.push(Effect::Acknowledge { node, lease, ended: *ended, freed: *freed });
         }
         Event::Denied { ticket, node, caller, denial } => {
-            vec![Effect::Deny { ticket: ticket.clone(), node: node.clone(), caller: *caller, denial: denial.clone() }]
+            let (ticket, node) = (ticket.clone(), node.clone());
+            effects.push(Effect::Deny { ticket, node, caller: *caller, denial: denial.clone() });
         }
         Event::Announced { ticket, at, .. } => {
             let waiting = state.queue.get(ticket);
-            waiting.map(|waiting| Effect::Queue(Box::new(place(state, waiting, *at)))).into_iter().collect()
+            effects.extend(waiting.map(|waiting| Effect::Queue(Box::new(place(state, waiting, *at)))));
         }
-        Event::TermEnded(end) => vec![Effect::EndTerm(*end)],
-        _ => Vec::new(),
+        Event::TermEnded(end) => effects.push(Effect::EndTerm(*end)),
+        _ => {}
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the ledger has decided. A refusal is an event with numbers in it, not an error.
 
+use std::sync::Arc;
+
 use super::change::PageChange;
 use super::command::{AgentLease, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
@@ -54,7 +56,7 @@ pub enum Event {
 
     // Requests.
     /// A request waits, new or again.
-    Queued(Box<Waiting>),
+    Queued(Arc<Waiting>),
     /// The agent presented it again.
     Confirmed { ticket: Ticket },
     /// It waits no longer.
@@ -82,7 +84,7 @@ pub enum Event {
 
     // Leases.
     /// A slot is meant for a request; its hold is not durable yet.
-    Reserved { lease: LeaseId, waiting: Box<Waiting>, after: Option<LeaseId>, avoid: Vec<u32>, at: Steady },
+    Reserved { lease: LeaseId, waiting: Arc<Waiting>, after: Option<LeaseId>, avoid: Vec<u32>, at: Steady },
     /// The hold is aborted.
     Unreserved { lease: LeaseId },
     /// The hold is durable: the order leaves.

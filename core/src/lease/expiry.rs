@@ -21,7 +21,7 @@ const CANCEL_PERIOD_MS: u64 = 5_000;
 pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     let mut events = Vec::new();
     let is_late = |confirm_by: Option<Steady>| confirm_by.is_some_and(|confirm_by| confirm_by <= at.steady);
-    for waiting in state.queue.iter().filter(|waiting| is_late(waiting.unconfirmed)) {
+    for waiting in state.queue.unconfirmed().filter(|waiting| is_late(waiting.unconfirmed)) {
         events.extend(request::left(at, state, waiting, "its node did not present the request again"));
     }
     for (id, lease) in state.leases() {

@@ -11,6 +11,7 @@
 //! the same commands always give the same state.
 
 mod apply;
+mod batch;
 mod begin;
 pub mod change;
 mod command;
@@ -24,6 +25,7 @@ mod mutant;
 mod node;
 mod pages;
 mod parking;
+mod policies;
 mod promise;
 mod report;
 mod request;
@@ -40,7 +42,7 @@ pub use command::{
 };
 pub use decide::decide;
 pub use dispatch::dispatch;
-pub use effect::{Effect, Order, Place, effects};
+pub use effect::{Effect, Order, Place, add_effects};
 pub use event::{Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
@@ -126,7 +128,7 @@ impl Outcome {
                 self.violations.push(misfit);
                 return false;
             }
-            self.effects.extend(effects(state, &event));
+            add_effects(state, &event, &mut self.effects);
             self.events.push(event);
         }
         true

@@ -1,6 +1,7 @@
 //! Nodes come, tell what they have, and go (L6, L7).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::Moment;
 use super::command::{AgentLease, AgentPhase};
@@ -25,12 +26,12 @@ pub(super) fn hello(at: Moment, state: &State, node: NodeName, agent_instance: S
     let restarted = state.nodes.get(&node).is_some_and(|known| known.agent_instance != agent_instance);
     if restarted {
         // The connections of its earlier start are gone, and with them whoever waited on them.
-        for waiting in state.queue.line(&node).filter(|waiting| waiting.ticket.agent_instance != agent_instance) {
+        for waiting in state.queue.line(&node).filter(|waiting| *waiting.ticket.agent_instance != *agent_instance) {
             events.extend(request::left(at, state, waiting, "the node agent restarted"));
         }
         let stale = state.leases_on(&node).filter(|(_, lease)| {
             let request = lease.request.as_ref();
-            request.is_some_and(|waiting| waiting.ticket.agent_instance != agent_instance)
+            request.is_some_and(|waiting| *waiting.ticket.agent_instance != *agent_instance)
         });
         events.extend(stale.map(|(id, _)| Event::Abandoned { lease: id.clone() }));
     }
@@ -76,7 +77,7 @@ pub(super) fn joined(
     events.extend(doubted.map(|account| Event::PageDoubted { node: node.clone(), account: account.clone() }));
     for event in &mut events {
         if let Event::Queued(waiting) = event {
-            waiting.unconfirmed = Some(confirm_by);
+            Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
         }
     }
     events

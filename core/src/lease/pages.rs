@@ -36,7 +36,7 @@ pub(super) fn seen(at: Moment, state: &State, name: AccountName, page: Box<Page>
         return events;
     };
     let mut events = Vec::new();
-    if policy != account.policy {
+    if policy != *account.policy {
         events.push(Event::PolicyChanged { account: name.clone(), policy: policy.clone() });
         events.extend(base(at, &name, &account.working, &policy));
     }
@@ -298,7 +298,7 @@ fn aborted(at: Moment, state: &State, name: AccountName, account: &Account, batc
     all
 }
 
-const fn hold_of(change: &PageChange) -> Option<&LeaseId> {
+fn hold_of(change: &PageChange) -> Option<&LeaseId> {
     match change {
         PageChange::Hold { hold, .. } => Some(&hold.lease),
         _ => None,

@@ -1,5 +1,7 @@
 //! Requests: the checks on arrival (docs/rules.md, Admission), leaving, refusals, and what is told to those who wait.
 
+use std::sync::Arc;
+
 use super::Moment;
 use super::change::PageChange;
 use super::command::{Budget, NodeSettings, Request};
@@ -70,7 +72,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 events.push(Event::PromiseOver { ticket, node, waited_ms, promised_ms });
             }
             let kept = promised.filter(|promised| !promised.is_over() && waits_for == WaitsFor::Node);
-            events.push(Event::Queued(Box::new(Waiting {
+            events.push(Event::Queued(Arc::new(Waiting {
                 ticket: request.ticket,
                 place: place.unwrap_or(state.next_place),
                 node: request.node,
@@ -84,7 +86,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                     (None, Some(_)) => "token",
                     (None, None) => "space",
                 }
-                .to_owned(),
+                .into(),
                 cookie: request.cookie,
                 root: request.budget.map(|budget| budget.root),
                 since: at.wall,
@@ -106,7 +108,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
 fn presented_place(state: &State, request: &Request) -> Option<u64> {
     let presented = request.presented.filter(|presented| presented.number > 0 && !state.has(Mutant::ForgetsPlaces))?;
     let place = place_of(presented.epoch, presented.number);
-    let is_others = |of: &Waiting| of.place == place && of.ticket != request.ticket;
+    let is_others = |of: &Arc<Waiting>| of.place == place && of.ticket != request.ticket;
     let is_taken = state.queue.at(&request.node, place).is_some_and(is_others)
         || state.leases_on(&request.node).any(|(_, lease)| lease.request.as_ref().is_some_and(is_others));
     (place < state.next_place && !is_taken).then_some(place)
@@ -268,9 +270,10 @@ fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), De
 /// When the first of the account's reservations ends at the latest, and the first of the visitor's on a guest page.
 pub(super) fn frees_in(state: &State, account: &Account, cookie: Option<&CookieId>, time: LedgerTime) -> FreesIn {
     let holds = &state.page_of(account).holds;
-    let left_ms =
-        |hold: &Hold| hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time);
-    let is_own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+    let left_ms = |hold: &Arc<Hold>| {
+        hold.since.plus(state.limits_of(&hold.lease, &hold.node).held_ms(hold.declared_ms)).since(time)
+    };
+    let is_own = |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
     FreesIn {
         account_ms: holds.iter().map(left_ms).min().unwrap_or_default(),
         cookie_ms: holds.iter().filter(is_own).map(left_ms).min().unwrap_or_default(),
@@ -316,7 +319,7 @@ pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) 
     if state.has(Mutant::ForgetsReturned) {
         return Vec::new();
     }
-    vec![Event::Queued(Box::new(waiting))]
+    vec![Event::Queued(Arc::new(waiting))]
 }
 
 fn outcome(
@@ -336,7 +339,7 @@ fn outcome(
         message,
         at: found.working.time(at.wall),
     };
-    Some(Event::Changed { account: account.clone(), change: PageChange::Outcome(outcome), at: at.steady })
+    Some(Event::Changed { account: account.clone(), change: PageChange::Outcome(Arc::new(outcome)), at: at.steady })
 }
 
 impl<'a> Refusal<'a> {
@@ -360,7 +363,7 @@ impl<'a> Refusal<'a> {
         if let Some((name, account)) = found {
             let row = DenialRow { denial, space: self.space.clone(), at: account.working.time(at.wall) };
             let (kind, message) = (row.denial.kind(), human_message(&row.denial));
-            let change = PageChange::Denied(Box::new(row));
+            let change = PageChange::Denied(Arc::new(row));
             events.push(Event::Changed { account: name.clone(), change, at: at.steady });
             events.extend(outcome(at, state, name, self.ticket, kind, self.boundary, message));
         }

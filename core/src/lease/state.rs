@@ -8,6 +8,7 @@ use super::change::{PageChange, Urgency};
 use super::command::{AgentLease, Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
+use super::policies::Policies;
 use super::schedule::{Schedule, Scheduled};
 use super::spaces::SpaceUse;
 use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
@@ -32,8 +33,8 @@ pub struct State {
     pub ended: Option<TermEnd>,
     /// The clock is this far off: nothing is granted (L20).
     pub clock_off_ms: Option<u64>,
-    /// Pages.
-    pub accounts: ByName<AccountName, Account>,
+    /// Pages. Boxed: up to half of the map's places are empty, and they are small so.
+    pub accounts: ByName<AccountName, Box<Account>>,
     /// Nodes that were ever heard of in this term.
     pub nodes: BTreeMap<NodeName, Node>,
     /// Every lease that has an open hold or a slot.
@@ -60,6 +61,8 @@ pub struct State {
     pub awaited: BTreeSet<NodeName>,
     /// Which lease was made for which request.
     pub(super) tickets: ByName<Ticket, LeaseId>,
+    /// The policies that accounts share.
+    pub(super) policies: Policies,
     /// The longest call that any account of the term could make: an upper bound of what may come before anybody.
     pub(super) longest_call_ms: u64,
     /// Accounts with changes that no write carries yet.
@@ -74,8 +77,8 @@ pub struct State {
 /// One account: its page three times, and its policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
-    /// What it may do.
-    pub policy: Policy,
+    /// What it may do; shared with the other accounts of its tier.
+    pub policy: Arc<Policy>,
     /// As last acknowledged by the store.
     pub durable: Arc<Page>,
     /// Durable, and all that is in flight or waits for the next write: decisions see this one (L3).
@@ -147,7 +150,7 @@ pub struct Lease {
     /// Longest run.
     pub declared_ms: u64,
     /// The request it was made for; None after a fail-over.
-    pub request: Option<Waiting>,
+    pub request: Option<Arc<Waiting>>,
     /// By which lane of its queue it had its turn; None after a fail-over.
     pub lane: Option<Lane>,
     /// How far it is.
@@ -263,6 +266,7 @@ impl State {
             queue: Queue::default(),
             history: History::default(),
             tickets: ByName::default(),
+            policies: Policies::default(),
             longest_call_ms: 0,
             spaces: BTreeMap::new(),
             roots: BTreeMap::new(),
@@ -378,7 +382,7 @@ impl Account {
 
     /// True while the page takes no more holds, or none of this visitor of a guest page.
     pub(super) fn is_full(&self, page: &Page, cookie: Option<&CookieId>) -> bool {
-        let is_own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
+        let is_own = |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == cookie;
         let open = if cookie.is_some() { page.holds.iter().filter(is_own).count() } else { page.holds.len() };
         open >= usize::try_from(self.policy.concurrent).unwrap_or(usize::MAX)
             // L10: a full outbox pauses this account only. Every open hold will need a row in it.

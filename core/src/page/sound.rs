@@ -182,6 +182,8 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::super::{Closed, Ending, GrantRow, Hold, Part, Window};
+    use std::sync::Arc;
+
     use super::*;
     use crate::ids::{Epoch, NodeName, Size, SpaceKey};
 
@@ -190,7 +192,7 @@ mod tests {
     fn hold(lease: &str) -> Hold {
         Hold {
             lease: LeaseId::new(lease),
-            space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+            space: SpaceKey::new("demo", "hello", "u"),
             parts: vec![
                 Part { source: Source::Window(START), ms: 15_000 },
                 Part { source: Source::Grant("g".to_owned()), ms: 5_000 },
@@ -213,10 +215,10 @@ mod tests {
     fn page() -> Page {
         Page {
             windows: vec![Window { start: START, base_ms: 60_000, charged_ms: 70_000, runs: 1, generation: 1 }],
-            holds: vec![hold("a")],
+            holds: vec![Arc::new(hold("a"))],
             grants: vec![GrantRow { uid: "g".to_owned(), ms: 9_000, expires: START, used_ms: 0 }],
             closed: vec![Closed {
-                hold: Hold { parts: Vec::new(), ..hold("b") },
+                hold: Arc::new(Hold { parts: Vec::new(), ..hold("b") }),
                 ending: Ending::Released,
                 used_ms: 12_000,
                 charged_ms: 20_000,
@@ -243,14 +245,14 @@ mod tests {
             ("epoch is 4611686018427387904, beyond", |page| page.epoch = Epoch(COUNT_MAX)),
             ("a window's runs is 4611686018427387904, beyond", |page| page.windows[0].runs = COUNT_MAX),
             ("the page's time is 253402300800000 ms, later", |page| page.last_time = TIME_MAX.plus(1)),
-            ("lease a is on the page more than once", |page| page.holds.push(hold("a"))),
-            ("lease b is on the page more than once", |page| page.holds.push(hold("b"))),
+            ("lease a is on the page more than once", |page| page.holds.push(Arc::new(hold("a")))),
+            ("lease b is on the page more than once", |page| page.holds.push(Arc::new(hold("b")))),
             ("overlaps another window", |page| {
                 page.windows.push(Window { start: START.plus(1), ..page.windows[0].clone() });
             }),
             ("Grant(\"g\") is on the page more than once", |page| page.grants.push(page.grants[0].clone())),
             ("which is not on the page", |page| page.grants.clear()),
-            ("has reserved 20000 ms for 2 x 10001 ms", |page| page.holds[0].declared_ms += 1),
+            ("has reserved 20000 ms for 2 x 10001 ms", |page| Arc::make_mut(&mut page.holds[0]).declared_ms += 1),
             ("was charged 20001 ms for 2 x 10000 ms", |page| page.closed[0].charged_ms += 1),
             ("together more than can be stored", |page| page.windows[0].charged_ms = NUMBER_MAX - 14_999),
         ];
@@ -265,7 +267,7 @@ mod tests {
     #[test]
     fn more_holds_than_the_outbox_takes_are_no_page_of_ours() {
         let mut page = page();
-        page.holds = (0..CLOSED_MAX).map(|index| hold(&format!("h{index}"))).collect();
+        page.holds = (0..CLOSED_MAX).map(|index| Arc::new(hold(&format!("h{index}")))).collect();
         assert_eq!(page.sound(), Err(Unsound::Outbox { holds: CLOSED_MAX, closed: 1 }));
         page.closed.clear();
         assert_eq!(page.sound(), Ok(()));

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::Size;
+use crate::ids::{ByName, Size};
 
-/// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 400 bytes each.
+/// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 500 bytes each.
 pub const FUNCTIONS_MAX: usize = 8192;
 /// Calls of each that count: enough for a ninth decile, and few enough to follow a change within an hour of use.
 pub const SAMPLES_MAX: usize = 32;
@@ -53,9 +53,11 @@ pub struct Function {
 /// All that was learned in a term.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    functions: BTreeMap<Function, Samples>,
+    functions: ByName<Function, Samples>,
+    /// The same in order, so that those of a Space are together.
+    by_space: BTreeSet<Function>,
     /// By the number of their last call.
-    by_use: BTreeSet<(u64, Function)>,
+    by_use: BTreeMap<u64, Function>,
     calls: u64,
 }
 
@@ -70,18 +72,23 @@ impl History {
     /// A call ran so long.
     pub fn learn(&mut self, function: &Function, used_ms: u64) {
         self.calls += 1;
-        let samples = self.functions.entry(function.clone()).or_default();
+        if !self.functions.contains_key(function) {
+            self.functions.insert(function.clone(), Samples::default());
+            self.by_space.insert(function.clone());
+        }
+        let Some(samples) = self.functions.get_mut(function) else { return };
         if samples.used_ms.len() >= SAMPLES_MAX {
             samples.used_ms.pop_front();
         }
         samples.used_ms.push_back(used_ms);
         let last_call = std::mem::replace(&mut samples.last_call, self.calls);
-        self.by_use.remove(&(last_call, function.clone()));
-        self.by_use.insert((self.calls, function.clone()));
+        let used = self.by_use.remove(&last_call).unwrap_or_else(|| function.clone());
+        self.by_use.insert(self.calls, used);
         if self.functions.len() > FUNCTIONS_MAX
             && let Some((_, forgotten)) = self.by_use.pop_first()
         {
             self.functions.remove(&forgotten);
+            self.by_space.remove(&forgotten);
         }
     }
 
@@ -91,7 +98,12 @@ impl History {
         let Some(samples) = self.functions.get(function).filter(|samples| samples.used_ms.len() >= SAMPLES_MIN) else {
             return function.declared_ms;
         };
-        percentile(&samples.sorted(), 90).min(function.declared_ms)
+        let mut used_ms = [0; SAMPLES_MAX];
+        let count = samples.used_ms.len().min(SAMPLES_MAX);
+        used_ms.iter_mut().zip(&samples.used_ms).for_each(|(place, used_ms)| *place = *used_ms);
+        let rank = (count * 9).div_ceil(10);
+        let (_, ninth_decile, _) = used_ms[..count].select_nth_unstable(rank - 1);
+        (*ninth_decile).min(function.declared_ms)
     }
 
     /// What a call of a Space that trusts its history is given: what it would be suggested to declare.
@@ -102,8 +114,9 @@ impl History {
     /// All functions of a Space of which enough is known to tell, by size and declared duration.
     pub fn of_space(&self, space_uid: &str) -> Vec<Learned> {
         let first = Function { space_uid: space_uid.to_owned(), size: Size::Large, declared_ms: 0 };
-        let functions = self.functions.range(first..).take_while(|(function, _)| function.space_uid == space_uid);
-        let known = functions.filter(|(_, samples)| samples.used_ms.len() >= SAMPLES_MIN);
+        let functions = self.by_space.range(first..).take_while(|function| function.space_uid == space_uid);
+        let known = functions.filter_map(|function| Some((function, self.functions.get(function)?)));
+        let known = known.filter(|(_, samples)| samples.used_ms.len() >= SAMPLES_MIN);
         known.map(|(function, samples)| samples.learned(function)).collect()
     }
 }

@@ -10,7 +10,9 @@ mod parked;
 mod place;
 mod ranked;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -50,7 +52,7 @@ pub struct Waiting {
     /// Id of the token that the visitor's call began with; None without a token.
     pub root: Option<String>,
     /// How its caller was known, for the row: `token`, `guest` or `space`.
-    pub via: String,
+    pub via: Cow<'static, str>,
     /// When it came, wall clock, for people.
     pub since: LedgerTime,
     /// When it came.
@@ -127,12 +129,14 @@ pub struct Queue {
     parked: BTreeMap<ParkedFor, BTreeSet<(NodeName, u64)>>,
     /// Who has not been told where it stands.
     untold: BTreeSet<Ticket>,
+    /// Who has to be presented again by its agent.
+    unconfirmed: BTreeSet<(NodeName, u64)>,
 }
 
 /// The queue of one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Line {
-    waiting: BTreeMap<u64, Waiting>,
+    waiting: BTreeMap<u64, Arc<Waiting>>,
     /// Of those who wait, who could start now if there were room.
     lanes: Lanes,
 }
@@ -173,7 +177,7 @@ impl Waiting {
 
 impl Queue {
     /// Takes a request in at its place. One that is here already stays as it is. `settings` are those of its node.
-    pub fn insert(&mut self, waiting: Waiting, settings: LaneSettings) {
+    pub fn insert(&mut self, waiting: Arc<Waiting>, settings: LaneSettings) {
         if self.tickets.contains_key(&waiting.ticket) {
             return;
         }
@@ -191,6 +195,9 @@ impl Queue {
         }
         if waiting.is_untold() {
             self.untold.insert(waiting.ticket.clone());
+        }
+        if waiting.unconfirmed.is_some() {
+            self.unconfirmed.insert((waiting.node.clone(), waiting.place));
         }
         let line = self.lines.entry(waiting.node.clone()).or_default();
         line.lanes.configure(settings);
@@ -223,7 +230,7 @@ impl Queue {
     }
 
     /// Takes a request out.
-    pub fn remove(&mut self, ticket: &Ticket) -> Option<Waiting> {
+    pub fn remove(&mut self, ticket: &Ticket) -> Option<Arc<Waiting>> {
         let (node, place) = self.tickets.remove(ticket)?;
         self.untold.remove(ticket);
         let line = self.lines.get_mut(&node)?;
@@ -231,6 +238,9 @@ impl Queue {
         let waiting = line.waiting.remove(&place)?;
         if line.waiting.is_empty() {
             self.lines.remove(&node);
+        }
+        if waiting.unconfirmed.is_some() {
+            self.unconfirmed.remove(&(node.clone(), place));
         }
         if let Some(count) = self.spaces.get_mut(&waiting.space) {
             *count = count.saturating_sub(1);
@@ -262,16 +272,22 @@ impl Queue {
     /// The request of this ticket, if it waits.
     pub fn get(&self, ticket: &Ticket) -> Option<&Waiting> {
         let (node, place) = self.tickets.get(ticket)?;
-        self.lines.get(node)?.waiting.get(place)
+        self.lines.get(node)?.waiting.get(place).map(Arc::as_ref)
     }
 
     /// Changes a request in place, and what is known of it with it.
     fn change(&mut self, ticket: &Ticket, change: impl FnOnce(&mut Waiting)) {
         let Some((node, place)) = self.tickets.get(ticket) else { return };
         let Some(line) = self.lines.get_mut(node) else { return };
-        let Some(waiting) = line.waiting.get_mut(place) else { return };
+        let Some(waiting) = line.waiting.get_mut(place).map(Arc::make_mut) else { return };
         let (was_ready, waited_for, was_parked) = (waiting.is_ready(), waiting.waits_for, waiting.parked_for());
+        let was_confirmed = waiting.unconfirmed.is_none();
         change(waiting);
+        match (was_confirmed, waiting.unconfirmed.is_none()) {
+            (true, false) => drop(self.unconfirmed.insert((node.clone(), *place))),
+            (false, true) => drop(self.unconfirmed.remove(&(node.clone(), *place))),
+            (true, true) | (false, false) => {}
+        }
         match (was_ready, waiting.is_ready()) {
             (false, true) => line.lanes.insert(waiting.job()),
             (true, false) => drop(line.lanes.remove(*place)),
@@ -344,13 +360,18 @@ impl Queue {
     }
 
     /// The request at a place of a node.
-    pub fn at(&self, node: &NodeName, place: u64) -> Option<&Waiting> {
+    pub fn at(&self, node: &NodeName, place: u64) -> Option<&Arc<Waiting>> {
         self.lines.get(node)?.waiting.get(&place)
     }
 
     /// Who has not been told where it stands.
     pub fn untold(&self) -> impl Iterator<Item = &Waiting> {
         self.untold.iter().filter_map(|ticket| self.get(ticket))
+    }
+
+    /// Who has to be presented again by its agent, node by node, oldest first.
+    pub fn unconfirmed(&self) -> impl Iterator<Item = &Waiting> {
+        self.unconfirmed.iter().filter_map(|(node, place)| self.at(node, *place)).map(Arc::as_ref)
     }
 
     /// Nodes that somebody waits for.
@@ -360,7 +381,7 @@ impl Queue {
 
     /// Who waits for a node, oldest first.
     pub fn line(&self, node: &NodeName) -> impl Iterator<Item = &Waiting> {
-        self.lines.get(node).into_iter().flat_map(|line| line.waiting.values())
+        self.lines.get(node).into_iter().flat_map(|line| line.waiting.values()).map(Arc::as_ref)
     }
 
     /// How many wait for a node.
@@ -370,7 +391,7 @@ impl Queue {
 
     /// Everybody who waits.
     pub fn iter(&self) -> impl Iterator<Item = &Waiting> {
-        self.lines.values().flat_map(|line| line.waiting.values())
+        self.lines.values().flat_map(|line| line.waiting.values()).map(Arc::as_ref)
     }
 
     /// How many wait.
@@ -419,12 +440,12 @@ mod tests {
 
     fn waiting(place: u64, node: &str, account: &str) -> Waiting {
         Waiting {
-            ticket: Ticket { agent_instance: node.to_owned(), number: place },
+            ticket: Ticket { agent_instance: node.into(), number: place },
             place,
             node: NodeName::new(node),
             account: AccountName::new(account),
             cookie: None,
-            space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+            space: SpaceKey::new("n", "s", "u"),
             demand: Demand {
                 size: Size::Large,
                 weight: 1,
@@ -447,8 +468,8 @@ mod tests {
         }
     }
 
-    fn insert(queue: &mut Queue, waiting: Waiting) {
-        queue.insert(waiting, LaneSettings::default());
+    fn insert(queue: &mut Queue, waiting: impl Into<Arc<Waiting>>) {
+        queue.insert(waiting.into(), LaneSettings::default());
     }
 
     #[test]
@@ -460,7 +481,7 @@ mod tests {
         insert(&mut queue, waiting(4, "b", "bob"));
         let first = queue.remove(&waiting(1, "a", "bob").ticket).unwrap();
         insert(&mut queue, first.clone());
-        insert(&mut queue, Waiting { place: 9, ..first });
+        insert(&mut queue, Waiting { place: 9, ..Waiting::clone(&first) });
         let node = NodeName::new("a");
         assert_eq!(queue.line(&node).map(|waiting| waiting.place).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!((queue.len(), queue.needed(&AccountName::new("bob"), None).account_ms), (4, 40));

@@ -1,6 +1,7 @@
 //! Requests that have had their turn and wait for something of their own account or Space.
 
 use std::collections::{BTreeSet, btree_set};
+use std::sync::Arc;
 
 use super::{Queue, Waiting, WaitsFor};
 use crate::ids::{AccountName, NodeName, Ticket};
@@ -57,7 +58,9 @@ impl Queue {
 
     /// Requests of this account which are parked.
     pub fn parked_of(&self, account: &AccountName) -> impl Iterator<Item = &Waiting> {
-        self.parked(&ParkedFor::Account(account.clone())).filter_map(|(node, place)| self.at(node, *place))
+        self.parked(&ParkedFor::Account(account.clone()))
+            .filter_map(|(node, place)| self.at(node, *place))
+            .map(Arc::as_ref)
     }
 
     /// Nodes that requests of this account wait for which are parked.

@@ -42,7 +42,7 @@ fn change(admission: Admission, lease: &str, at: LedgerTime, declared_ms: u64) -
     let row = admission.cookie.unwrap();
     let hold = Hold {
         lease: LeaseId::new(lease),
-        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        space: SpaceKey::new("n", "s", "u"),
         parts: admission.parts,
         node: NodeName::new("node"),
         avoid: Vec::new(),
@@ -58,7 +58,7 @@ fn change(admission: Admission, lease: &str, at: LedgerTime, declared_ms: u64) -
         shortened: None,
     };
     let (window, grants) = (admission.window, admission.grants);
-    PageChange::Hold { hold: Box::new(hold), window, grants, cookie: Some(Box::new(row)) }
+    PageChange::Hold { hold: hold.into(), window, grants, cookie: Some(Box::new(row)) }
 }
 
 fn hold(page: &mut Page, cookie: &str, lease: &str, at: LedgerTime, declared_ms: u64) {
@@ -181,8 +181,20 @@ fn a_hold_beyond_its_visitors_row_does_not_fit_the_page() {
     let held = |lease: &str| change(admission.clone(), lease, NOW, 60_000);
     held("a").make(&mut page).unwrap();
     held("b").make(&mut page).unwrap();
+    let before = page.clone();
     let third = held("c").make(&mut page).unwrap_err();
     assert_eq!(third, Misfit::OverCookie { lease: LeaseId::new("c"), sum_ms: 180_000, limit_ms: COOKIE_MS });
+    assert_eq!(page, before, "nothing of a hold that does not fit is left");
+    settle(&mut page, "a", NOW, 1);
+    settle(&mut page, "b", NOW, 1);
+    let (before, next_day) = (page.clone(), NOW.plus(WINDOW_MS));
+    let admission = ask(&page, "bob", next_day, &guests(), 60_000).unwrap();
+    let PageChange::Hold { hold, window, grants, .. } = change(admission, "d", next_day, 60_000) else {
+        unreachable!()
+    };
+    let without_row = PageChange::Hold { hold, window, grants, cookie: None };
+    assert_eq!(without_row.make(&mut page), Err(Misfit::NoSource(LeaseId::new("d"))));
+    assert_eq!(page, before, "nor is a new window, or what was dropped for it");
 }
 
 /// What visitors do, and what an admin changes.
@@ -244,7 +256,7 @@ proptest! {
                     let used_ms = hold.declared_ms * used_percent / 100;
                     page.closed.clear();
                     settle(&mut page, hold.lease.as_str(), now, used_ms);
-                    let window = hold.cookie.unwrap();
+                    let window = hold.cookie.clone().unwrap();
                     charges.push((window.cookie.to_string(), window.start, used_ms));
                 }
             }

@@ -36,7 +36,7 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
     let admission = admit(payer(page, allowance, at), &demand, Queued::default(), FreesIn::default()).unwrap();
     let hold = Hold {
         lease: LeaseId::new(lease),
-        space: SpaceKey { namespace: "n".into(), name: "s".into(), uid: "u".into() },
+        space: SpaceKey::new("n", "s", "u"),
         parts: admission.parts,
         node: NodeName::new("node"),
         avoid: Vec::new(),
@@ -51,7 +51,7 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
         cookie: None,
         shortened: None,
     };
-    PageChange::Hold { hold: Box::new(hold), window: admission.window, grants: admission.grants, cookie: None }
+    PageChange::Hold { hold: hold.into(), window: admission.window, grants: admission.grants, cookie: None }
         .make(page)
         .unwrap();
 }

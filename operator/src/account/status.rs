@@ -162,7 +162,7 @@ mod tests {
             cookie: None,
             shortened: None,
             lease: LeaseId::new(lease.to_string()),
-            space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+            space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),
             node: NodeName::new("n"),
             avoid: Vec::new(),
@@ -179,9 +179,9 @@ mod tests {
 
     fn page(holds: usize, closed: usize) -> Page {
         let closed_row =
-            |lease| Closed { hold: hold(lease), ending: Ending::Released, used_ms: 1, charged_ms: 1, at: START };
+            |lease| Closed { hold: hold(lease).into(), ending: Ending::Released, used_ms: 1, charged_ms: 1, at: START };
         Page {
-            holds: (0..holds).map(hold).collect(),
+            holds: (0..holds).map(|lease| hold(lease).into()).collect(),
             closed: (100..100 + closed).map(closed_row).collect(),
             ..Page::default()
         }

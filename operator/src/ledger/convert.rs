@@ -4,6 +4,8 @@
 //! half-stored. What the stored form does not hold (the whole of a denial, the cards a settled hold avoided) is not
 //! decided upon; see [`page_of`].
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use spaceport_core::ids::{CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
@@ -86,11 +88,11 @@ pub fn page_of(status: &crds::GPUAccountStatus) -> Result<Page, PageError> {
     Ok(Page {
         windows: status.windows.iter().map(window_of).collect::<Result<_, _>>()?,
         cookies: status.cookies.iter().map(cookie_of).collect::<Result<_, _>>()?,
-        holds: status.holds.iter().map(hold_of).collect::<Result<_, _>>()?,
+        holds: status.holds.iter().map(|row| hold_of(row).map(Arc::new)).collect::<Result<_, _>>()?,
         grants: status.grants.iter().map(grant_of).collect::<Result<_, _>>()?,
         closed: status.closed.iter().map(closed_of).collect::<Result<_, _>>()?,
         last_denial: None,
-        recent_outcomes: status.recent_outcomes.iter().map(outcome_of).collect(),
+        recent_outcomes: status.recent_outcomes.iter().map(|row| Arc::new(outcome_of(row))).collect(),
         last_time: LedgerTime(status.last_time_milliseconds),
         seq: unsigned("seq", status.seq)?,
         write_id: status.write_id.clone(),
@@ -131,11 +133,11 @@ pub fn status_of(
         windows: page.windows.iter().map(window_row).collect::<Result<_, _>>()?,
         cookies: page.cookies.iter().map(|row| cookie_row(page, row)).collect::<Result<_, _>>()?,
         guests: (!page.cookies.is_empty()).then(|| i32::try_from(page.cookies.len()).unwrap_or(i32::MAX)),
-        holds: page.holds.iter().map(hold_row).collect::<Result<_, _>>()?,
+        holds: page.holds.iter().map(|hold| hold_row(hold)).collect::<Result<_, _>>()?,
         grants: page.grants.iter().map(grant_row).collect::<Result<_, _>>()?,
         closed: page.closed.iter().map(closed_row).collect::<Result<_, _>>()?,
         last_denial,
-        recent_outcomes: page.recent_outcomes.iter().map(outcome_row).collect(),
+        recent_outcomes: page.recent_outcomes.iter().map(|outcome| outcome_row(outcome)).collect(),
         tier: display.tier,
         used: shown(display.used),
         reserved: shown(display.reserved),
@@ -188,7 +190,7 @@ fn signed(field: &'static str, value: u64) -> Result<i64, PageError> {
 fn space_of(text: &str, uid: &str) -> Result<SpaceKey, PageError> {
     match text.split_once('/') {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-            Ok(SpaceKey { namespace: namespace.to_owned(), name: name.to_owned(), uid: uid.to_owned() })
+            Ok(SpaceKey::new(namespace, name, uid))
         }
         _ => Err(PageError::Space { value: text.to_owned() }),
     }
@@ -421,7 +423,7 @@ fn grant_row(grant: &GrantRow) -> Result<crds::GrantRow, PageError> {
 
 fn closed_of(row: &crds::ClosedLease) -> Result<Closed, PageError> {
     Ok(Closed {
-        hold: Hold {
+        hold: Arc::new(Hold {
             lease: LeaseId::new(&row.lease),
             space: space_of(&row.space, &row.space_uid)?,
             parts: row.parts.iter().map(part_of).collect::<Result<_, _>>()?,
@@ -437,7 +439,7 @@ fn closed_of(row: &crds::ClosedLease) -> Result<Closed, PageError> {
             via: row.via.clone(),
             cookie: row.cookie.as_ref().map(cookie_window_of),
             shortened: row.shortened.as_ref().map(shortened_of).transpose()?,
-        },
+        }),
         ending: ending_of(&row.outcome)?,
         used_ms: unsigned("closed[].usedMilliseconds", row.used_milliseconds)?,
         charged_ms: unsigned("closed[].chargedMilliseconds", row.charged_milliseconds)?,

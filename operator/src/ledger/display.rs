@@ -102,7 +102,7 @@ mod tests {
     fn hold(parts: Vec<Part>) -> Hold {
         Hold {
             lease: LeaseId::new("l"),
-            space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+            space: SpaceKey::new("demo", "hello", "u"),
             parts,
             node: NodeName::new("n"),
             avoid: Vec::new(),
@@ -138,10 +138,13 @@ mod tests {
         let mut page = Page { last_time: START.plus(1), windows: vec![window(15_125)], ..Page::default() };
         let grant = |uid: &str, expires| Grant { uid: uid.to_owned(), ms: 30_000, expires };
         page.grants.push(GrantRow { uid: "g".to_owned(), ms: 30_000, expires: START.plus(2), used_ms: 1000 });
-        page.holds.push(hold(vec![
-            Part { source: Source::Window(START), ms: 5000 },
-            Part { source: Source::Grant("g".to_owned()), ms: 4000 },
-        ]));
+        page.holds.push(
+            hold(vec![
+                Part { source: Source::Window(START), ms: 5000 },
+                Part { source: Source::Grant("g".to_owned()), ms: 4000 },
+            ])
+            .into(),
+        );
         let display = Display::of(&page, Some(&tier(vec![grant("g", START.plus(2)), grant("old", START)])));
         assert_eq!((display.used.as_str(), display.reserved.as_str()), ("15.125s", "9s"));
         assert_eq!(display.left, "64.875s", "60 - 15.125 - 5 of the base, 30 - 1 - 4 of the grant, nothing expired");

@@ -202,7 +202,7 @@ impl Known {
     /// The idempotency key of an agent's request (L15).
     pub fn ticket(&self, node: &NodeName, number: u64) -> Option<Ticket> {
         let session = self.sessions.get(node)?;
-        Some(Ticket { agent_instance: session.agent_instance.clone(), number })
+        Some(Ticket { agent_instance: session.agent_instance.as_str().into(), number })
     }
 
     /// A card that a node says it gave to a lease.

@@ -148,7 +148,7 @@ pub fn start(order: &Order, boottime_ms: u64) -> Outgoing {
         boottime_ms,
         lease: order.lease.to_string(),
         ticket: order.ticket.number,
-        agent_instance: order.ticket.agent_instance.clone(),
+        agent_instance: order.ticket.agent_instance.to_string(),
         size: size.into(),
         declared_ms: order.declared_ms,
         grace_ms: order.limits.grace_ms,

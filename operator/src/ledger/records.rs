@@ -65,7 +65,7 @@ impl Records {
                 node: Some(waiting.node.clone()),
                 card: None,
                 isolation: None,
-                via: waiting.via.clone(),
+                via: waiting.via.to_string(),
                 epoch,
                 generation: 0,
                 parts: Vec::new(),

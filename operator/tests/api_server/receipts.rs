@@ -17,7 +17,7 @@ fn hold(namespace: &str) -> Hold {
         cookie: None,
         shortened: None,
         lease: LeaseId::new(format!("01jd8x000000000000{:08x}", rand::random::<u32>())),
-        space: SpaceKey { namespace: namespace.to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+        space: SpaceKey::new(namespace, "hello", "u"),
         parts: vec![Part { source: Source::Window(AT), ms: 10_000 }],
         node: NodeName::new("gpu-1"),
         avoid: Vec::new(),
@@ -59,8 +59,13 @@ async fn a_receipt_follows_its_lease_and_a_lost_one_is_rebuilt_on_top_of_what_is
     assert_eq!((running.spec.phase, running.spec.used), (LeasePhase::Running, None));
 
     // The writer dies and another takes over, which has only the settled row.
-    let closed =
-        Closed { hold: hold.clone(), ending: Ending::Released, used_ms: 5000, charged_ms: 5000, at: AT.plus(5010) };
+    let closed = Closed {
+        hold: hold.clone().into(),
+        ending: Ending::Released,
+        used_ms: 5000,
+        charged_ms: 5000,
+        at: AT.plus(5010),
+    };
     let successor = Receipts::new();
     let (events, mut successor_said) = mpsc::channel::<ReceiptEvent>(16);
     let succeeding = tokio::spawn(receipt::run(successor.clone(), api.clone(), Metrics::new(), events, stop.clone()));
@@ -90,7 +95,8 @@ async fn a_receipt_without_a_namespace_does_not_hold_up_its_account() {
     let receipts = Receipts::new();
     let (events, mut said) = mpsc::channel::<ReceiptEvent>(16);
     let writing = tokio::spawn(receipt::run(receipts.clone(), api.clone(), Metrics::new(), events, stop.clone()));
-    let closed = Closed { hold: hold(&fresh("gone")), ending: Ending::Refused, used_ms: 0, charged_ms: 0, at: AT };
+    let closed =
+        Closed { hold: hold(&fresh("gone")).into(), ending: Ending::Refused, used_ms: 0, charged_ms: 0, at: AT };
     receipts.record(LeaseRecord::rebuilt(&AccountName::new("bob"), &closed), true).unwrap();
     next("that it is done", &mut said, |event| {
         let ReceiptEvent::Written { lease, .. } = event;

@@ -1,6 +1,7 @@
 //! Calls: who pays, who was answered, and what is left of those who were not served.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Steady, Ticket};
 use spaceport_core::lease::{Account, Event, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State};
@@ -65,11 +66,13 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
             Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
             Event::Reserved { waiting, lease, at, .. } => {
                 world.seen_calls.decided.insert(lease.clone(), *at);
-                let own = |hold: &&Hold| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
+                let own =
+                    |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
                 let full = |account: &Account| {
                     account.working.holds.iter().filter(own).count() >= account.policy.concurrent as usize
                 };
-                if world.state(number).and_then(|state| state.accounts.get(&waiting.account)).is_some_and(full) {
+                let payer = world.state(number).and_then(|state| state.accounts.get(&waiting.account));
+                if payer.is_some_and(|account| full(account)) {
                     // Its other requests wait for their own account from now on.
                     world.seen_calls.promised.retain(|_, promise| promise.account != waiting.account);
                 }

@@ -270,7 +270,7 @@ impl World {
         }
         self.store.receipt(&closed)?;
         let at = self.now + self.latency();
-        self.agenda.add(at, Happening::ReceiptWritten(number, account, closed.hold.lease));
+        self.agenda.add(at, Happening::ReceiptWritten(number, account, closed.hold.lease.clone()));
         Ok(())
     }
 

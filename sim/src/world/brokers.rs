@@ -272,7 +272,7 @@ impl World {
             Effect::Deny { ticket, node, denial, .. } => {
                 self.cover_denial(&denial);
                 let session = self.brokers.get(&number).and_then(|broker| broker.sessions.get(&node));
-                if session.is_some_and(|session| session.instance == ticket.agent_instance) {
+                if session.is_some_and(|session| *session.instance == *ticket.agent_instance) {
                     self.send_to(number, &node, |_| ToAgent::Deny(ticket));
                 }
             }
@@ -282,7 +282,7 @@ impl World {
                 check::calls::queued(self, number, &place)?;
                 let node = place.node.clone();
                 let session = self.brokers.get(&number).and_then(|broker| broker.sessions.get(&node));
-                if session.is_some_and(|session| session.instance == place.ticket.agent_instance) {
+                if session.is_some_and(|session| *session.instance == *place.ticket.agent_instance) {
                     self.send_to(number, &node, |_| ToAgent::Queued(place));
                 }
             }

@@ -122,7 +122,7 @@ impl World {
         };
         let is_guest = caller.as_ref().is_ok_and(AccountName::is_guests);
         let cookie = is_guest.then(|| CookieId::new(format!("c{}", self.random.below(VISITORS))));
-        let ticket = Ticket { agent_instance: String::new(), number: 0 };
+        let ticket = Ticket { agent_instance: "".into(), number: 0 };
         let request = Request { cookie, ticket, node, space, size, declared_ms, caller, budget, presented: None };
         self.ask(request, 0);
     }
@@ -136,7 +136,7 @@ impl World {
         self.clients.tickets += 1;
         let number = self.clients.tickets;
         let Some(agent) = self.agents.get_mut(&request.node) else { return };
-        let ticket = Ticket { agent_instance: agent.instance_name(), number };
+        let ticket = Ticket { agent_instance: agent.instance_name().into(), number };
         let request = Request { ticket: ticket.clone(), ..request };
         let (node, now) = (request.node.clone(), agent.clock(self.now));
         agent.ask(request.clone(), now);

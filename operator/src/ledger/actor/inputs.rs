@@ -1,7 +1,7 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
-use spaceport_core::lease::{Account, Budget, Command, NodeSettings, Request};
+use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -75,7 +75,7 @@ impl<P: Pages> Actor<P> {
         }
         let is_written_soon = |account: &&AccountName| {
             // That write shows it too; if it fails, the next tick looks again. What only waits for company goes with ours.
-            self.state.accounts.get(*account).is_some_and(Account::is_written_soon)
+            self.state.accounts.get(*account).is_some_and(|found| found.is_written_soon())
         };
         let accounts = self.out_of_date.iter().filter(|account| !is_written_soon(account));
         for account in accounts.take(SHOWN_PER_TICK).cloned().collect::<Vec<_>>() {
@@ -268,7 +268,7 @@ impl<P: Pages> Actor<P> {
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
-        let space = SpaceKey { namespace: pod.namespace, name: pod.space, uid: pod.space_uid };
+        let space = SpaceKey::new(pod.namespace, pod.space, pod.space_uid);
         let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
         let request =

@@ -37,7 +37,7 @@ prop_compose! {
             cookie,
             shortened,
             lease: LeaseId::new(lease),
-            space: SpaceKey { namespace, name, uid },
+            space: SpaceKey::new(namespace, name, uid),
             parts,
             node: NodeName::new(node),
             avoid,
@@ -61,7 +61,7 @@ prop_compose! {
         at in ledger_time(),
     ) -> Closed {
         // A settled row keeps neither: they mattered only before the start.
-        Closed { hold: Hold { avoid: Vec::new(), after: None, ..hold }, ending, used_ms, charged_ms, at }
+        Closed { hold: Hold { avoid: Vec::new(), after: None, ..hold }.into(), ending, used_ms, charged_ms, at }
     }
 }
 
@@ -80,11 +80,11 @@ prop_compose! {
         Page {
             windows: windows.into_iter().map(|(start, base_ms, charged_ms, runs, generation)| Window { start, base_ms, charged_ms, runs, generation }).collect(),
             cookies: cookies.into_iter().map(|(cookie, start, base_ms, charged_ms, runs)| CookieRow { cookie: CookieId::new(cookie), start, base_ms, charged_ms, runs, generation: 3 }).collect(),
-            holds,
+            holds: holds.into_iter().map(Arc::new).collect(),
             grants: grants.into_iter().map(|(uid, ms, expires, used_ms)| GrantRow { uid, ms, expires, used_ms }).collect(),
             closed,
             last_denial: None,
-            recent_outcomes: outcomes.into_iter().map(|(id, kind, boundary, message, at)| Outcome { id, kind, boundary, message, at }).collect(),
+            recent_outcomes: outcomes.into_iter().map(|(id, kind, boundary, message, at)| Arc::new(Outcome { id, kind, boundary, message, at })).collect(),
             last_time,
             seq,
             write_id,
@@ -170,10 +170,10 @@ fn denial_is_shown_with_its_numbers_and_kept_until_the_next() {
             largest_declared_ms: 45_000,
             limiter: Limiter::AddressPrefix,
         },
-        space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+        space: SpaceKey::new("demo", "hello", "u"),
         at: LedgerTime(1_800_000_000_000),
     };
-    let page = Page { last_denial: Some(row), ..Page::default() };
+    let page = Page { last_denial: Some(row.into()), ..Page::default() };
     let first = status_of(&page, Display::default(), None).unwrap();
     let denial = first.last_denial.clone().unwrap();
     assert_eq!(

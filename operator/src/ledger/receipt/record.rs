@@ -357,7 +357,7 @@ pub(super) mod tests {
             cookie: None,
             shortened: None,
             lease: LeaseId::new("01jd8x0000000000000000000a"),
-            space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "u".to_owned() },
+            space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),
             node: NodeName::new("gpu-1"),
             avoid: Vec::new(),
@@ -459,8 +459,13 @@ pub(super) mod tests {
 
     #[test]
     fn rebuilt_receipt_says_so_and_is_complete() {
-        let closed =
-            Closed { hold: hold(), ending: Ending::Released, used_ms: 5000, charged_ms: 10_000, at: AT.plus(9000) };
+        let closed = Closed {
+            hold: hold().into(),
+            ending: Ending::Released,
+            used_ms: 5000,
+            charged_ms: 10_000,
+            at: AT.plus(9000),
+        };
         let record = LeaseRecord::rebuilt(&bob(), &closed);
         assert!(record.is_complete());
         let spec = record.receipt().spec;
@@ -488,8 +493,13 @@ pub(super) mod tests {
         running.card = Some(GivenCard::new(1, "GPU-5c1f"));
         running.timeline.push(crossing("Allowed", 20));
         let found = running.receipt().spec;
-        let closed =
-            Closed { hold: hold(), ending: Ending::Released, used_ms: 5000, charged_ms: 10_000, at: AT.plus(9000) };
+        let closed = Closed {
+            hold: hold().into(),
+            ending: Ending::Released,
+            used_ms: 5000,
+            charged_ms: 10_000,
+            at: AT.plus(9000),
+        };
         let rebuilt = LeaseRecord::rebuilt(&bob(), &closed).receipt().spec;
         let merged_spec = merged(&found, rebuilt.clone()).unwrap();
         assert_eq!(merged_spec.phase, LeasePhase::Settled);

@@ -108,7 +108,7 @@ async fn a_condition_takes_along_what_waits_for_company() {
     for (lease, name) in &leases {
         let hold = Hold { lease: lease.clone(), ..pools::hold("gpu-away", LedgerTime(0)) };
         let at = LedgerTime(0);
-        let closed = Closed { hold, ending: Ending::Released, used_ms: 0, charged_ms: 0, at };
+        let closed = Closed { hold: hold.into(), ending: Ending::Released, used_ms: 0, charged_ms: 0, at };
         let page = Page { closed: vec![closed], ..Page::default() };
         memory.0.lock().unwrap().accounts.insert(AccountName::new(name), (1, page));
     }

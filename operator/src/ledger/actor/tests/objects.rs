@@ -158,7 +158,7 @@ async fn a_page_that_is_shown_before_an_older_answer_is_not_forgotten() {
     let mut story = Story::begin(memory).await;
     story.join(vec![running(&order)]).await;
     let page = story.memory.page(SPACE);
-    let (hold, window): (Hold, Window) = (page.holds[0].clone(), page.windows[0].clone());
+    let (hold, window): (Hold, Window) = (page.holds[0].as_ref().clone(), page.windows[0].clone());
     let at = hold.since;
     let settled = PageChange::Settle {
         lease: hold.lease.clone(),
@@ -171,7 +171,7 @@ async fn a_page_that_is_shown_before_an_older_answer_is_not_forgotten() {
     story.memory.hold_reads(true);
     story.say(10, Incoming::Ended(ended(&order.lease, 1_000))).await;
     story.memory.reads_begun(1).await;
-    let late = Box::new(Hold { lease: LeaseId::new("late"), ..hold });
+    let late = Arc::new(Hold { lease: LeaseId::new("late"), ..hold });
     let shown =
         story.memory.change(SPACE, &[PageChange::Hold { hold: late, window, grants: Vec::new(), cookie: None }]);
     story.shows(shown).await;

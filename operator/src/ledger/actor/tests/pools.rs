@@ -81,7 +81,7 @@ pub(super) fn hold(node: &str, now: LedgerTime) -> Hold {
         cookie: None,
         shortened: None,
         lease: LeaseId::new("01jd8x0000000000000000000a"),
-        space: SpaceKey { namespace: "demo".to_owned(), name: "hello".to_owned(), uid: "space-uid".to_owned() },
+        space: SpaceKey::new("demo", "hello", "space-uid"),
         parts: vec![Part { source: Source::Window(now), ms: 20_000 }],
         node: NodeName::new(node),
         avoid: Vec::new(),
@@ -101,7 +101,7 @@ pub(super) fn hold(node: &str, now: LedgerTime) -> Hold {
 async fn a_new_term_knows_the_pools_of_nodes_whose_agents_are_away() {
     let now = LedgerTime(clock::wall().as_millisecond());
     let window = Window { start: now, base_ms: 60_000, charged_ms: 0, runs: 0, generation: 1 };
-    let holds = vec![hold("gpu-away", now)];
+    let holds = vec![hold("gpu-away", now).into()];
     let page = Page { windows: vec![window], holds, last_time: now, ..Page::default() };
     let memory = Memory::default();
     memory.0.lock().unwrap().accounts.insert(AccountName::new(SPACE), (1, page));

@@ -295,10 +295,11 @@ impl Agent {
         occupancy
     }
 
-    /// The card for a lease: one with a clear slot, else one with a slot that clears; true if it is clear.
-    fn place(&self, size: Size, but: Option<&LeaseId>) -> Option<(u32, bool)> {
-        let at_once = pick(&self.cards, &self.spoken_for(true, but), size, &[]);
-        let later = || pick(&self.cards, &self.spoken_for(false, but), size, &[]);
+    /// The card for a lease, none of those that it is to avoid (L7): one with a clear slot, else one with a slot that clears;
+    /// true if it is clear.
+    fn place(&self, order: &Order, but: Option<&LeaseId>) -> Option<(u32, bool)> {
+        let at_once = pick(&self.cards, &self.spoken_for(true, but), order.size, &order.avoid);
+        let later = || pick(&self.cards, &self.spoken_for(false, but), order.size, &order.avoid);
         at_once.map(|card| (card, true)).or_else(|| later().map(|card| (card, false)))
     }
 
@@ -354,7 +355,7 @@ impl Agent {
             self.notices.push(Notice::CallerGone(lease()));
             return self.refuse(order.lease);
         }
-        let place = self.place(order.size, None);
+        let place = self.place(&order, None);
         if place.is_none() && !self.is_pending(order.after.as_ref()) {
             self.notices.push(Notice::NoSlot { lease: lease() });
             return self.refuse(order.lease);

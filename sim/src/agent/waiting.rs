@@ -74,7 +74,7 @@ impl Agent {
         let (size, after) = (held.order.size, held.order.after.clone());
         let kept = held.reserved.filter(|card| self.fits(*card, size, &self.spoken_for(false, Some(id))));
         let place = kept.map(|card| (card, self.fits(card, size, &self.occupancy())));
-        let place = place.or_else(|| self.place(size, Some(id)));
+        let place = place.or_else(|| self.place(&held.order, Some(id)));
         match place {
             Some((card, true)) => {
                 if self.is_pending(after.as_ref()) {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{SETTLE_LIMIT, schedule};
+use super::{SETTLE_LIMIT, schedule_of_new};
 use crate::breakable::SYSTEM;
 use crate::component::Component;
 use crate::kubectl::at;
@@ -32,9 +32,9 @@ pub fn those_who_wait_keep_their_place_when_the_leader_dies(world: &World) -> Re
     let holder = world.new_account("failover-holder")?;
     let waiting = [world.new_account("failover-first")?, world.new_account("failover-second")?];
     let paths = [
-        schedule(&world.token(&holder)?, "30", "xlarge"),
-        schedule(&world.token(&waiting[0])?, "5", "xlarge"),
-        schedule(&world.token(&waiting[1])?, "5", "xlarge"),
+        schedule_of_new(&world.token(&holder)?, "30", "xlarge"),
+        schedule_of_new(&world.token(&waiting[0])?, "5", "xlarge"),
+        schedule_of_new(&world.token(&waiting[1])?, "5", "xlarge"),
     ];
     let told = format!("/tmp/failover-{holder}.json");
     world.start_detached(&format!(
@@ -114,8 +114,8 @@ say(ready=2, allow=allow, released=released, order=order)
 /// What was not as it must be.
 pub fn without_an_api_server_leases_run_on_and_nothing_is_granted(world: &World) -> Result<()> {
     let (runs, asks) = (world.new_account("outage-runs")?, world.new_account("outage-asks")?);
-    let running = schedule(&world.token(&runs)?, "40", "");
-    let asking = schedule(&world.token(&asks)?, "2", "");
+    let running = schedule_of_new(&world.token(&runs)?, "40", "");
+    let asking = schedule_of_new(&world.token(&asks)?, "2", "");
     let told = format!("/tmp/outage-{runs}.json");
     world.start_detached(&format!(
         r#"{CALLS}

@@ -225,7 +225,7 @@ os.rename("{told}.new", "{told}")
 }
 
 /// Waits until a stranger gets a lease.
-fn granted_again(world: &World) -> Result<()> {
+pub(crate) fn granted_again(world: &World) -> Result<()> {
     let end = now() + RECOVERY_LIMIT;
     loop {
         match world.new_account("probe").and_then(|account| probe(world, &account, "")) {

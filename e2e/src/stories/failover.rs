@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{SETTLE_LIMIT, schedule_of_new};
 use crate::breakable::SYSTEM;
 use crate::component::Component;
+use crate::crash_matrix::granted_again;
 use crate::kubectl::at;
 use crate::replicas::Replicas;
 use crate::story::{CALLS, NAMESPACE, pids_of};
@@ -148,7 +149,7 @@ while not os.path.exists("{told}.stop"):
                      "body": "" if granted else body[:300]}})
     if granted:
         post(f"/release?allowToken={{granted[1]}}&fail=true")
-    time.sleep(0.1)
+    time.sleep(0.5)
 beaten = os.path.getsize(beats)
 released = post(f"/release?allowToken={{token}}&fail=false")[0]
 say(ready=True, allow=allow, released=released, beats=beaten, seconds=time.monotonic() - begin, answers=answers)
@@ -163,8 +164,8 @@ say(ready=True, allow=allow, released=released, beats=beaten, seconds=time.monot
     std::thread::sleep(OUTAGE);
     let back = wall()?;
     Component::start_all()?;
-    crate::breakable::leases_are_granted(world)?;
-    let granted_again = wall()?;
+    granted_again(world)?;
+    let again = wall()?;
     world.in_pod(&["touch", &format!("{told}.stop")])?;
     let said = world.told(&told, END_LIMIT, |said| !said["answers"].is_null())?;
 
@@ -181,7 +182,7 @@ say(ready=True, allow=allow, released=released, beats=beaten, seconds=time.monot
         meanwhile.len(),
         back - away,
         at_of(first) - back,
-        granted_again - back,
+        again - back,
     );
     let (beats, seconds) = (said["beats"].as_f64().unwrap_or_default(), said["seconds"].as_f64().unwrap_or_default());
     // A tenth of a second each, and what the machine takes for itself.

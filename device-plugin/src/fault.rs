@@ -21,6 +21,8 @@ pub enum Fault {
     NothingIsKilled,
     /// A token opens the gate as often as it is presented.
     TokensAreSpentAgain,
+    /// Against L17: another leader is told of those who wait in another order, and not where they stood.
+    PlacesAreForgotten,
     /// Requests wait on although their visitors have left.
     VisitorsStay,
 }

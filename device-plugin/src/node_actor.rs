@@ -15,7 +15,7 @@ use spaceport_core::ids::Size;
 use spaceport_core::protocol::{AllowRefusal, CallerClass, Denial, QueuingReason, Released, ScheduleResponse, Secret};
 use spaceport_proto::nodelink::{self as link, broker_message, node_message::Message};
 use spaceport_shell::error_chain;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Syncer};
 use crate::clock::boottime_ms;
@@ -25,7 +25,7 @@ use crate::epoch::EpochFile;
 use crate::fault::{self, Fault, Place};
 use crate::hardware::{AdmitError, Hardware};
 use crate::metrics::Metrics;
-use crate::node_link::{LinkEvent, Session};
+use crate::node_link::{LinkEvent, Outbound, Session};
 
 /// Longest sleep: BOOTTIME runs on while the machine is suspended and a sleep does not, so deadlines are looked at again.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -138,7 +138,7 @@ pub struct NodeActor {
     calls: u64,
     allows: BTreeMap<u64, oneshot::Sender<Result<(), AllowRefusal>>>,
     releases: BTreeMap<u64, oneshot::Sender<Released>>,
-    leader: Option<(Session, mpsc::Sender<Message>)>,
+    leader: Option<(Session, Outbound)>,
     dirty: bool,
 }
 
@@ -345,6 +345,8 @@ impl NodeActor {
                 return Ok(Some(if reused { Event::Reused { lease } } else { Event::ReuseFailed { lease } }));
             }
             Step::CloseGate { lease, worker, caller } => {
+                // Before anybody is told of the end: an agent that dies now must not find the lease running.
+                self.write_checkpoint();
                 let opens = self.hardware.close_gate(&worker, &caller);
                 return Ok(Some(Event::GateClosed { lease, opens }));
             }
@@ -408,8 +410,8 @@ impl NodeActor {
             self.metrics.refused();
         }
         let Some((_, leader)) = &self.leader else { return Ok(()) };
-        if leader.try_send(message).is_err() {
-            // Its stream is over or stuck; everything that matters is repeated to the next one.
+        if !leader.send(message) {
+            // Its stream is over; everything that matters is repeated to the next one.
             return self.unlink();
         }
         Ok(())

@@ -23,11 +23,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
 use crate::clock::boottime_ms;
+use crate::converge::TICKETS_MAX;
 use crate::node_actor::Input;
 
-/// Messages to one replica that may wait: every lease of a node ends, frees and is repeated in far fewer. A replica that
-/// does not read this many is gone, and the session ends.
-pub const OUTBOUND_QUEUE: usize = 1024;
+/// Reports that wait: two for each lease of a node that is not acknowledged, and what happens meanwhile.
+const REPORTS_MAX: usize = 1024;
+/// Messages to one replica that may wait. A new leader is told of everything at once: the node's leases, every request that
+/// waits, and each report again. A replica that does not read this many is gone, and the session ends.
+pub const OUTBOUND_QUEUE: usize = TICKETS_MAX + REPORTS_MAX;
 /// The broker counts a node as silent by L9; its heartbeat also carries the stamp that orders echo (L8).
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Dialing a replica of the same cluster.
@@ -54,7 +57,7 @@ pub enum LinkEvent {
         /// Its term.
         epoch: u64,
         /// The way to it.
-        outbound: mpsc::Sender<Message>,
+        outbound: Outbound,
     },
     /// A replica says it does not lead.
     Standby {
@@ -73,6 +76,14 @@ pub enum LinkEvent {
         /// Which.
         session: Session,
     },
+}
+
+/// The way to a replica. What it does not take ends its session, and the next one begins with everything again: a session
+/// that went on without a message would leave the broker believing what is not so.
+#[derive(Clone, Debug)]
+pub struct Outbound {
+    queue: mpsc::Sender<Message>,
+    stuck: CancellationToken,
 }
 
 /// How the operator is reached.
@@ -94,6 +105,27 @@ pub struct LinkSettings {
     pub ca_file: PathBuf,
     /// File with the pod-bound token, read anew at each dial: kubelet rotates it.
     pub token_file: PathBuf,
+}
+
+// === impl Outbound ===
+
+impl Outbound {
+    /// A way to a replica, what comes out of it, and what is cancelled when that is too slow.
+    pub fn new() -> (Self, mpsc::Receiver<Message>, CancellationToken) {
+        let (queue, messages) = mpsc::channel(OUTBOUND_QUEUE);
+        let stuck = CancellationToken::new();
+        (Self { queue, stuck: stuck.clone() }, messages, stuck)
+    }
+
+    /// False if the session is over, or is from now on.
+    #[must_use]
+    pub fn send(&self, message: Message) -> bool {
+        let sent = self.queue.try_send(message).is_ok();
+        if !sent {
+            self.stuck.cancel();
+        }
+        sent
+    }
 }
 
 impl LinkSettings {
@@ -284,7 +316,7 @@ impl Link {
         let mut inbound = client.session(request).await.map_err(SessionError::Stream)?.into_inner();
         tracing::info!(%address, "A nodelink session is open");
 
-        let (outbound, mut from_actor) = mpsc::channel::<Message>(OUTBOUND_QUEUE);
+        let (outbound, mut from_actor, stuck) = Outbound::new();
         let mut welcomed = false;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -296,6 +328,7 @@ impl Link {
                     self.pass_on(session, message, &outbound)?;
                 }
                 Some(message) = from_actor.recv() => put(&sender, message)?,
+                () = stuck.cancelled() => return Err(SessionError::Stuck),
                 // Nothing but Hello is expected before the term is joined.
                 _ = heartbeat.tick(), if welcomed => {
                     put(&sender, Message::Heartbeat(Heartbeat { inventory_changed: false, cards: Vec::new() }))?;
@@ -304,12 +337,7 @@ impl Link {
         }
     }
 
-    fn pass_on(
-        &self,
-        session: Session,
-        message: BrokerMessage,
-        outbound: &mpsc::Sender<Message>,
-    ) -> Result<(), SessionError> {
+    fn pass_on(&self, session: Session, message: BrokerMessage, outbound: &Outbound) -> Result<(), SessionError> {
         let Some(message) = message.message else { return Ok(()) };
         let event = match message {
             broker_message::Message::Welcome(welcome) => {
@@ -358,6 +386,18 @@ mod tests {
     use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointPort};
 
     use super::*;
+
+    #[test]
+    fn a_session_that_lost_a_message_is_over() {
+        let (outbound, mut messages, stuck) = Outbound::new();
+        let heartbeat = || Message::Heartbeat(Heartbeat::default());
+        let everything = (0..OUTBOUND_QUEUE).all(|_| outbound.send(heartbeat()));
+        assert!(everything && !stuck.is_cancelled(), "all that a new leader is told fits");
+        assert!(!outbound.send(heartbeat()));
+        assert!(stuck.is_cancelled(), "the broker must not go on without it");
+        messages.close();
+        assert!(!outbound.send(heartbeat()));
+    }
 
     #[test]
     fn every_address_of_a_slice_is_dialed_at_every_port() {

@@ -138,7 +138,7 @@ async fn the_agent_introduces_itself_with_its_token_and_speaks_when_it_is_welcom
     let Some(Message::Hello(hello)) = first.message else { panic!("{first:?}") };
     assert_eq!((hello.node.as_str(), hello.agent_instance.as_str(), hello.highest_epoch), ("gpu-1", "agent", 7));
     let LinkEvent::Welcome { epoch: 9, outbound, .. } = link.event() else { panic!("no welcome") };
-    outbound.send(Message::Dequeue(Dequeue { ticket: 5 })).await.unwrap();
+    assert!(outbound.send(Message::Dequeue(Dequeue { ticket: 5 })));
     let mut found = (false, false);
     while found != (true, true) {
         match link.hears().await.1.message {

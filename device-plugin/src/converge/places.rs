@@ -6,6 +6,7 @@ use spaceport_proto::nodelink::{self as link, node_message::Message};
 
 use super::state::Phase;
 use super::{Answer, FAILOVER_WAIT_MS, Machine, Pending, Step, wire};
+use crate::fault::{self, Fault};
 
 /// Where a request waits, as a leader told it. The next leader is told the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,10 @@ impl Machine {
         let mut waiting: Vec<((u64, u64), u64)> =
             self.tickets.iter().map(|(ticket, pending)| (place(pending), *ticket)).collect();
         waiting.sort_unstable();
+        if fault::is(Fault::PlacesAreForgotten) {
+            self.tickets.values_mut().for_each(|pending| pending.place = None);
+            waiting.reverse();
+        }
         for (_, ticket) in waiting {
             self.send_request(now_ms, ticket);
         }
@@ -99,9 +104,10 @@ impl Machine {
         let cards: Vec<packing::Card> = self.packing_cards().collect();
         let capacity = packing::capacity(&cards, Size::Large);
         if capacity < std::mem::replace(&mut self.capacity, capacity) {
-            for place in self.tickets.values_mut().filter_map(|pending| pending.place.as_mut()) {
-                place.promise = None;
-            }
+            // One that was ordered and waits for its slot may be presented again, too.
+            let ordered = self.leases.values_mut().filter_map(|lease| lease.order.place.as_mut());
+            let waiting = self.tickets.values_mut().filter_map(|pending| pending.place.as_mut());
+            waiting.chain(ordered).for_each(|place| place.promise = None);
         }
     }
 

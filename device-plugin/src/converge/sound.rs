@@ -23,6 +23,14 @@ pub enum Unsound {
         /// Another.
         other: Slot,
     },
+    /// Invariant 6: the slot counts as free while somebody has it.
+    #[error("lease {lease} has {slot:?}, which is not owned")]
+    NotOwned {
+        /// Its slot.
+        slot: Slot,
+        /// An open lease.
+        lease: String,
+    },
     /// Nothing would ever give the slot back.
     #[error("{slot:?} is owned by {lease}, which is no open lease with this slot")]
     NoOwner {
@@ -64,7 +72,12 @@ impl Snapshot {
                 return Err(Unsound::NoOwner { slot: *slot, lease: id.clone() });
             }
         }
-        Ok(())
+        let open = self.leases.iter().filter(|lease| !lease.is_over());
+        let mut with_slot = open.filter_map(|lease| Some((lease, lease.slot?)));
+        match with_slot.find(|(lease, slot)| book.owners.get(slot) != Some(&lease.id)) {
+            Some((lease, slot)) => Err(Unsound::NotOwned { slot, lease: lease.id.clone() }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -118,6 +131,7 @@ mod tests {
             ("no slot like", snapshot(&[assigned("a", 2)], &json!([]))),
             ("overlap", snapshot(&[assigned("a", 0)], &json!([[part(0), "a"], [whole, "a"]]))),
             ("is owned by b, which is no open lease", snapshot(&[assigned("a", 0)], &json!([[part(1), "b"]]))),
+            ("which is not owned", snapshot(&[assigned("a", 0)], &json!([]))),
             ("is owned by a, which is no open lease", snapshot(&[assigned("a", 0)], &json!([[part(1), "a"]]))),
         ];
         for (complaint, snapshot) in cases {

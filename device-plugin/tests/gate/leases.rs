@@ -19,7 +19,7 @@ use spaceport_device_plugin::gate::{Device, Gate};
 use spaceport_device_plugin::hardware::{Hardware, SensorError, Sensors};
 use spaceport_device_plugin::metrics::Metrics;
 use spaceport_device_plugin::node_actor::{ActorError, Input, NodeActor, NodeHandle, Records};
-use spaceport_device_plugin::node_link::{LinkEvent, Session};
+use spaceport_device_plugin::node_link::{LinkEvent, Outbound, Session};
 use spaceport_device_plugin::pod_events::{DEVICE_HELD_WITHOUT_LEASE, PodEvent, PodEvents};
 use spaceport_device_plugin::recovery;
 use spaceport_device_plugin::space_backend::{AppContainer, SpaceBackend};
@@ -114,7 +114,7 @@ impl Agent {
             fault: None,
         }];
         handle.send(Input::Event(Event::Inventory(cards)));
-        let (outbound, from_node) = mpsc::channel(1024);
+        let (outbound, from_node, _) = Outbound::new();
         handle.send(Input::Link(LinkEvent::Welcome { session: Session(1), epoch: 7, outbound }));
         Self { runtime, handle, thread, gate, card, told, from_node, seen: Vec::new(), state }
     }

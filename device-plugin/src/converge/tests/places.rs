@@ -98,6 +98,11 @@ fn the_request_of_an_order_of_an_earlier_term_is_presented_behind_its_refusal() 
         matches!(step, Step::Send(Message::Request(request)) if (request.ticket, request.place_number) == (ticket, 5))
     });
     assert!(refused.is_some() && refused < request, "the leader of now has never heard of it: {steps:?}");
+    let promised = steps.iter().find_map(|step| match step {
+        Step::Send(Message::Request(request)) => Some(request.promised_ms),
+        _ => None,
+    });
+    assert_eq!(promised, Some(0), "the promise counted on the slot that is lost");
 }
 
 /// Its own leader returns it to its place, and counts how often.

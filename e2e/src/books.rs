@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 use serde_json::Value;
+use spaceport_crds::LeasePhase;
 
 use crate::kubectl::at;
 use crate::story::NAMESPACE;
@@ -102,7 +103,7 @@ impl Verdict {
         for receipt in receipts {
             let lease = at(receipt, "/spec/lease").as_str().unwrap_or_default();
             let phase = at(receipt, "/spec/phase").as_str().unwrap_or_default();
-            if matches!(phase, "Settled" | "Refunded" | "Expired") {
+            if is_over(receipt) {
                 let entry = ended.entry(lease).or_default();
                 entry.times += 1;
                 entry.settled |= phase == "Settled";
@@ -232,6 +233,12 @@ pub(crate) fn judged(world: &World, told: &BTreeMap<String, Told>, limit: Durati
         }
         std::thread::sleep(LOOK_PAUSE);
     }
+}
+
+/// Nothing more happens to the lease of this receipt.
+pub(crate) fn is_over(receipt: &Value) -> bool {
+    let phase = serde_json::from_value::<LeasePhase>(at(receipt, "/spec/phase").clone());
+    phase.is_ok_and(LeasePhase::is_final)
 }
 
 /// All that a page charges: to its windows and to its grants, weighted milliseconds.

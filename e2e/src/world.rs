@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::books::charged_ms;
+use crate::books::{charged_ms, is_over};
 use crate::call::{Answer, Call};
 use crate::kubectl::{Kubectl, at};
 use crate::token::Token;
@@ -93,12 +93,7 @@ impl World {
         eventually(&format!("{count} ended receipts of {account}"), RECEIPT_LIMIT, || {
             let receipts = self.receipts(namespace, account)?;
             let phases: Vec<_> = receipts.iter().map(|receipt| at(receipt, "/spec/phase").to_string()).collect();
-            let ended = receipts
-                .iter()
-                .filter(|receipt| {
-                    matches!(at(receipt, "/spec/phase").as_str(), Some("Settled" | "Refunded" | "Expired"))
-                })
-                .count();
+            let ended = receipts.iter().filter(|receipt| is_over(receipt)).count();
             Ok(if ended >= count { Ok(receipts) } else { Err(phases.join(", ")) })
         })
     }

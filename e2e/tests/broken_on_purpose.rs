@@ -17,6 +17,7 @@ const AGENT: &[Broken] = &[
     ("nothing-is-killed", stories::the_deadline_ends_the_worker_and_closes_the_gate, "it was not ended"),
     ("gate-open-to-container", stories::the_deadline_ends_the_worker_and_closes_the_gate, "the gate is open"),
     ("tokens-are-spent-again", stories::a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once, "replayed"),
+    ("places-are-forgotten", stories::those_who_wait_keep_their_place_when_the_leader_dies, "the places were lost"),
     ("visitors-stay", stories::a_visitor_who_leaves_the_queue_is_forgotten, "still waits"),
 ];
 
@@ -31,6 +32,7 @@ const OPERATOR: &[Broken] = &[
         stories::malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
         "token of another Space is answered",
     ),
+    ("grant-from-memory", stories::without_an_api_server_leases_run_on_and_nothing_is_granted, "granted from memory"),
     ("receipts-forget-allowed", stories::a_receipt_tells_every_boundary_in_order, "Allowed is missing"),
     // Last: the schema refuses the receipts of such leases, so their accounts keep them unwritten for ever.
     ("charge-unallowed", stories::a_grant_that_nobody_uses_is_refunded, "no GPU, no charge"),

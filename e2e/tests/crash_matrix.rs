@@ -11,3 +11,11 @@ fn everyone_may_die_everywhere() {
     world.story_space().unwrap();
     crash_matrix::tell(&world).unwrap();
 }
+
+#[test]
+fn what_is_wrong_in_a_crash_is_seen() {
+    let world = World::connect().unwrap();
+    world.apply_examples().unwrap();
+    world.story_space().unwrap();
+    crash_matrix::tell_broken(&world).unwrap();
+}

@@ -61,6 +61,16 @@ fn a_visitor_who_leaves_a_copy_of_the_connection_is_forgotten() {
 }
 
 #[test]
+fn visitors_of_one_network_have_rows_of_their_own() {
+    tell(stories::visitors_of_one_network_have_rows_of_their_own);
+}
+
+#[test]
+fn the_client_words_each_refusal_as_what_it_is() {
+    tell(stories::the_client_words_each_refusal_as_what_it_is);
+}
+
+#[test]
 fn a_storm_of_a_thousand_mixed_leases_adds_up() {
     tell(stories::a_storm_of_a_thousand_mixed_leases_adds_up);
 }

@@ -18,8 +18,12 @@ pub enum Fault {
     ChargeDeclared,
     /// Against invariant 4: a lease that was never allowed pays what it declared.
     ChargeUnallowed,
+    /// Against L10: the node is told that an end is settled before that is durable.
+    AcknowledgeEarly,
     /// Against invariant 12: receipts say half of what the page says.
     ReceiptsSayLess,
+    /// Against invariant 2: a lease begins before its hold is durable.
+    GrantFromMemory,
     /// The page does not show the last refusal.
     RefusalsLeaveNothing,
     /// Against invariant 10: a token is good for every Space.
@@ -47,6 +51,8 @@ pub fn is(fault: Fault) -> bool {
 pub fn in_ledger(state: State) -> State {
     match CHOSEN.get() {
         Some(Fault::ChargeDeclared) => state.with_mutant(Mutant::ChargeDeclared),
+        Some(Fault::GrantFromMemory) => state.with_mutant(Mutant::OrderEarly),
+        Some(Fault::AcknowledgeEarly) => state.with_mutant(Mutant::AcknowledgeEarly),
         Some(Fault::ChargeUnallowed) => state.with_mutant(Mutant::ChargeUnallowed),
         _ => state,
     }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::cluster::Cluster;
 use super::load::LONG_S;
+use crate::books::is_over;
 use crate::kubectl::at;
 use crate::story::{NAMESPACE, account};
 use crate::token::{Signer, Token};
@@ -152,8 +153,7 @@ fn add_up(page: &Value, receipts: &[&Value], granted: u64) -> Result<i64, String
         return Err(format!("{} leases are still held", rows("/holds")));
     }
     // A row of `closed` leaves with the next write of the page, so it may outlast its receipt: the receipts are counted.
-    let open =
-        receipts.iter().filter(|receipt| !matches!(at(receipt, "/spec/phase").as_str(), Some("Settled" | "Refunded")));
+    let open = receipts.iter().filter(|receipt| !is_over(receipt));
     if let Some(receipt) = open.into_iter().next() {
         return Err(format!("lease {} is {}", at(receipt, "/metadata/name"), at(receipt, "/spec/phase")));
     }

@@ -3,9 +3,11 @@
 //! They live here and not in the tests, because they are told twice: once on the product (`tests/node_stories.rs`), once on
 //! one that is broken on purpose (`tests/broken_on_purpose.rs`), where each must say so.
 
+mod client;
 mod crash;
 mod failover;
 mod gate;
+mod guests;
 mod host;
 mod ledger;
 mod requests;
@@ -16,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+pub use client::the_client_words_each_refusal_as_what_it_is;
 pub use crash::{kill_9_of_the_node_agent_in_mid_lease, kill_9_of_the_operator_in_mid_lease};
 pub use failover::{
     those_who_wait_keep_their_place_when_the_leader_dies, without_an_api_server_leases_run_on_and_nothing_is_granted,
@@ -24,6 +27,7 @@ pub use gate::{
     an_app_ends_although_its_worker_is_frozen, an_idle_worker_does_not_compute, only_the_allowed_worker_opens_the_card,
     the_deadline_ends_the_worker_and_closes_the_gate,
 };
+pub use guests::visitors_of_one_network_have_rows_of_their_own;
 pub use host::a_host_with_only_cgroup_v1_says_so;
 pub use ledger::{a_grant_that_nobody_uses_is_refunded, a_receipt_tells_every_boundary_in_order, first_light};
 pub use requests::{

@@ -78,16 +78,23 @@ async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
     true
 }
 
-async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGauge, stop: &CancellationToken) {
+/// One round: says how many receipts were removed. Waits while page writes are hard for the API server, and for no longer
+/// than until `stop`.
+pub async fn remove_old(
+    api: &KubeApi,
+    retention: Retention,
+    pressure: &PressureGauge,
+    stop: &CancellationToken,
+) -> usize {
     // A list of all receipts is a load as well.
     if !is_calm(pressure, stop).await {
-        return;
+        return 0;
     }
     let receipts = match api.cluster::<GPULease>().list(None).await {
         Ok(receipts) => receipts,
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "Cannot list receipts; old ones stay for now");
-            return;
+            return 0;
         }
     };
     let old = old_receipts(&receipts, retention, clock::wall());
@@ -109,6 +116,7 @@ async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGaug
     if removed > 0 {
         tracing::info!(removed, left = old.len().saturating_sub(removed), "Removed old receipts");
     }
+    removed
 }
 
 /// The receipts to remove, oldest first. Pure.

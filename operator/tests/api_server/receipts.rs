@@ -3,7 +3,9 @@
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use spaceport_core::page::{Closed, Ending, Hold, Part, Source};
 use spaceport_crds::{GPULease, LeasePhase};
+use spaceport_operator::ledger::pressure::PressureGauge;
 use spaceport_operator::ledger::receipt::{self, Crossing, LeaseEnd, LeaseRecord, Progress, ReceiptEvent, Receipts};
+use spaceport_operator::ledger::retention::{Retention, remove_old};
 use spaceport_operator::metrics::Metrics;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -103,6 +105,56 @@ async fn a_receipt_without_a_namespace_does_not_hold_up_its_account() {
         (lease == closed.hold.lease).then_some(())
     })
     .await;
+    stop.cancel();
+    writing.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn old_receipts_go_in_one_request_and_none_while_pages_are_hard_to_write() {
+    const FINAL: usize = 8;
+    let api = connect().await;
+    let namespace = namespace(&api).await;
+    let stop = CancellationToken::new();
+    let receipts = Receipts::new();
+    let (events, mut said) = mpsc::channel::<ReceiptEvent>(16);
+    let writing = tokio::spawn(receipt::run(receipts.clone(), api.clone(), Metrics::new(), events, stop.clone()));
+    let bob = AccountName::new("bob");
+    let mut running = LeaseRecord::of_hold(&bob, &hold(&namespace));
+    running.progress = Progress::Running;
+    receipts.record(running.clone(), true).unwrap();
+    for _ in 0..FINAL {
+        let hold = hold(&namespace).into();
+        let closed = Closed { hold, ending: Ending::Refused, used_ms: 0, charged_ms: 0, at: AT };
+        receipts.record(LeaseRecord::rebuilt(&bob, &closed), true).unwrap();
+        next("that it is written", &mut said, |ReceiptEvent::Written { lease, .. }| {
+            (lease == closed.hold.lease).then_some(())
+        })
+        .await;
+    }
+    let objects = api.namespace::<GPULease>(&namespace);
+    wait_for("the open receipt", async || objects.get(&running.object_name()).await.unwrap()).await;
+    let kept = async || {
+        let left = objects.list(None).await.unwrap();
+        let open = left.iter().filter(|receipt| !receipt.spec.phase.is_final()).count();
+        (left.len() - open, open)
+    };
+
+    // More than any other Space of this API server has.
+    let retention = Retention { kept: 3, age_max_seconds: 3600 };
+    let (pressure, ended) = (PressureGauge::default(), CancellationToken::new());
+    pressure.overloaded();
+    ended.cancel();
+    assert_eq!(remove_old(&api, retention, &pressure, &ended).await, 0);
+    assert_eq!(kept().await, (FINAL, 1));
+
+    let metrics = Metrics::new();
+    let counted = api.clone().counted_by(metrics.clone());
+    assert_eq!(remove_old(&counted, retention, &PressureGauge::default(), &stop).await, FINAL - 3);
+    assert_eq!(kept().await, (3, 1), "an open one stays, however many there are");
+    let text = metrics.encode().unwrap();
+    let mutations: Vec<&str> = text.lines().filter(|line| line.starts_with("spaceport_api_mutations_total{")).collect();
+    let [deletion] = mutations[..] else { panic!("one kind of request changed something: {mutations:?}") };
+    assert!(deletion.contains("\"deletecollection\"") && deletion.ends_with(" 1"), "not one for each: {deletion}");
     stop.cancel();
     writing.await.unwrap().unwrap();
 }

@@ -57,6 +57,8 @@ const CALM_LIMIT: Duration = Duration::from_secs(60);
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// More receipts than a run makes (the most a pool can keep): none may be removed before it is counted.
 const RECEIPTS_KEPT: u32 = 100_000;
+/// Old receipts that the operator deletes with one call (`operator/src/ledger/retention.rs`).
+const DELETED_AT_ONCE: u64 = 50;
 
 /// Runs the benchmark, `time` of leases for each number of operators; `say` shows each step.
 pub fn sustain(world: &World, time: Duration, say: &mut dyn FnMut(&str)) -> Result<SustainReport> {
@@ -240,6 +242,9 @@ impl Run<'_> {
         // A number for people; the leases are counted where they end up.
         if let Ok(own) = OwnCount::read(self.world) {
             say(&format!("    {} receipts were still to be written at its end", own.receipts_pending));
+            if own.under_pressure > 0 {
+                say("    write pressure at its end: receipts were written at the ends of leases only");
+            }
         }
     }
 
@@ -256,13 +261,15 @@ impl Run<'_> {
             std::thread::sleep(CALM);
             let after = Mutations::read(self.world)?;
             let written = after.since(&before)?.of_the_ledger();
-            if written == 0 {
+            // A receipt may rest for longer than a look takes.
+            let pending = OwnCount::read(self.world)?.receipts_pending;
+            if written == 0 && pending == 0 {
                 return Ok(());
             }
             ensure!(
                 start.elapsed() < CALM_LIMIT,
                 "the ledger does not come to rest: after {} s without a call, {written} accounts, pages and receipts were \
-                 written within {} s",
+                 written within {} s, and {pending} receipts are not",
                 CALM_LIMIT.as_secs(),
                 CALM.as_secs()
             );
@@ -283,13 +290,14 @@ impl Run<'_> {
 
 impl Measured {
     /// Mutating calls for each lease: those that were counted, and those that these leases will cost later. A page whose
-    /// closed row has its receipt is written once more (it rides along only with a next lease), and each receipt is deleted
-    /// one day.
+    /// closed row has its receipt is written once more (it rides along only with a next lease), and receipts are deleted one
+    /// day, [`DELETED_AT_ONCE`] with one call.
     fn writes_per_lease(&self, leases: u64, say: &mut dyn FnMut(&str)) -> Result<f64> {
         ensure!(leases > 0, "there were no leases");
-        let deletes = leases.saturating_sub(self.counted.of("DELETE", "gpuleases"));
+        // None was deleted meanwhile: `receipts.perSpace` is high, and the benchmark ends within their age.
+        let deletes = leases.div_ceil(DELETED_AT_ONCE);
         say(&format!("  calls a lease: {}", self.counted.each_of(leases)));
-        say(&format!("    to come: {} writes of pages with a closed row, {deletes} deletes of receipts", self.rows));
+        say(&format!("    to come: {} writes of pages with a closed row, {deletes} deletions of receipts", self.rows));
         match self.own.as_ref().map(|(before, after)| after.each_of(before, leases)) {
             Some(Ok(Some(own))) => say(&format!("    the operator's own count: {own}")),
             Some(Ok(None)) => say("    the operator has no count of its own"),
@@ -387,8 +395,8 @@ mod tests {
             rows: 3,
         };
         let mut said = String::new();
-        assert_eq!(measured.writes_per_lease(10, &mut |line| said.push_str(line)).unwrap(), 1.3);
-        assert!(said.contains("3 writes of pages with a closed row, 10 deletes of receipts"), "{said}");
+        assert_eq!(measured.writes_per_lease(10, &mut |line| said.push_str(line)).unwrap(), 0.4);
+        assert!(said.contains("3 writes of pages with a closed row, 1 deletions of receipts"), "{said}");
         assert!(measured.writes_per_lease(0, &mut |_| {}).is_err());
     }
 
@@ -416,6 +424,8 @@ mod tests {
             assert!(!told.settled.is_empty() && told.free.is_empty() && told.either.is_empty());
             assert!(0 <= told.least_ms && told.least_ms <= told.most_ms, "{told:?}");
         }
+        let worked = load.accounts.iter().filter(|told| told.least_ms >= 499).count();
+        assert!(worked >= 3, "the first call of each caller works: {:?}", load.accounts);
         assert!(load.cycles > 0 && load.cycles <= granted as u64 && load.longest_ms > 0.0);
     }
 }

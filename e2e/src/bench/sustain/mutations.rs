@@ -20,6 +20,8 @@ const REQUESTS: &str = "apiserver_request_total";
 const OWN_REQUESTS: &str = "spaceport_api_mutations_total";
 /// The operator's number of leases whose receipt is not written.
 const PENDING: &str = "spaceport_receipts_pending";
+/// 1 while the operator writes receipts at their end only.
+const PRESSURE: &str = "spaceport_write_pressure";
 /// As the API server names them; an apply is a PATCH on the wire.
 const VERBS: [&str; 6] = ["POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"];
 /// All kinds of this group are ours.
@@ -96,6 +98,7 @@ impl Mutations {
     }
 
     /// Calls of this verb on this resource.
+    #[cfg(test)]
     pub(super) fn of(&self, verb: &str, resource: &str) -> u64 {
         let call = Call { verb: verb.to_owned(), resource: resource.to_owned() };
         self.0.get(&call).copied().unwrap_or_default()
@@ -135,6 +138,8 @@ pub(super) struct OwnCount {
     mutations: Mutations,
     /// Receipts that it has still to write.
     pub(super) receipts_pending: u64,
+    /// Replicas whose receipts give way at the moment.
+    pub(super) under_pressure: u64,
 }
 
 impl OwnCount {
@@ -157,6 +162,7 @@ impl OwnCount {
             *self.mutations.0.entry(Call { verb: label("verb"), resource: label("resource") }).or_default() += value;
         }
         self.receipts_pending += series(text, PENDING).map(|(_, value)| value).sum::<u64>();
+        self.under_pressure += series(text, PRESSURE).map(|(_, value)| value).sum::<u64>();
     }
 
     /// Its own count since `before`, for each of so many leases; none if it does not count.
@@ -235,12 +241,13 @@ apiserver_request_total{code="200",group="events.k8s.io",resource="events",subre
 
     #[test]
     fn the_operators_own_count_is_told_where_there_is_one() {
-        let text = |receipts| format!("spaceport_receipts_pending {receipts}\n");
+        let text = |receipts| format!("spaceport_receipts_pending {receipts}\nspaceport_write_pressure 1\n");
         let count =
             |number| format!("spaceport_api_mutations_total{{verb=\"create\",resource=\"gpuleases\"}} {number}\n");
         let (mut before, mut after) = (OwnCount::default(), OwnCount::default());
         before.add(&text(0));
         after.add(&text(3));
+        assert_eq!(after.under_pressure, 1);
         assert_eq!((after.receipts_pending, after.each_of(&before, 10).unwrap()), (3, None));
         before.add(&count(5));
         // Two replicas.

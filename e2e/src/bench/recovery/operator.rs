@@ -63,8 +63,6 @@ pub(super) struct Operator<'a> {
 /// One replica, as it was seen.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Replica {
-    /// Its process on this machine.
-    pub(super) pid: u32,
     pub(super) leads: bool,
     pub(super) resident: Resident,
 }
@@ -132,11 +130,14 @@ impl<'a> Operator<'a> {
             if pods.len() != replicas || said.len() != replicas || !know || leaders != 1 {
                 return Ok(Err(format!("{} pods; {said:?}", pods.len())));
             }
-            let leader = leader_pid(self.world)?;
-            let replicas = pods.iter().filter_map(|pod| replica(pod, leader).transpose());
-            let found = replicas.collect::<Result<Vec<_>>>()?;
-            Ok(if found.len() == pods.len() { Ok(found) } else { Err(format!("{} processes", found.len())) })
+            // One may end between two looks.
+            Ok(self.processes(&pods).map_err(|error| format!("{error:#}")))
         })
+    }
+
+    fn processes(&self, pods: &[Pod]) -> Result<Vec<Replica>> {
+        let leader = leader_pid(self.world)?;
+        pods.iter().map(|pod| replica(pod, leader)).collect()
     }
 
     fn pods(&self) -> Result<Vec<Pod>> {
@@ -222,10 +223,10 @@ fn with_memory(limit: Option<&str>) -> Value {
     json!({ "template": { "spec": { "containers": [container] } } })
 }
 
-fn replica(pod: &Pod, leader: u32) -> Result<Option<Replica>> {
+fn replica(pod: &Pod, leader: u32) -> Result<Replica> {
     let uid = pod.uid().context("a pod without uid")?;
-    let Some(pid) = pid_of(&uid)? else { return Ok(None) };
-    Ok(Some(Replica { pid, leads: pid == leader, resident: resident(pid)? }))
+    let pid = pid_of(&uid)?.with_context(|| format!("no process of pod {uid}"))?;
+    Ok(Replica { leads: pid == leader, resident: resident(pid)? })
 }
 
 /// When a process began, in seconds since 1970, as exactly as the kernel notes it: a hundredth of a second.

@@ -25,6 +25,8 @@ macro_rules! with_device_api {
 pub(crate) const GRANT_LOAD: &str = with_device_api!("../clients/grant_load.py");
 /// The calls of `bench grant --sustain`.
 pub(crate) const SUSTAIN_LOAD: &str = with_device_api!("../clients/sustain_load.py");
+/// The callers of `bench recovery`.
+pub(crate) const RECOVERY_LOAD: &str = with_device_api!("../clients/recovery_load.py");
 /// The calls of the storm.
 pub(crate) const STORM: &str = with_device_api!("../clients/storm.py");
 
@@ -40,17 +42,17 @@ pub(crate) fn run<T: DeserializeOwned>(
     plan: &impl Serialize,
     limit: Duration,
 ) -> Result<T> {
+    let child = start(world, program, Stdio::piped())?;
+    parse(&talk(child, serde_json::to_vec(plan)?, limit)?)
+}
+
+/// Starts a program in the pod whose input and output are ours.
+pub(crate) fn start(world: &World, program: &str, errors: Stdio) -> Result<Child> {
     let pod = world.pod(NAMESPACE, SPACE)?;
     let exec = ["--namespace", NAMESPACE, "exec", "--stdin", &pod, "--container", "app", "--", PYTHON, "-c", program];
-    let child = world
-        .kubectl
-        .command(&exec)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot run kubectl exec")?;
-    parse(&talk(child, serde_json::to_vec(plan)?, limit)?)
+    let mut command = world.kubectl.command(&exec);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+    command.spawn().context("cannot run kubectl exec")
 }
 
 /// Gives the program its input and takes its output, in bounded time.

@@ -1,14 +1,17 @@
-//! How many operators run.
+//! How many operators run, and which of them leads.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::breakable::{ROLLOUT_LIMIT, SYSTEM, leases_are_granted};
 use crate::kubectl::at;
+use crate::story::pids_of;
 use crate::wait::eventually;
 use crate::world::World;
 
+/// Name of its program, and of the Lease by which one of its replicas leads.
+pub(crate) const PROGRAM: &str = "spaceport-operator";
 const OPERATOR: &str = "deployment/spaceport-operator";
 const SELECTOR: [&str; 2] = ["--selector", "app.kubernetes.io/name=spaceport-operator"];
 /// A pod that ends has 30 s of grace.
@@ -65,4 +68,31 @@ impl Drop for Replicas<'_> {
             eprintln!("the operator does not have its {} replicas back: {error:#}", self.before);
         }
     }
+}
+
+/// The process of the replica that holds the leader's lease.
+pub(crate) fn leader_pid(world: &World) -> Result<u32> {
+    let lease = world.kubectl.json(&["--namespace", SYSTEM, "get", "lease", PROGRAM])?;
+    let holder = at(&lease, "/spec/holderIdentity").as_str().unwrap_or_default().to_owned();
+    // The replica's name is its pod's, and a random part follows.
+    let pod = holder.rsplit_once('_').map_or(holder.as_str(), |(pod, _)| pod).to_owned();
+    let pod = world.kubectl.json(&["--namespace", SYSTEM, "get", "pod", &pod])?;
+    let uid = at(&pod, "/metadata/uid").as_str().context("a pod without uid")?.to_owned();
+    pid_of(&uid)?.with_context(|| format!("no process of the leader's pod {uid}"))
+}
+
+/// The process of the replica whose pod has this uid, if one runs.
+pub(crate) fn pid_of(uid: &str) -> Result<Option<u32>> {
+    let is_of_pod = |pid: &u32| {
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        groups.contains(uid) || groups.contains(&uid.replace('-', "_"))
+    };
+    Ok(pids_of(PROGRAM)?.into_iter().find(is_of_pod))
+}
+
+/// kill -9 of one of them.
+pub(crate) fn kill(pid: u32) -> Result<()> {
+    let status = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
+    ensure!(status.success(), "cannot kill the operator (pid {pid}): {status}");
+    Ok(())
 }

@@ -56,6 +56,9 @@ struct Inner {
     malformed_objects: Family<KindLabel, Counter>,
     leader: Gauge,
     epoch: Gauge<u64, AtomicU64>,
+    warm: Gauge,
+    accounts: Gauge,
+    open_leases: Gauge,
     nodes_connected: Gauge,
     nodes_without_pool: Gauge,
     leases_in_doubt: Gauge,
@@ -143,6 +146,20 @@ impl Metrics {
         registry.register("leader", "1 while this replica leads", leader.clone());
         let epoch = Gauge::default();
         registry.register("epoch", "Term of the ledger that this replica leads", epoch.clone());
+        let warm = Gauge::default();
+        registry.register(
+            "warm",
+            "1 once this replica was shown everything that a leader decides from: it can lead without reading it",
+            warm.clone(),
+        );
+        let accounts = Gauge::default();
+        registry.register("accounts", "Accounts that this replica knows", accounts.clone());
+        let open_leases = Gauge::default();
+        registry.register(
+            "open_leases",
+            "Leases of this replica's term that have an open hold, or a slot that is not back yet; 0 where it does not lead",
+            open_leases.clone(),
+        );
         let nodes_connected = Gauge::default();
         registry.register("nodes_connected", "Node agents with a session here", nodes_connected.clone());
         let nodes_without_pool = Gauge::default();
@@ -188,6 +205,9 @@ impl Metrics {
                 malformed_objects,
                 leader,
                 epoch,
+                warm,
+                accounts,
+                open_leases,
                 nodes_connected,
                 nodes_without_pool,
                 leases_in_doubt,
@@ -293,6 +313,17 @@ impl Metrics {
     /// The term of the ledger.
     pub fn set_epoch(&self, epoch: u64) {
         self.inner.epoch.set(epoch);
+    }
+
+    /// What this replica was shown: all that a leader needs, and so many accounts.
+    pub fn set_shown(&self, is_warm: bool, accounts: usize) {
+        self.inner.warm.set(i64::from(is_warm));
+        self.inner.accounts.set(gauge(accounts));
+    }
+
+    /// Leases of the term.
+    pub fn set_open_leases(&self, leases: usize) {
+        self.inner.open_leases.set(gauge(leases));
     }
 
     /// Node agents with a session here.

@@ -38,6 +38,21 @@ enum What {
         #[arg(long, value_name = "N", requires = "sustain", value_parser = clap::value_parser!(u64).range(10..=600))]
         seconds: Option<u64>,
     },
+    /// How long nothing is granted after the leader's death, and after a cold start, with many accounts
+    Recovery {
+        /// Print exactly one JSON object on standard output
+        #[arg(long)]
+        json: bool,
+        /// Accounts that the operators know
+        #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        accounts: u32,
+        /// Accounts of them that hold a lease; no more than there are accounts
+        #[arg(long, value_name = "M", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=14_000))]
+        leases: u32,
+        /// Leave the accounts, and the operator's memory for them, so that the next run need not make them
+        #[arg(long)]
+        keep: bool,
+    },
     /// How many decisions the ledger makes a second, and what an idle account costs; needs no cluster
     Ledger {
         /// Print exactly one JSON object on standard output
@@ -48,8 +63,8 @@ enum What {
 
 pub fn bench(workspace: &Workspace, arguments: &BenchArguments) -> Result<()> {
     match arguments.what {
-        What::Grant { json, sustain, seconds } => grant(workspace, json, &words(sustain, seconds)),
         What::Ledger { json } => ledger(workspace, json),
+        What::Grant { json, .. } | What::Recovery { json, .. } => on_cluster(workspace, json, &arguments.what.words()?),
     }
 }
 
@@ -64,19 +79,25 @@ fn ledger(workspace: &Workspace, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// The words by which the benchmark is told what to measure.
-fn words(sustain: bool, seconds: Option<u64>) -> Vec<String> {
-    let mut words = vec!["grant".to_owned()];
-    if sustain {
-        words.push("--sustain".to_owned());
+impl What {
+    /// The words by which the benchmark is told what to measure.
+    fn words(&self) -> Result<Vec<String>> {
+        let text = match *self {
+            Self::Ledger { .. } => "ledger".to_owned(),
+            Self::Grant { sustain: false, .. } => "grant".to_owned(),
+            Self::Grant { seconds: None, .. } => "grant --sustain".to_owned(),
+            Self::Grant { seconds: Some(seconds), .. } => format!("grant --sustain --seconds {seconds}"),
+            Self::Recovery { accounts, leases, keep, .. } => {
+                ensure!(leases <= accounts, "{accounts} accounts cannot hold {leases} leases: each holds one");
+                let keep = if keep { " --keep" } else { "" };
+                format!("recovery --accounts {accounts} --leases {leases}{keep}")
+            }
+        };
+        Ok(text.split(' ').map(str::to_owned).collect())
     }
-    if let Some(seconds) = seconds {
-        words.extend(["--seconds".to_owned(), seconds.to_string()]);
-    }
-    words
 }
 
-fn grant(workspace: &Workspace, json: bool, words: &[String]) -> Result<()> {
+fn on_cluster(workspace: &Workspace, json: bool, words: &[String]) -> Result<()> {
     enough_cards(workspace)?;
     headline("the local cluster");
     cluster::up(workspace, &UpArguments { cards: CARDS, real_gpu: false })?;
@@ -133,15 +154,18 @@ mod tests {
     fn what_is_asked_for_is_what_the_benchmark_is_told() {
         let told = |text: &str| {
             let bench = Bench::try_parse_from(text.split(' ')).map_err(|error| error.kind())?;
-            match bench.arguments.what {
-                What::Grant { sustain, seconds, .. } => Ok(words(sustain, seconds).join(" ")),
-                What::Ledger { .. } => Ok("ledger".to_owned()),
-            }
+            Ok(bench.arguments.what.words().map_or_else(|error| error.to_string(), |words| words.join(" ")))
         };
-        assert_eq!(told("bench grant --json"), Ok("grant".to_owned()));
-        assert_eq!(told("bench grant --sustain --json"), Ok("grant --sustain".to_owned()));
-        assert_eq!(told("bench grant --sustain --seconds 20"), Ok("grant --sustain --seconds 20".to_owned()));
+        let is_told = |text: &str, words: &str| assert_eq!(told(text), Ok(words.to_owned()));
+        is_told("bench grant --json", "grant");
+        is_told("bench grant --sustain --json", "grant --sustain");
+        is_told("bench grant --sustain --seconds 20", "grant --sustain --seconds 20");
         assert_eq!(told("bench grant --seconds 20"), Err(clap::error::ErrorKind::MissingRequiredArgument));
         assert_eq!(told("bench grant --sustain --seconds 5"), Err(clap::error::ErrorKind::ValueValidation));
+        is_told("bench recovery --json", "recovery --accounts 100000 --leases 10000");
+        is_told("bench recovery --accounts 2000 --leases 200 --keep", "recovery --accounts 2000 --leases 200 --keep");
+        is_told("bench recovery --accounts 20", "20 accounts cannot hold 10000 leases: each holds one");
+        // More than the receipts that an operator follows.
+        assert_eq!(told("bench recovery --leases 20000"), Err(clap::error::ErrorKind::ValueValidation));
     }
 }

@@ -21,7 +21,7 @@ const TIER: &str = "bench";
 /// Receipts follow off the critical path; several hundred may be under way when the load ends.
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// The most a tier can give, far above what all calls of a run can use.
-const QUOTA_S: u64 = 10_000_000;
+pub(super) const QUOTA_S: u64 = 10_000_000;
 /// Longer than the longest run with all its checks.
 const TOKEN_LIFETIME_S: i64 = 4 * 3600;
 
@@ -69,7 +69,7 @@ impl Accounts {
     }
 
     pub(super) fn create(&self, world: &World, cluster: &Cluster) -> Result<()> {
-        world.kubectl.apply(&tier().to_string())?;
+        world.kubectl.apply(&tier(TIER).to_string())?;
         cluster.create(self.all().map(|name| account(name, TIER)).collect())
     }
 
@@ -128,11 +128,12 @@ fn remove_tier(world: &World) -> Result<()> {
     Ok(())
 }
 
-fn tier() -> Value {
+/// A tier that stands in nobody's way.
+pub(super) fn tier(name: &str) -> Value {
     json!({
         "apiVersion": "spaceport.dev/v1alpha1",
         "kind": "GPUTier",
-        "metadata": { "name": TIER },
+        "metadata": { "name": name },
         "spec": {
             "callers": "SignedIn",
             "authenticatedAs": "Pro",
@@ -215,7 +216,7 @@ mod tests {
     fn what_is_applied_is_of_the_kinds_it_says() {
         let read =
             |value: &Value| serde_json::from_value::<spaceport_crds::GPUTierSpec>(value["spec"].clone()).unwrap();
-        let tier = tier();
+        let tier = tier(TIER);
         assert_eq!(serde_json::to_value(read(&tier)).unwrap(), tier["spec"]);
         let account = account("bench-x-0", TIER);
         let spec: spaceport_crds::GPUAccountSpec = serde_json::from_value(account["spec"].clone()).unwrap();

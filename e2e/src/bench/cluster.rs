@@ -58,6 +58,11 @@ impl Cluster {
         self.runtime.block_on(work)
     }
 
+    /// The client of whoever runs the benchmark.
+    pub(super) fn admin(&self) -> &Client {
+        &self.admin
+    }
+
     /// Does the work of each item, [`AT_ONCE`] of them at a time, and gives the results in any order. The first error
     /// ends it.
     pub(super) fn each<T, R, F>(&self, items: Vec<T>, work: impl Fn(T) -> F) -> Result<Vec<R>>
@@ -65,9 +70,18 @@ impl Cluster {
         F: Future<Output = Result<R>> + Send + 'static,
         R: Send + 'static,
     {
+        self.each_of(items, AT_ONCE, work)
+    }
+
+    /// The same with another number at a time.
+    pub(super) fn each_of<T, R, F>(&self, items: Vec<T>, at_once: usize, work: impl Fn(T) -> F) -> Result<Vec<R>>
+    where
+        F: Future<Output = Result<R>> + Send + 'static,
+        R: Send + 'static,
+    {
         self.runtime.block_on(async {
             let mut items = items.into_iter();
-            let mut under_way: JoinSet<Result<R>> = items.by_ref().take(AT_ONCE).map(&work).collect();
+            let mut under_way: JoinSet<Result<R>> = items.by_ref().take(at_once).map(&work).collect();
             let mut done = Vec::new();
             // Bounded by the items.
             while let Some(ended) = under_way.join_next().await {
@@ -184,7 +198,7 @@ impl Cluster {
 }
 
 /// What is not there need not be removed.
-fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
+pub(super) fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     match result {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => other,

@@ -8,6 +8,25 @@ use anyhow::{Context as _, Result, bail};
 /// Where containers of pods are, in every cgroup layout of kubelet.
 const PODS: &str = "kubepods";
 
+/// Memory of one process, MiB.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Resident {
+    /// What it has now.
+    pub(super) now_mib: f64,
+    /// The most that it ever had.
+    pub(super) most_mib: f64,
+}
+
+/// Resident memory of a process.
+pub(super) fn resident(pid: u32) -> Result<Resident> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let mib = |field| Some(kib(&status, field)? as f64 / 1024.0);
+    let found = mib("VmRSS:").zip(mib("VmHWM:"));
+    let (now_mib, most_mib) = found.with_context(|| format!("no VmRSS and VmHWM in {path}"))?;
+    Ok(Resident { now_mib, most_mib })
+}
+
 /// Resident memory of the only container process with this program name, MiB.
 pub(super) fn resident_mib(program: &str) -> Result<f64> {
     let mut found = Vec::new();
@@ -21,7 +40,7 @@ pub(super) fn resident_mib(program: &str) -> Result<f64> {
         if is_program(&words, program) && cgroup.contains(PODS) {
             let status = fs::read_to_string(folder.join("status"))
                 .with_context(|| format!("{program} ended while its memory was read"))?;
-            found.push(resident_kib(&status).with_context(|| format!("no VmRSS in {}", folder.display()))?);
+            found.push(kib(&status, "VmRSS:").with_context(|| format!("no VmRSS in {}", folder.display()))?);
         }
     }
     let [kib] = found[..] else {
@@ -37,9 +56,9 @@ fn is_program(command_line: &[u8], program: &str) -> bool {
     std::str::from_utf8(word).is_ok_and(|word| Path::new(word).file_name().is_some_and(|name| name == program))
 }
 
-/// `VmRSS` of `/proc/<pid>/status`, KiB.
-fn resident_kib(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+/// A field of `/proc/<pid>/status`, KiB.
+fn kib(status: &str, field: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
@@ -58,9 +77,9 @@ mod tests {
 
     #[test]
     fn the_kernels_own_line_is_read() {
-        assert_eq!(resident_kib("Name:\tx\nVmRSS:\t   20480 kB\nThreads:\t3\n"), Some(20480));
-        assert_eq!(resident_kib("Name:\tkthreadd\n"), None);
-        let own = fs::read_to_string("/proc/self/status").unwrap();
-        assert!(resident_kib(&own).is_some_and(|kib| kib > 0));
+        assert_eq!(kib("Name:\tx\nVmRSS:\t   20480 kB\nThreads:\t3\n", "VmRSS:"), Some(20480));
+        assert_eq!(kib("Name:\tkthreadd\n", "VmRSS:"), None);
+        let own = resident(std::process::id()).unwrap();
+        assert!(own.now_mib > 0.0 && own.most_mib >= own.now_mib, "{own:?}");
     }
 }

@@ -15,6 +15,7 @@ mod load;
 mod memory;
 mod page_write;
 mod percentiles;
+mod recovery;
 mod report;
 mod sustain;
 
@@ -24,6 +25,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 pub use percentiles::Percentiles;
+pub use recovery::{RecoveryReport, Size, recovery};
 pub use report::Report;
 pub use sustain::{SustainReport, sustain};
 

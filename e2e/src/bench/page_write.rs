@@ -49,17 +49,22 @@ impl AccountPage {
     pub(super) async fn read(client: &Client, name: &str) -> Result<Self> {
         let api = Api::<GPUAccount>::all(client.clone());
         let account = api.get(name).await.with_context(|| format!("cannot read account {name}"))?;
-        Ok(Self { account, bytes: 0, attempts: 0, disturbed: 0 })
+        Ok(Self::of(account))
+    }
+
+    /// The page of an account that was read or made just now.
+    pub(super) fn of(account: GPUAccount) -> Self {
+        Self { account, bytes: 0, attempts: 0, disturbed: 0 }
     }
 
     /// Writes the page that `next` makes of the present one, until that succeeds.
     pub(super) async fn become_page(
         &mut self,
         client: &Client,
-        next: fn(GPUAccountStatus, i64) -> GPUAccountStatus,
+        next: impl Fn(GPUAccountStatus, i64) -> GPUAccountStatus,
     ) -> Result<()> {
         // Bounded by DISTURBED_MAX.
-        while self.write_next(client, next).await?.is_none() {}
+        while self.write_next(client, &next).await?.is_none() {}
         Ok(())
     }
 
@@ -67,7 +72,7 @@ impl AccountPage {
     pub(super) async fn write_next(
         &mut self,
         client: &Client,
-        next: fn(GPUAccountStatus, i64) -> GPUAccountStatus,
+        next: impl Fn(GPUAccountStatus, i64) -> GPUAccountStatus,
     ) -> Result<Option<f64>> {
         let page = next(self.account.status.clone().unwrap_or_default(), now_ms());
         self.write(client, page).await
@@ -290,7 +295,7 @@ fn page_with_a_past(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
 }
 
 /// The same page as another write of it.
-fn written_again(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
+pub(super) fn written_again(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
     GPUAccountStatus {
         seq: stored.seq + 1,
         write_id: write_id(),
@@ -334,7 +339,8 @@ fn next_page(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
     page
 }
 
-fn hold(lease: &str, source: &str, now_ms: i64) -> Hold {
+/// A hold of [`DECLARED_MS`] that one window pays for, on a node that never joins.
+pub(super) fn hold(lease: &str, source: &str, now_ms: i64) -> Hold {
     Hold {
         lease: lease.to_owned(),
         space: space(),

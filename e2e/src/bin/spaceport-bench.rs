@@ -1,5 +1,5 @@
-//! `spaceport-bench grant [--sustain] [--json]`: the benchmark of `cargo xtask bench`. The cluster and the charts are up
-//! when it runs.
+//! `spaceport-bench grant [--sustain] [--json]` and `spaceport-bench recovery [--json]`: the benchmarks of `cargo xtask bench`
+//! on the cluster. It is up, with the charts, when they run.
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
+use spaceport_e2e::bench::Size;
 use spaceport_e2e::{World, bench};
 
 #[derive(Parser)]
@@ -32,6 +33,21 @@ enum What {
             value_parser = clap::value_parser!(u64).range(10..=600))]
         seconds: u64,
     },
+    /// How long nothing is granted after the leader's death and after a cold start
+    Recovery {
+        /// Print one JSON object on standard output and everything else on standard error
+        #[arg(long)]
+        json: bool,
+        /// Accounts that the operators know
+        #[arg(long, value_name = "N", default_value_t = 100_000)]
+        accounts: usize,
+        /// Accounts of them that hold a lease
+        #[arg(long, value_name = "M", default_value_t = 10_000)]
+        leases: usize,
+        /// Leave the accounts for the next run
+        #[arg(long)]
+        keep: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -47,20 +63,25 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let What::Grant { json, sustain, seconds } = Arguments::parse().what;
+    let what = Arguments::parse().what;
     let world = World::connect()?;
     let say = &mut |line: &str| eprintln!("{line}");
-    if !sustain {
-        return print(&bench::grant(&world, say)?, json);
+    match what {
+        What::Grant { json, sustain: false, .. } => print(&bench::grant(&world, say)?, json),
+        What::Grant { json, sustain: true, seconds } => {
+            let report = bench::sustain(&world, Duration::from_secs(seconds), say)?;
+            print(&report, json)?;
+            let wrong = report.wrong();
+            ensure!(
+                wrong == 0,
+                "{wrong} leases are lost or doubled; their accounts and receipts are still there, to be looked at"
+            );
+            Ok(())
+        }
+        What::Recovery { json, accounts, leases, keep } => {
+            print(&bench::recovery(&world, Size { accounts, leases }, keep, say)?, json)
+        }
     }
-    let report = bench::sustain(&world, Duration::from_secs(seconds), say)?;
-    print(&report, json)?;
-    let wrong = report.wrong();
-    ensure!(
-        wrong == 0,
-        "{wrong} leases are lost or doubled; their accounts and receipts are still there, to be looked at"
-    );
-    Ok(())
 }
 
 fn print(report: &(impl Display + Serialize), json: bool) -> anyhow::Result<()> {

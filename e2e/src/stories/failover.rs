@@ -1,20 +1,19 @@
 //! Two operators of which one dies, and an API server that is away.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::{SETTLE_LIMIT, schedule_of_new};
-use crate::breakable::SYSTEM;
 use crate::component::Component;
 use crate::crash_matrix::granted_again;
 use crate::kubectl::at;
-use crate::replicas::Replicas;
-use crate::story::{CALLS, NAMESPACE, pids_of};
+use crate::replicas::{Replicas, kill, leader_pid};
+use crate::story::{CALLS, NAMESPACE};
+use crate::wait::wall;
 use crate::world::World;
 
-const OPERATOR: &str = "spaceport-operator";
 /// From the start of a program in the pod until its lease runs and its visitors wait.
 const READY_LIMIT: Duration = Duration::from_secs(40);
 /// Everything after it: a fail-over, three short leases, and a slow machine.
@@ -93,8 +92,7 @@ say(ready=2, allow=allow, released=released, seconds=seconds, order=order)
 
     let leader = leader_pid(world)?;
     let killed_at = wall()?;
-    let status = std::process::Command::new("kill").args(["-KILL", &leader.to_string()]).status()?;
-    ensure!(status.success(), "cannot kill the leader (pid {leader}): {status}");
+    kill(leader)?;
     world.in_pod(&["touch", &format!("{told}.go")])?;
     let said = world.told(&told, END_LIMIT, |said| !said["order"].is_null())?;
     ensure!(said["released"] == 200 || said["released"] == 204, "{said}");
@@ -216,25 +214,4 @@ fn charged_for(world: &World, account: &str, receipt: &Value, seconds: f64) -> R
     ensure!(charged == world.charged_ms(account)?, "page and receipt differ: {receipt}");
     ensure!((charged as f64 / 1_000.0 - seconds).abs() < 2.0, "charged {charged} ms for {seconds} s of use: {receipt}");
     Ok(())
-}
-
-/// Seconds since 1970, on the clock that pods have too.
-#[allow(clippy::disallowed_methods)] // Compared with what a program in a pod of this machine wrote down.
-fn wall() -> Result<f64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
-}
-
-/// The process of the replica that holds the leader's lease.
-fn leader_pid(world: &World) -> Result<u32> {
-    let lease = world.kubectl.json(&["--namespace", SYSTEM, "get", "lease", OPERATOR])?;
-    let holder = at(&lease, "/spec/holderIdentity").as_str().unwrap_or_default().to_owned();
-    // The replica's name is its pod's, and a random part follows.
-    let pod = holder.rsplit_once('_').map_or(holder.as_str(), |(pod, _)| pod).to_owned();
-    let pod = world.kubectl.json(&["--namespace", SYSTEM, "get", "pod", &pod])?;
-    let uid = at(&pod, "/metadata/uid").as_str().context("a pod without uid")?.to_owned();
-    let is_of_pod = |pid: &u32| {
-        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        groups.contains(&uid) || groups.contains(&uid.replace('-', "_"))
-    };
-    pids_of(OPERATOR)?.into_iter().find(is_of_pod).with_context(|| format!("no process of the leader's pod {uid}"))
 }

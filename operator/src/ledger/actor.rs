@@ -111,7 +111,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
     let mut known = Known::new(clock_skew_max);
     let mut above = Epoch(0);
     loop {
-        let Some(term) = begin(&mut inputs, &mut leading, &store, &mut known, above, &stop).await? else {
+        let Some(term) = begin(&mut inputs, &mut leading, &store, &metrics, &mut known, above, &stop).await? else {
             return Ok(());
         };
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
@@ -136,7 +136,9 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             tasks: JoinSet::new(),
             stop: stop.clone(),
         };
-        match actor.serve(&mut inputs, &mut leading).await? {
+        let over = actor.serve(&mut inputs, &mut leading).await;
+        metrics.set_open_leases(0);
+        match over? {
             Over::Stopped => return Ok(()),
             Over::SteppedDown => {
                 info!(epoch = term.epoch.0, "The term is over; what was under way is found again in pages and reports");
@@ -161,6 +163,7 @@ async fn begin<P: Pages>(
     inputs: &mut mpsc::Receiver<Input>,
     leading: &mut watch::Receiver<bool>,
     store: &P,
+    metrics: &Metrics,
     known: &mut Known,
     above: Epoch,
     stop: &CancellationToken,
@@ -189,7 +192,10 @@ async fn begin<P: Pages>(
                 Some(term) if seen.epoch > term.epoch => (above, begun) = (seen.epoch, None),
                 _ => {}
             },
-            Input::Store(event) => known.store(event),
+            Input::Store(event) => {
+                known.store(event);
+                metrics.set_shown(known.unlisted.is_empty(), known.accounts.len());
+            }
             Input::Node(event) => known.node(event),
             // The rows of receipts that are written now are still in their outboxes, and are offered again.
             Input::Receipt(_) => {}

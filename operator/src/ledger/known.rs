@@ -8,10 +8,11 @@ use spaceport_core::lease::{Policy, SpaceSettings};
 use spaceport_proto::nodelink::Card;
 use spaceport_proto::nodelink::node_message::Message;
 
+use super::grants::Grants;
 use super::identities::Identities;
 use super::policy::{self, NoPool};
 use super::receipt::GivenCard;
-use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
+use super::seen::{AccountSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
 use crate::node_link::{NodeEvent, Outbound, SessionId};
 
@@ -29,8 +30,8 @@ pub struct Known {
     pub pools: BTreeMap<String, PoolSeen>,
     /// Names of the pools that agents say they follow, by node; kept while an agent is away, for its leases run on.
     pub named_pools: BTreeMap<NodeName, String>,
-    /// Grants by uid.
-    pub grants: BTreeMap<String, GrantSeen>,
+    /// Grants.
+    grants: Grants,
     /// Agents that are there.
     pub sessions: BTreeMap<NodeName, Session>,
     /// How far our clock is off, if that is too much (L20).
@@ -75,7 +76,7 @@ impl Known {
             tiers: BTreeMap::new(),
             pools: BTreeMap::new(),
             named_pools: BTreeMap::new(),
-            grants: BTreeMap::new(),
+            grants: Grants::default(),
             sessions: BTreeMap::new(),
             clock_off_ms: None,
             unlisted: Watched::ALL.into_iter().collect(),
@@ -130,12 +131,8 @@ impl Known {
             StoreEvent::Node(NodeSeen { name, pool: None }) | StoreEvent::NodeGone { name } => {
                 self.named_pools.remove(&name);
             }
-            StoreEvent::Grant(grant) => {
-                self.grants.insert(grant.uid.clone(), grant);
-            }
-            StoreEvent::GrantGone { uid } => {
-                self.grants.remove(&uid);
-            }
+            StoreEvent::Grant(grant) => self.grants.insert(grant),
+            StoreEvent::GrantGone { uid } => self.grants.remove(&uid),
             StoreEvent::Clock(difference) => {
                 let limit_ms = u64::try_from(self.clock_skew_max.as_millis()).unwrap_or(u64::MAX);
                 // Only what certainly is too far off stops grants (L20).
@@ -213,7 +210,7 @@ impl Known {
 
     /// What the account may do. The tier's name is empty if none applies: then nothing is granted.
     pub fn policy(&self, account: &AccountSeen) -> Policy {
-        let grants: Vec<&GrantSeen> = self.grants.values().filter(|grant| grant.account == account.name).collect();
+        let grants = self.grants.of(&account.name);
         let policy = policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants);
         Policy { conflict: self.identities.conflict(account), ..policy }
     }

@@ -5,7 +5,7 @@
 //! machine down for a while meets both. The API server's own counter is read before the first leases and when the last
 //! are settled; the page writes of the benchmark in between are taken off.
 
-mod mutations;
+pub(super) mod mutations;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -159,10 +159,10 @@ impl Run<'_> {
         say(&format!("  making {} accounts of tier bench", ACCOUNTS + WRITERS));
         accounts.create(self.world, self.cluster)?;
         // The operator puts its finalizer on each.
-        self.calm()?;
+        calm(self.world, CALM_LIMIT)?;
         give_a_past(self.cluster, accounts.callers())?;
         let mut writers = Writers::begin(self.cluster, accounts.pages())?;
-        self.calm()?;
+        calm(self.world, CALM_LIMIT)?;
         let term = self.term()?;
         let measured = self.measure(&accounts, &mut writers, say)?;
         let terms = self.term()? - term;
@@ -208,7 +208,7 @@ impl Run<'_> {
                 told.entry(name.clone()).or_default().extend(more);
             }
             let start = now();
-            self.calm()?;
+            calm(self.world, CALM_LIMIT)?;
             let written = start.elapsed().saturating_sub(CALM).as_secs_f64();
             say(&format!("    all is written {written:.1} s later"));
         }
@@ -253,30 +253,6 @@ impl Run<'_> {
         at(&self.world.page(TERM_PAGE)?, "/epoch").as_i64().context("the term page has no epoch")
     }
 
-    /// Waits until accounts, pages and receipts are not written any more.
-    fn calm(&self) -> Result<()> {
-        let start = now();
-        let mut before = Mutations::read(self.world)?;
-        loop {
-            std::thread::sleep(CALM);
-            let after = Mutations::read(self.world)?;
-            let written = after.since(&before)?.of_the_ledger();
-            // A receipt may rest for longer than a look takes.
-            let pending = OwnCount::read(self.world)?.receipts_pending;
-            if written == 0 && pending == 0 {
-                return Ok(());
-            }
-            ensure!(
-                start.elapsed() < CALM_LIMIT,
-                "the ledger does not come to rest: after {} s without a call, {written} accounts, pages and receipts were \
-                 written within {} s, and {pending} receipts are not",
-                CALM_LIMIT.as_secs(),
-                CALM.as_secs()
-            );
-            before = after;
-        }
-    }
-
     /// Pages that still have the row of a lease whose receipt is written: each costs a write of its own, unless it rides
     /// along with the account's next lease.
     fn pages_with_a_closed_row(&self, accounts: &Accounts) -> Result<u64> {
@@ -285,6 +261,30 @@ impl Run<'_> {
         let is_ours = |page: &&Value| at(page, "/metadata/name").as_str().is_some_and(|name| names.contains(name));
         let has_row = |page: &&Value| at(page, "/status/closed").as_array().is_some_and(|rows| !rows.is_empty());
         Ok(pages.iter().filter(is_ours).filter(has_row).count() as u64)
+    }
+}
+
+/// Waits until accounts, pages and receipts are not written any more.
+pub(super) fn calm(world: &World, limit: Duration) -> Result<()> {
+    let start = now();
+    let mut before = Mutations::read(world)?;
+    loop {
+        std::thread::sleep(CALM);
+        let after = Mutations::read(world)?;
+        let written = after.since(&before)?.of_the_ledger();
+        // A receipt may rest for longer than a look takes.
+        let pending = OwnCount::read(world)?.receipts_pending;
+        if written == 0 && pending == 0 {
+            return Ok(());
+        }
+        ensure!(
+            start.elapsed() < limit,
+            "the ledger does not come to rest: after {} s without a call, {written} accounts, pages and receipts were \
+             written within {} s, and {pending} receipts are not",
+            limit.as_secs(),
+            CALM.as_secs()
+        );
+        before = after;
     }
 }
 

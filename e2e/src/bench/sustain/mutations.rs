@@ -48,7 +48,7 @@ pub(super) struct Call {
 
 /// Calls by kind, since the API server started or since an earlier count.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Mutations(BTreeMap<Call, u64>);
+pub(in crate::bench) struct Mutations(BTreeMap<Call, u64>);
 
 impl Mutations {
     /// Asks the API server.
@@ -174,6 +174,11 @@ impl OwnCount {
         let all = since.total() as f64 / leases.max(1) as f64;
         Ok(Some(format!("{all:.3}: {}", since.each_of(leases))))
     }
+}
+
+/// The value of a metric without labels.
+pub(in crate::bench) fn gauge(text: &str, name: &str) -> Option<u64> {
+    series(text, name).map(|(_, value)| value).next()
 }
 
 /// Labels and values of one metric in Prometheus' text. Labels that hold quotes or commas are not ours.

@@ -61,6 +61,8 @@ impl<P: Pages> Actor<P> {
         let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
         self.metrics.set_nodes_without_pool(without_pool);
         self.metrics.set_leases_in_doubt(self.state.strangers.len());
+        self.metrics.set_open_leases(self.state.leases.len());
+        self.metrics.set_shown(self.known.unlisted.is_empty(), self.known.accounts.len());
         for node in self.state.nodes.keys() {
             self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
         }

@@ -260,9 +260,11 @@ impl WriterParts {
             ended = tasks.next() => ended,
         };
         metrics.set_leader(false);
-        metrics.set_write_pressure(false);
         term.cancel();
         let rest = tasks.wait(STOP_LIMIT).await;
+        // Nobody here writes receipts any more.
+        metrics.set_write_pressure(false);
+        metrics.set_receipts_pending(0);
         early.unwrap_or(Ok(())).and(rest)
     }
 }

@@ -116,7 +116,6 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         };
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
         metrics.set_epoch(term.epoch.0);
-        metrics.reset_waits();
         let mut actor = Actor {
             state: fault::in_ledger(State::new(term.epoch, known.awaited())),
             begun: clock::monotonic(),
@@ -136,7 +135,9 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             tasks: JoinSet::new(),
             stop: stop.clone(),
         };
-        match actor.serve(&mut inputs, &mut leading).await? {
+        let over = actor.serve(&mut inputs, &mut leading).await?;
+        metrics.forget_term();
+        match over {
             Over::Stopped => return Ok(()),
             Over::SteppedDown => {
                 info!(epoch = term.epoch.0, "The term is over; what was under way is found again in pages and reports");

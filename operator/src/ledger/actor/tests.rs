@@ -528,6 +528,7 @@ async fn a_leader_that_steps_down_grants_nothing_and_leads_again_in_a_later_term
     story.request(1, 10_000, "").await;
     let runs = story.order().await;
     assert_eq!(runs.epoch, 1);
+    story.metrics.set_queued(NODE, 1);
     let followed = LeaseId::new(&runs.lease);
     wait_for(|| story.receipts.latest(&followed)).await;
 
@@ -536,6 +537,7 @@ async fn a_leader_that_steps_down_grants_nothing_and_leads_again_in_a_later_term
     wait_for(|| Some(()).filter(|()| story.receipts.latest(&followed).is_none())).await;
     story.connect(1).await;
     assert_eq!(story.memory.0.lock().unwrap().epoch, 1, "who does not lead begins no term");
+    assert!(!story.metrics.encode().unwrap().contains(NODE), "and knows of nobody who waits");
 
     story.see_pages().await;
     story.leading.send_replace(true);

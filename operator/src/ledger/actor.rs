@@ -137,6 +137,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         };
         let over = actor.serve(&mut inputs, &mut leading).await?;
         metrics.forget_term();
+        durations.forget_term();
         match over {
             Over::Stopped => return Ok(()),
             Over::SteppedDown => {

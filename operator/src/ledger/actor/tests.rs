@@ -27,6 +27,7 @@ mod cards;
 mod objects;
 mod places;
 mod pools;
+mod terms;
 
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -199,6 +200,7 @@ struct Story {
     inputs: mpsc::Sender<Input>,
     receipts: Receipts,
     metrics: Metrics,
+    durations: Durations,
     leading: watch::Sender<bool>,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
@@ -214,6 +216,7 @@ impl Story {
         let (_, keys) = watch::channel(Arc::new(KeySet::default()));
         let (leading, leads) = watch::channel(true);
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
+        let durations = Durations::default();
         let parts = ActorParts {
             inputs: receiver,
             leading: leads,
@@ -221,12 +224,13 @@ impl Story {
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
-            durations: Durations::default(),
+            durations: durations.clone(),
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story = Self { memory, inputs, receipts, metrics, leading, broker, stop, from_broker, session: 0 };
+        let story =
+            Self { memory, inputs, receipts, metrics, durations, leading, broker, stop, from_broker, session: 0 };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
         story.see_pages().await;
         for watched in Watched::ALL {

@@ -103,7 +103,12 @@ pub async fn remove_old(
     if !is_calm(pressure, stop).await {
         return 0;
     }
-    let receipts = match api.cluster::<GPULease>().list(None).await {
+    let objects = api.cluster::<GPULease>();
+    let listed = tokio::select! {
+        () = stop.cancelled() => return 0,
+        listed = objects.list(None) => listed,
+    };
+    let receipts = match listed {
         Ok(receipts) => receipts,
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "Cannot list receipts; old ones stay for now");
@@ -113,7 +118,12 @@ pub async fn remove_old(
     let old = old_receipts(&receipts, retention, clock::wall());
     let mut removed = 0_usize;
     for batch in batches(&old) {
-        match api.namespace::<GPULease>(batch.namespace).delete_labelled(LEASE_LABEL, &batch.leases).await {
+        let objects = api.namespace::<GPULease>(batch.namespace);
+        let deleted = tokio::select! {
+            () = stop.cancelled() => break,
+            deleted = objects.delete_labelled(LEASE_LABEL, &batch.leases) => deleted,
+        };
+        match deleted {
             Ok(gone) => removed = removed.saturating_add(gone),
             Err(error) => {
                 if error.is_overload() {
@@ -175,6 +185,7 @@ mod tests {
     use spaceport_crds::{GPULeaseSpec, LeasePhase};
 
     use super::*;
+    use crate::kubeapi::fake::FakeApi;
 
     fn receipt(namespace: &str, name: &str, phase: LeasePhase, age_seconds: i64) -> GPULease {
         let mut receipt =
@@ -231,6 +242,20 @@ mod tests {
         assert_eq!(wait_after(ROUND_MAX), Duration::ZERO);
         assert_eq!(wait_after(ROUND_MAX - BATCH_MAX), Duration::ZERO, "some were gone already");
         assert_eq!((wait_after(3), wait_after(0)), (PERIOD, PERIOD));
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_not_answered_does_not_outlive_the_term() {
+        let stop = CancellationToken::new();
+        let (api, token) = (FakeApi::silent().connect(), stop.clone());
+        let retention = Retention { kept: 1, age_max_seconds: 1 };
+        let removing =
+            tokio::spawn(async move { remove_old(&api, retention, &PressureGauge::default(), &token).await });
+        tokio::task::yield_now().await;
+        stop.cancel();
+        // The request itself would be given up after 10 s.
+        let removed = tokio::time::timeout(Duration::from_secs(5), removing).await;
+        assert_eq!(removed.expect("it ends at once").unwrap(), 0);
     }
 
     #[test]

@@ -197,7 +197,7 @@ pub async fn run(api: KubeApi, settings: Settings, durations: Durations, stop: C
                 None => return,
             },
             _ = resync.tick() => controller.everything(),
-            () = sleep_until(next) => controller.reconcile_due().await,
+            () = sleep_until(next) => controller.reconcile_due(&stop).await,
         }
     }
 }
@@ -295,14 +295,20 @@ impl Controller {
         }
     }
 
-    /// Looks at every Space whose time has come, one after the other: each costs a few small requests.
-    async fn reconcile_due(&mut self) {
+    /// Looks at every Space whose time has come, one after the other: each costs a few small requests. Many of them, or an
+    /// API server that does not answer, take longer than it may take to stop.
+    async fn reconcile_due(&mut self, stop: &CancellationToken) {
         let now = clock::monotonic();
         let keys: Vec<Key> = self.due.iter().filter(|(_, due)| **due <= now).map(|(key, _)| key.clone()).collect();
         for key in keys {
             self.due.remove(&key);
             let Some(space) = self.spaces.get(&key).cloned() else { continue };
-            match self.reconcile(&space).await {
+            let reconciled = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                reconciled = self.reconcile(&space) => reconciled,
+            };
+            match reconciled {
                 Ok(status) => {
                     self.backoff.remove(&key);
                     if let Some(wake) = wake(&status) {

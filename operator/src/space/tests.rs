@@ -65,3 +65,17 @@ async fn a_space_that_is_missing_in_a_later_list_is_gone_with_what_was_learned_o
     assert_eq!(controller.durations.get("uid-deleted"), None);
     assert!(controller.durations.get("uid-kept").is_some());
 }
+
+#[tokio::test]
+async fn a_reconcile_that_is_not_answered_does_not_outlive_the_term() {
+    let fake = FakeApi::silent();
+    let mut controller = controller(&fake);
+    listed(&mut controller, &["a", "b"]);
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let reconciling = tokio::spawn(async move { controller.reconcile_due(&token).await });
+    tokio::task::yield_now().await;
+    stop.cancel();
+    // Each of the requests would be given up after 10 s.
+    tokio::time::timeout(Duration::from_secs(5), reconciling).await.expect("it ends at once").unwrap();
+}

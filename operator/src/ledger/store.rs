@@ -157,6 +157,18 @@ struct StatusBodyMetadata<'a> {
     resource_version: &'a str,
 }
 
+// === impl TermError ===
+
+impl TermError {
+    /// True if trying again leads nowhere.
+    pub const fn is_final(&self) -> bool {
+        match self {
+            Self::Malformed(_) => true,
+            Self::Api(_) | Self::Refused { .. } | Self::Contended => false,
+        }
+    }
+}
+
 // === impl PageTarget ===
 
 impl PageTarget {

@@ -6,11 +6,19 @@ use spaceport_core::queue::Learned;
 use super::*;
 use crate::kubeapi::Call;
 use crate::ledger::seen::MalformedAccount;
+use crate::node_link::BELIEVED_MAX;
 
 fn will(fate: TermFate) -> Memory {
     let memory = Memory::default();
     memory.0.lock().unwrap().term_fates.push_back(fate);
     memory
+}
+
+/// Until the broker knows that it does not lead any more.
+async fn step_down(story: &Story) {
+    story.metrics.set_queued("of-this-term", 1);
+    story.leading.send_replace(false);
+    wait_for(|| (!story.metrics.encode().unwrap().contains("of-this-term")).then_some(())).await;
 }
 
 fn call() -> Call {
@@ -86,8 +94,8 @@ async fn what_an_earlier_term_has_learned_is_not_shown_in_a_later_one() {
         suggested_ms: None,
     };
     story.durations.put("space-uid", vec![learned]);
-    story.leading.send_replace(false);
-    wait_for(|| story.durations.get("space-uid").is_none().then_some(())).await;
+    step_down(&story).await;
+    assert_eq!(story.durations.get("space-uid"), None);
     story.stop().await;
 }
 
@@ -144,5 +152,42 @@ async fn a_node_that_is_ahead_makes_a_new_term_begin() {
     story.joined(41, Vec::new()).await;
     story.request(1, 10_000, "").await;
     assert_eq!(story.order().await.epoch, 41);
+    story.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_says_it_is_ahead_of_all_terms_is_sent_away_and_the_others_are_served() {
+    let said = BELIEVED_MAX.0 + 1;
+    let mut story = Story::begin(Memory::default()).await;
+    story.connect(said).await;
+    let metrics = story.metrics.clone();
+    let refused = "spaceport_sessions_refused_total{kind=\"EpochTooHigh\"} 1";
+    wait_for(|| metrics.encode().unwrap().contains(refused).then_some(())).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    assert_eq!(story.order().await.epoch, 1);
+
+    // What a node may say at most leaves terms, in which every node is welcome.
+    story.connect(BELIEVED_MAX.0).await;
+    story.see_term(1).await;
+    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: said }));
+    story.connect(said).await;
+    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: said }));
+    story.stop().await;
+}
+
+/// It connects while no term is begun.
+#[tokio::test]
+async fn what_no_node_can_have_accepted_is_no_reason_for_a_later_term() {
+    let mut story = Story::begin(Memory::default()).await;
+    step_down(&story).await;
+    story.connect(BELIEVED_MAX.0 + 1).await;
+    // It takes what is there before it gives way to this test.
+    tokio::task::yield_now().await;
+    story.leading.send_replace(true);
+    story.see_term(1).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    assert_eq!(story.order().await.epoch, 2);
     story.stop().await;
 }

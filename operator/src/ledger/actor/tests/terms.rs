@@ -14,8 +14,9 @@ fn will(fate: TermFate) -> Memory {
     memory
 }
 
-/// Until the broker knows that it does not lead any more.
+/// From when the term has begun until the broker knows that it does not lead any more.
 async fn step_down(story: &Story) {
+    wait_for(|| (!story.metrics.encode().unwrap().contains("spaceport_epoch 0")).then_some(())).await;
     story.metrics.set_queued("of-this-term", 1);
     story.leading.send_replace(false);
     wait_for(|| (!story.metrics.encode().unwrap().contains("of-this-term")).then_some(())).await;

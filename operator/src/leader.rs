@@ -93,6 +93,13 @@ struct Observation {
     unchanged_since: Instant,
 }
 
+/// The lease as ours.
+struct Held {
+    lease: Lease,
+    /// When its last successful write was *sent*: for others the lease may run from then on.
+    renewed: Instant,
+}
+
 // === impl LeaderSettings ===
 
 impl LeaderSettings {
@@ -170,7 +177,7 @@ pub async fn run(api: KubeApi, settings: LeaderSettings, leading: watch::Sender<
         let result = keep(&leases, &settings, &mut held, &stop).await;
         leading.send_replace(false);
         match result {
-            Ok(()) => return give_back(&leases, &settings, held).await,
+            Ok(()) => return give_back(&leases, &settings, held.lease).await,
             Err(reason) => tracing::warn!(error = %error_chain(&reason), "Not leading any more; standing by"),
         }
         // Everything that runs under the term sees that it is over before another try could end that.
@@ -181,11 +188,11 @@ pub async fn run(api: KubeApi, settings: LeaderSettings, leading: watch::Sender<
 }
 
 /// Waits until the lease is ours. None when it is time to stop.
-async fn acquire(leases: &Objects<Lease>, settings: &LeaderSettings, stop: &CancellationToken) -> Option<Lease> {
+async fn acquire(leases: &Objects<Lease>, settings: &LeaderSettings, stop: &CancellationToken) -> Option<Held> {
     let mut observation: Option<Observation> = None;
     loop {
         match try_acquire(leases, settings, &mut observation).await {
-            Ok(Some(lease)) => return Some(lease),
+            Ok(Some(held)) => return Some(held),
             Ok(None) => {}
             Err(error) => tracing::warn!(error = %error_chain(&error), "Cannot try for the Lease"),
         }
@@ -199,7 +206,7 @@ async fn try_acquire(
     leases: &Objects<Lease>,
     settings: &LeaderSettings,
     observation: &mut Option<Observation>,
-) -> Result<Option<Lease>, ApiError> {
+) -> Result<Option<Held>, ApiError> {
     let Some(mut lease) = leases.get(&settings.name).await? else {
         let lease = Lease {
             metadata: ObjectMeta {
@@ -209,8 +216,9 @@ async fn try_acquire(
             },
             spec: Some(settings.record(&LeaseSpec::default(), clock::wall())),
         };
+        let renewed = clock::monotonic();
         return match leases.create(&lease).await {
-            Ok(lease) => Ok(Some(lease)),
+            Ok(lease) => Ok(Some(Held { lease, renewed })),
             Err(ApiError::Exists { .. }) => Ok(None),
             Err(error) => Err(error),
         };
@@ -221,32 +229,33 @@ async fn try_acquire(
     *observation = Some(seen);
     let Step::Write(record) = step else { return Ok(None) };
     lease.spec = Some(record);
+    let renewed = clock::monotonic();
     match leases.replace(&lease, settings.renew_deadline).await {
-        Ok(lease) => Ok(Some(lease)),
+        Ok(lease) => Ok(Some(Held { lease, renewed })),
         // Another candidate was faster.
         Err(ApiError::Conflict { .. }) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Renews until `stop`. The deadline counts from when the last successful renewal was *sent*.
+/// Renews until `stop`. The deadline counts from when the last successful write was *sent*.
 async fn keep(
     leases: &Objects<Lease>,
     settings: &LeaderSettings,
-    held: &mut Lease,
+    held: &mut Held,
     stop: &CancellationToken,
 ) -> Result<(), SteppedDown> {
-    let mut renewed = clock::monotonic();
     let mut last = None;
     while pause(settings.retry_period, stop).await {
         let sent = clock::monotonic();
-        let left = settings.renew_deadline.saturating_sub(sent.saturating_duration_since(renewed));
+        let silent = sent.saturating_duration_since(held.renewed);
+        let left = settings.renew_deadline.saturating_sub(silent);
         if left.is_zero() {
-            return Err(SteppedDown::Lost { silent: sent.saturating_duration_since(renewed), last });
+            return Err(SteppedDown::Lost { silent, last });
         }
-        match renew(leases, settings, held, left).await {
+        match renew(leases, settings, &mut held.lease, left).await {
             Ok(()) => {
-                renewed = sent;
+                held.renewed = sent;
                 last = None;
             }
             Err(RenewError::Deposed { holder }) => return Err(SteppedDown::Deposed { holder }),
@@ -306,7 +315,10 @@ async fn give_back(leases: &Objects<Lease>, settings: &LeaderSettings, held: Lea
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::kubeapi::fake::{FakeApi, failure};
 
     fn settings(identity: &str) -> LeaderSettings {
         LeaderSettings {
@@ -390,5 +402,18 @@ mod tests {
         assert_eq!((renewed.lease_transitions, &renewed.acquire_time), (Some(1), &first.acquire_time));
         let taken = settings("b").record(&renewed, wall(3));
         assert_eq!((taken.lease_transitions, &taken.acquire_time), (Some(2), &Some(MicroTime(wall(3)))));
+    }
+    #[tokio::test]
+    async fn the_first_deadline_counts_from_when_the_lease_was_asked_for() {
+        let lease = json!({"metadata": {"name": "operator", "resourceVersion": "1"}});
+        let fake = FakeApi::answering([failure(404, "NotFound"), (200, lease)]).taking(Duration::from_millis(600));
+        let settings = LeaderSettings { retry_period: Duration::from_millis(1), ..settings("a") };
+        let (leases, stop) = (fake.connect().namespace::<Lease>("ns"), CancellationToken::new());
+        let mut held = acquire(&leases, &settings, &stop).await.expect("it is free");
+        assert!(start() - held.renewed >= Duration::from_millis(600), "the answer took so long");
+        held.renewed = start().checked_sub(settings.renew_deadline).unwrap();
+        let over = keep(&leases, &settings, &mut held, &stop).await;
+        assert!(matches!(over, Err(SteppedDown::Lost { last: None, .. })), "{over:?}");
+        assert_eq!(fake.asked().len(), 2, "nothing is renewed that may be another's");
     }
 }

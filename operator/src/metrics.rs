@@ -247,9 +247,13 @@ impl Metrics {
         self.inner.queued.get_or_create(&NodeLabel { node: node.to_owned() }).set(gauge(requests));
     }
 
-    /// A term begins: nobody has waited in it.
-    pub fn reset_waits(&self) {
+    /// A term is over: nobody waits here, and nothing is known of its nodes.
+    pub fn forget_term(&self) {
+        self.inner.queued.clear();
         self.inner.worst_wait_over_bound.set(0.0);
+        self.set_nodes_without_pool(0);
+        self.set_leases_in_doubt(0);
+        self.set_open_leases(0);
     }
 
     /// A request began after `waited_ms` of at most `bound_ms`.
@@ -389,5 +393,21 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"), "as the format wants: {text}");
+    }
+    #[test]
+    fn nothing_is_said_of_a_term_that_is_over() {
+        let metrics = Metrics::new();
+        metrics.set_queued("gpu-1", 3);
+        metrics.set_nodes_without_pool(2);
+        metrics.set_leases_in_doubt(1);
+        metrics.waited(3, 2);
+        metrics.forget_term();
+        let text = metrics.encode().unwrap();
+        assert!(!text.contains("gpu-1"), "{text}");
+        for line in
+            ["spaceport_nodes_without_pool 0", "spaceport_leases_in_doubt 0", "spaceport_worst_wait_over_bound 0"]
+        {
+            assert!(text.lines().any(|found| found.starts_with(line)), "{line} in\n{text}");
+        }
     }
 }

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use k8s_openapi::api::authentication::v1::TokenReviewStatus;
-use spaceport_core::ids::NodeName;
+use spaceport_core::ids::{Epoch, NodeName};
+use spaceport_core::queue::EPOCH_MAX;
 use spaceport_proto::nodelink::node_link_server::{NodeLink, NodeLinkServer};
 use spaceport_proto::nodelink::{BrokerMessage, Hello, NodeMessage, Standby, broker_message, node_message};
 use spaceport_shell::error_chain;
@@ -49,6 +50,11 @@ const REVIEWS_MISSED_MAX: u32 = 12;
 const REVIEWS_AT_ONCE: usize = 32;
 /// An agent opens one stream; a second is the one that replaces it.
 const STREAMS_PER_CONNECTION: u32 = 4;
+
+/// The highest term of which a node is believed that it was begun although nobody here knows of it, as after the API server
+/// was restored from a backup. Were more believed, one broken node could use up all terms. So as many as this are left, and
+/// no node can take any of them.
+pub const BELIEVED_MAX: Epoch = Epoch(EPOCH_MAX / 2);
 
 /// One session's number, never used twice by a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -322,11 +328,11 @@ where
         let (hello, boottime_ms) = match self.hello(&proved, &mut inbound, &end).await {
             Ok(Some(hello)) => hello,
             Ok(None) => return,
-            Err(status) => {
-                tracing::warn!(node = %proved, reason = status.message(), "An agent's session is refused");
-                self.metrics.session_refused("BadHello");
+            Err(refused) => {
+                tracing::warn!(node = %proved, reason = %refused, "An agent's session is refused");
+                self.metrics.session_refused(refused.kind());
                 // The queue is empty: there is room for this one. It is read, and then the stream ends with its sender.
-                let _ = outbound.sender.try_send(Err(status));
+                let _ = outbound.sender.try_send(Err(Status::new(refused.code(), refused.to_string())));
                 ends_stream.disarm();
                 return;
             }
@@ -348,24 +354,15 @@ where
         proved: &NodeName,
         inbound: &mut Streaming<NodeMessage>,
         end: &CancellationToken,
-    ) -> Result<Option<(Hello, u64)>, Status> {
+    ) -> Result<Option<(Hello, u64)>, HelloRefused> {
         let first = tokio::select! {
             first = tokio::time::timeout(HELLO_LIMIT, inbound.message()) => first,
             () = end.cancelled() => return Ok(None),
         };
-        let first = first.map_err(|_| Status::deadline_exceeded("no Hello within 5 s"))?;
+        let first = first.map_err(|_| HelloRefused::Late)?;
         let Ok(Some(first)) = first else { return Ok(None) };
         let boottime_ms = first.boottime_ms;
-        match first.message {
-            Some(node_message::Message::Hello(hello)) if hello.node == proved.as_str() => {
-                Ok(Some((hello, boottime_ms)))
-            }
-            Some(node_message::Message::Hello(hello)) => Err(Status::permission_denied(format!(
-                "the token is of a pod on node {proved}, which may not speak for node {:?}",
-                hello.node
-            ))),
-            _ => Err(Status::failed_precondition("the first message must be Hello")),
-        }
+        hello_of(first.message, proved).map(|hello| Some((hello, boottime_ms)))
     }
 
     /// Makes this the node's session; an older one ends.
@@ -513,6 +510,49 @@ fn node_of(status: &TokenReviewStatus, agent: &ServiceAccountName) -> Result<Nod
         Some([node]) if !node.is_empty() => Ok(NodeName::new(node)),
         _ => Err(TokenRefused::NotBound),
     }
+}
+
+/// Why a session has no good beginning.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum HelloRefused {
+    #[error("no Hello within {} s", HELLO_LIMIT.as_secs())]
+    Late,
+    #[error("the first message must be Hello")]
+    NotHello,
+    #[error("the token is of a pod on node {proved}, which may not speak for node {said:?}")]
+    OtherNode { proved: NodeName, said: String },
+    #[error("the node has accepted term {said}, and there is none after {EPOCH_MAX}: the record of it there is broken")]
+    EpochTooHigh { said: u64 },
+}
+
+impl HelloRefused {
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Late | Self::NotHello | Self::OtherNode { .. } => "BadHello",
+            Self::EpochTooHigh { .. } => "EpochTooHigh",
+        }
+    }
+
+    const fn code(&self) -> tonic::Code {
+        match self {
+            Self::Late => tonic::Code::DeadlineExceeded,
+            Self::NotHello => tonic::Code::FailedPrecondition,
+            Self::OtherNode { .. } => tonic::Code::PermissionDenied,
+            Self::EpochTooHigh { .. } => tonic::Code::InvalidArgument,
+        }
+    }
+}
+
+/// The Hello of the proved node. Pure.
+fn hello_of(first: Option<node_message::Message>, proved: &NodeName) -> Result<Hello, HelloRefused> {
+    let Some(node_message::Message::Hello(hello)) = first else { return Err(HelloRefused::NotHello) };
+    if hello.node != proved.as_str() {
+        return Err(HelloRefused::OtherNode { proved: proved.clone(), said: hello.node });
+    }
+    if hello.highest_epoch > EPOCH_MAX {
+        return Err(HelloRefused::EpochTooHigh { said: hello.highest_epoch });
+    }
+    Ok(hello)
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ use crate::space::{self, SpaceArgs};
 
 /// How long tasks may take to end after a stop; the pod's grace period is 30 s.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// How long what writes may take to end with a term. All of it looks at the token; what does not is cut off, for another
+/// leader may write already, and we may lead again after a second. Half a write is found again by the next who leads.
+const STEP_DOWN_LIMIT: Duration = Duration::from_secs(2);
 /// Inputs that may wait for the broker. It decides tens of thousands a second; when it falls behind, agents and watches
 /// wait instead of memory growing.
 const INPUT_QUEUE: usize = 4096;
@@ -260,9 +263,10 @@ impl WriterParts {
             ended = tasks.next() => ended,
         };
         metrics.set_leader(false);
+        let rest = tasks.end(STEP_DOWN_LIMIT).await;
+        // Nobody here writes receipts any more.
         metrics.set_write_pressure(false);
-        term.cancel();
-        let rest = tasks.wait(STOP_LIMIT).await;
+        metrics.set_receipts_pending(0);
         early.unwrap_or(Ok(())).and(rest)
     }
 }

@@ -127,6 +127,28 @@ impl Tasks {
         result
     }
 
+    /// Tells the tasks to end and waits for them, `limit` at most; what runs on then is aborted, and that is no error. For
+    /// a group after which the process goes on: nothing of it is left when this returns.
+    ///
+    /// # Errors
+    /// The first task that failed.
+    pub async fn end(mut self, limit: Duration) -> Result<(), TaskError> {
+        self.stop.cancel();
+        let mut result = Ok(());
+        let ends = async {
+            while let Some(ended) = self.next().await {
+                if result.is_ok() {
+                    result = ended;
+                }
+            }
+        };
+        if tokio::time::timeout(limit, ends).await.is_err() {
+            tracing::warn!(?limit, left = self.len(), "Some tasks did not end in time; they are cut off");
+            self.set.shutdown().await;
+        }
+        result
+    }
+
     fn judge(&self, ended: Result<Ended, JoinError>) -> Result<(), TaskError> {
         let stopping = self.stop.is_cancelled();
         match ended {
@@ -197,5 +219,16 @@ mod tests {
         tasks.spawn("good", async {});
         let short = Duration::from_millis(10);
         assert!(matches!(tasks.wait(short).await, Err(TaskError::Slow { limit }) if limit == short));
+    }
+    #[tokio::test]
+    async fn who_does_not_stop_is_cut_off_where_the_process_goes_on() {
+        let mut tasks = tasks();
+        let (alive, mut left) = tokio::sync::oneshot::channel::<()>();
+        tasks.spawn("deaf", async move {
+            std::future::pending::<()>().await;
+            drop(alive);
+        });
+        assert!(tasks.end(Duration::from_millis(10)).await.is_ok());
+        assert!(matches!(left.try_recv(), Err(tokio::sync::oneshot::error::TryRecvError::Closed)), "nothing is left");
     }
 }

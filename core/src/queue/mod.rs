@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use history::{FUNCTIONS_MAX, Function, History, Learned, SAMPLES_MAX, SUGGEST_MIN};
 pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
-pub use place::{Presented, Promise, Promised, parts_of, place_of};
+pub use place::{EPOCH_MAX, Presented, Promise, Promised, parts_of, place_of};
 pub use ranked::{Ahead, Ranked};
 
 use parked::ParkedFor;

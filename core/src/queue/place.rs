@@ -8,7 +8,8 @@ use crate::ids::{Epoch, Steady};
 /// sixteen million terms, one every two seconds for a year; terms after that count as one.
 const NUMBER_BITS: u32 = 40;
 const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
-const EPOCH_MAX: u64 = u64::MAX >> NUMBER_BITS;
+/// The last term whose places can be told from those of the next.
+pub const EPOCH_MAX: u64 = u64::MAX >> NUMBER_BITS;
 
 /// The n-th place of a term as one number: every place of an earlier term is smaller.
 pub const fn place_of(epoch: Epoch, number: u64) -> u64 {

@@ -43,7 +43,15 @@ pub async fn run(api: KubeApi, queue: WorkQueue, clock_skew_max: Duration, stop:
     loop {
         let due = match queue.next(clock::monotonic()) {
             Next::Due(item) => {
-                work_on(&api, &queue, item, clock_skew_max).await;
+                let taken = item.clone();
+                tokio::select! {
+                    () = stop.cancelled() => {
+                        // Whoever leads next finds it in its own queue, which may be this one.
+                        queue.put_back(taken, clock::monotonic());
+                        return;
+                    }
+                    () = work_on(&api, &queue, item, clock_skew_max) => {}
+                }
                 if !pause(WRITE_PAUSE, &stop).await {
                     return;
                 }
@@ -109,8 +117,27 @@ fn backoff(failures: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use spaceport_crds::{GPUAccount, GPUAccountSpec};
+
     use super::*;
     use crate::kubeapi::Call;
+    use crate::kubeapi::fake::FakeApi;
+    use crate::ledger::seen::AccountSeen;
+
+    #[tokio::test]
+    async fn a_write_that_is_not_answered_does_not_outlive_the_term_and_is_not_forgotten() {
+        let (queue, stop) = (WorkQueue::default(), CancellationToken::new());
+        queue.seen(&AccountSeen::of(&GPUAccount::new("bob", GPUAccountSpec::default())));
+        let api = FakeApi::silent().connect();
+        let running = tokio::spawn(run(api, queue.clone(), Duration::from_secs(5), stop.clone()));
+        tokio::task::yield_now().await;
+        assert_eq!(queue.next(clock::monotonic()), Next::At(None), "it is worked on");
+        stop.cancel();
+        // The request itself would be given up after 10 s.
+        tokio::time::timeout(Duration::from_secs(5), running).await.expect("it ends at once").unwrap();
+        let next = queue.next(clock::monotonic());
+        assert!(matches!(next, Next::Due(Item { failures: 0, .. })), "{next:?}");
+    }
 
     #[test]
     fn a_write_of_an_old_revision_is_not_tried_again() {

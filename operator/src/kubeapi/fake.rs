@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::http::{Request, Response};
 use kube::Client;
@@ -11,12 +12,15 @@ use serde_json::{Value, json};
 use tower::service_fn;
 
 use super::KubeApi;
+use crate::clock;
 
 /// A cheap handle. Without answers left it says 200 and an empty object.
 #[derive(Clone, Default)]
 pub struct FakeApi {
     asked: Arc<Mutex<Vec<String>>>,
     answers: Arc<Mutex<VecDeque<(u16, Value)>>>,
+    takes: Duration,
+    silent: bool,
 }
 
 impl FakeApi {
@@ -25,18 +29,36 @@ impl FakeApi {
         Self { answers: Arc::new(Mutex::new(answers.into_iter().collect())), ..Self::default() }
     }
 
+    /// The same, and each answer takes so long on the monotonic clock.
+    #[must_use]
+    pub fn taking(self, takes: Duration) -> Self {
+        Self { takes, ..self }
+    }
+
+    /// One that never answers.
+    pub fn silent() -> Self {
+        Self { silent: true, ..Self::default() }
+    }
+
     /// A connection to it.
     pub fn connect(&self) -> KubeApi {
         let fake = self.clone();
         let service = service_fn(move |request: Request<Body>| {
             let answer = fake.answer(&request);
-            async move { Ok::<_, Infallible>(answer) }
+            let silent = fake.silent;
+            async move {
+                if silent {
+                    std::future::pending::<()>().await;
+                }
+                Ok::<_, Infallible>(answer)
+            }
         });
         KubeApi::from_client(Client::new(service, "default"))
     }
 
     fn answer(&self, request: &Request<Body>) -> Response<Body> {
         self.asked.lock().unwrap().push(format!("{} {}", request.method(), request.uri()));
+        clock::passed::pass(self.takes);
         let (status, body) = self.answers.lock().unwrap().pop_front().unwrap_or((200, json!({})));
         Response::builder().status(status).body(Body::from(body.to_string().into_bytes())).unwrap()
     }

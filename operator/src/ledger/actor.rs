@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::OptionFuture;
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Steady, Ticket};
 use spaceport_core::lease::{
     Command, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
@@ -15,6 +16,7 @@ use spaceport_core::lease::{
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
+use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +29,7 @@ use super::pages::{self, Done, Pages, Wanted};
 use super::ports::{ActorParts, Input};
 use super::receipt::{LeaseRecord, Receipts};
 use super::records::{Records, Unserved};
-use super::seen::AccountSeen;
+use super::seen::{AccountSeen, TermSeen};
 use super::store::{PageTarget, TermBegun, TermError};
 use super::watches::StoreEvent;
 use super::{convert, node_messages};
@@ -44,11 +46,13 @@ mod tests;
 
 /// The ledger's own clock tick: what only time changes happens within this.
 const TICK: Duration = Duration::from_millis(500);
+/// Between two tries to begin a term: a few requests a second are nothing even to an API server that comes back.
+const TERM_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why the broker ended.
 #[derive(Debug, thiserror::Error)]
 pub enum TermOver {
-    /// No term could be begun.
+    /// No term can be begun before an admin has done something.
     #[error("cannot begin a term")]
     NotBegun(#[source] TermError),
     /// Another leader has begun a term or written a page (L2, L6).
@@ -116,7 +120,6 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         };
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
         metrics.set_epoch(term.epoch.0);
-        metrics.reset_waits();
         let mut actor = Actor {
             state: fault::in_ledger(State::new(term.epoch, known.awaited())),
             begun: clock::monotonic(),
@@ -136,9 +139,10 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             tasks: JoinSet::new(),
             stop: stop.clone(),
         };
-        let over = actor.serve(&mut inputs, &mut leading).await;
-        metrics.set_open_leases(0);
-        match over? {
+        let over = actor.serve(&mut inputs, &mut leading).await?;
+        metrics.forget_term();
+        durations.forget_term();
+        match over {
             Over::Stopped => return Ok(()),
             Over::SteppedDown => {
                 info!(epoch = term.epoch.0, "The term is over; what was under way is found again in pages and reports");
@@ -157,8 +161,8 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
     }
 }
 
-/// Waits until this replica leads and everything was listed, begins a term above every epoch seen in pages and hellos, and waits until our own
-/// watch shows it: every page written before is in our hands then (L6). None if it is time to stop.
+/// Waits until this replica leads and everything was listed, begins a term above every epoch seen in pages and hellos, and
+/// waits until our own watch shows it: every page written before is in our hands then (L6). None if it is time to stop.
 async fn begin<P: Pages>(
     inputs: &mut mpsc::Receiver<Input>,
     leading: &mut watch::Receiver<bool>,
@@ -170,28 +174,38 @@ async fn begin<P: Pages>(
 ) -> Result<Option<TermBegun>, TermOver> {
     let mut above = above;
     let mut begun: Option<TermBegun> = None;
+    // The watch may show our term before the answer to its write is here.
+    let mut shown: Option<TermSeen> = None;
+    let mut trying = None;
     loop {
         let leads = *leading.borrow_and_update();
-        if leads && begun.is_none() && known.unlisted.is_empty() {
-            let term = store.begin_term(above.max(known.highest_epoch())).await.map_err(TermOver::NotBegun)?;
-            begun = Some(term);
+        match (&begun, &shown) {
+            (Some(term), Some(seen)) if leads && seen.write_id == term.write_id => return Ok(begun),
+            // Another replica was faster after us; ours begins anew above it.
+            (Some(term), Some(seen)) if seen.epoch > term.epoch => (above, begun) = (seen.epoch, None),
+            _ => {}
+        }
+        if !leads {
+            trying = None;
+        } else if begun.is_none() && trying.is_none() && known.unlisted.is_empty() {
+            trying = Some(Box::pin(begin_while_leading(store, above.max(known.highest_epoch()))));
         }
         let input = tokio::select! {
             () = stop.cancelled() => return Ok(None),
-            changed = leading.changed(), if !leads => match changed {
+            changed = leading.changed() => match changed {
                 Ok(()) => continue,
                 // The election has ended, and with it the process.
                 Err(_) => return Ok(None),
             },
+            Some(tried) = OptionFuture::from(trying.as_mut()) => {
+                trying = None;
+                begun = Some(tried?);
+                continue;
+            }
             input = inputs.recv() => input.ok_or(TermOver::InputClosed)?,
         };
         match input {
-            Input::Store(StoreEvent::Term(seen)) => match &begun {
-                Some(term) if seen.write_id == term.write_id => return Ok(begun),
-                // Another replica was faster after us; ours begins anew above it.
-                Some(term) if seen.epoch > term.epoch => (above, begun) = (seen.epoch, None),
-                _ => {}
-            },
+            Input::Store(StoreEvent::Term(seen)) => shown = Some(seen),
             Input::Store(event) => {
                 known.store(event);
                 metrics.set_shown(known.unlisted.is_empty(), known.accounts.len());
@@ -200,6 +214,20 @@ async fn begin<P: Pages>(
             // The rows of receipts that are written now are still in their outboxes, and are offered again.
             Input::Receipt(_) => {}
         }
+    }
+}
+
+/// Tries until a term is begun: an API server that comes back is overloaded at first, and to end then would mean to list
+/// every account again. Dropped when this replica does not lead any more; a term that was begun without us knowing does no
+/// harm.
+async fn begin_while_leading<P: Pages>(store: &P, above: Epoch) -> Result<TermBegun, TermOver> {
+    loop {
+        match store.begin_term(above).await {
+            Ok(term) => return Ok(term),
+            Err(error) if error.is_final() => return Err(TermOver::NotBegun(error)),
+            Err(error) => warn!(error = %error_chain(&error), "No term can be begun yet; it is tried again"),
+        }
+        tokio::time::sleep(TERM_PAUSE).await;
     }
 }
 

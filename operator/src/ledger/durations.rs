@@ -26,9 +26,14 @@ impl Durations {
         self.lock().get(space_uid).cloned()
     }
 
-    /// The Space is gone.
-    pub fn forget(&self, space_uid: &str) {
-        self.lock().remove(space_uid);
+    /// Only these Spaces are left.
+    pub fn keep(&self, is_left: impl Fn(&str) -> bool) {
+        self.lock().retain(|space_uid, _| is_left(space_uid));
+    }
+
+    /// The term is over. What another leader learns meanwhile is newer.
+    pub fn forget_term(&self) {
+        self.lock().clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<Learned>>> {

@@ -14,7 +14,7 @@ use super::policy::{self, NoPool};
 use super::receipt::GivenCard;
 use super::seen::{AccountSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
-use crate::node_link::{NodeEvent, Outbound, SessionId};
+use crate::node_link::{BELIEVED_MAX, NodeEvent, Outbound, SessionId};
 
 /// What was shown last of everything.
 pub struct Known {
@@ -84,10 +84,11 @@ impl Known {
         }
     }
 
-    /// The highest epoch of any page and any agent's hello.
+    /// The highest epoch of any page, and of any agent's hello that is believed.
     pub fn highest_epoch(&self) -> Epoch {
         let pages = self.accounts.values().filter_map(|account| account.page.as_ref().ok()).map(|page| page.epoch);
-        pages.chain(self.sessions.values().map(|session| session.highest_epoch)).max().unwrap_or_default()
+        let said = self.sessions.values().map(|session| session.highest_epoch).filter(|said| *said <= BELIEVED_MAX);
+        pages.chain(said).max().unwrap_or_default()
     }
 
     /// Nodes that a new term waits for (L17): those with open holds and those whose agents are there.

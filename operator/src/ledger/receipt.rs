@@ -156,7 +156,9 @@ impl Receipts {
     /// each of them (L10), and who waits longest first.
     fn take_due(&self, now: Instant, count: usize, pace: Pace) -> Vec<(LeaseRecord, Option<Written>)> {
         let mut pending = self.lock();
-        pending.retain(|_, pending| !pending.is_over(now));
+        // Under pressure that lasts: better a receipt without its last boundaries than an outbox that fills (L10).
+        let is_full = pending.len() >= FOLLOWED_MAX;
+        pending.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
         let mut due: Vec<(bool, Instant, &mut Pending)> = pending
             .values_mut()
             .filter_map(|pending| Some((!pending.end_is_unwritten(), pending.overdue_since(now, pace)?, pending)))
@@ -319,6 +321,8 @@ fn refused(error: ApiError) -> Outcome {
 
 #[cfg(test)]
 mod tests {
+    use spaceport_core::ids::LedgerTime;
+
     use super::record::tests::hold;
     use super::*;
 
@@ -363,5 +367,24 @@ mod tests {
         assert_eq!(taken(&receipts, later, 8, Pace::EndsOnly), ["a"]);
         assert_eq!(taken(&receipts, later, 8, Pace::EndsOnly), [""; 0]);
         assert_eq!(taken(&receipts, later, 8, Pace::Live), ["open"]);
+    }
+    #[test]
+    fn what_lacks_only_its_last_boundaries_gives_its_place_to_others() {
+        let receipts = Receipts::new();
+        for index in 0..FOLLOWED_MAX {
+            receipts.record(record(&format!("r{index}"), Progress::Running), true).unwrap();
+        }
+        assert_eq!(receipts.record(ended("other"), true), Err(ReceiptsFull));
+        let mut incomplete = ended("r0");
+        let assigned = Crossing { boundary: "Assigned".to_owned(), at: LedgerTime(1), detail: String::new() };
+        incomplete.timeline.push(assigned);
+        receipts.record(incomplete, true).unwrap();
+        let now = clock::monotonic() + Duration::from_secs(60);
+        let (written, _) = receipts.take_due(now, 1, Pace::EndsOnly).remove(0);
+        receipts.finish(&written, &Outcome::Written { resource_version: "1".to_owned() }, now);
+        assert_eq!(receipts.record(ended("other"), true), Err(ReceiptsFull));
+        assert_eq!(taken(&receipts, now, 1, Pace::EndsOnly), [""; 0]);
+        assert_eq!(receipts.record(ended("other"), true), Ok(()));
+        assert_eq!(receipts.latest(&written.lease), None);
     }
 }

@@ -16,10 +16,14 @@ use super::pressure::PressureGauge;
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
-/// Time between two rounds.
+/// From the beginning of leading to the first round: a term begins without it, and a leader that leads for a few minutes
+/// removes something too.
+const FIRST_AFTER: Duration = Duration::from_secs(30);
+/// Time between two rounds when nothing more is old.
 const PERIOD: Duration = Duration::from_secs(600);
-/// Receipts removed in one round; more are left to the next, so that deletes never crowd out page writes.
-const ROUND_MAX: usize = 500;
+/// Receipts removed in one round. Each is a list of all receipts, so they are few; and each looks anew at what pools say, so
+/// none lasts longer than two minutes.
+const ROUND_MAX: usize = 5000;
 /// Receipts of one request. The selector that names them, 27 bytes for each, fits any limit of a request line, and the
 /// server, which deletes them one after the other, answers in time.
 const BATCH_MAX: usize = 50;
@@ -60,12 +64,21 @@ pub async fn run(
     pressure: PressureGauge,
     stop: CancellationToken,
 ) {
-    while pause(PERIOD, &stop).await {
+    let mut wait = FIRST_AFTER;
+    while pause(wait, &stop).await {
         let current = *retention.borrow();
-        if let Some(retention) = current {
-            remove_old(&api, retention, &pressure, &stop).await;
-        }
+        let removed = match current {
+            Some(retention) => remove_old(&api, retention, &pressure, &stop).await,
+            None => 0,
+        };
+        wait = wait_after(removed);
     }
+}
+
+/// The wait after a round that removed so many: none if it was about as many as it may, for then more are old. What is left
+/// of one that the API server refused waits. Pure.
+const fn wait_after(removed: usize) -> Duration {
+    if removed > ROUND_MAX / 2 { Duration::ZERO } else { PERIOD }
 }
 
 /// False if it is time to stop. Without a limit: receipts that stay too long cost less than what they would delay.
@@ -90,7 +103,12 @@ pub async fn remove_old(
     if !is_calm(pressure, stop).await {
         return 0;
     }
-    let receipts = match api.cluster::<GPULease>().list(None).await {
+    let objects = api.cluster::<GPULease>();
+    let listed = tokio::select! {
+        () = stop.cancelled() => return 0,
+        listed = objects.list(None) => listed,
+    };
+    let receipts = match listed {
         Ok(receipts) => receipts,
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "Cannot list receipts; old ones stay for now");
@@ -100,7 +118,12 @@ pub async fn remove_old(
     let old = old_receipts(&receipts, retention, clock::wall());
     let mut removed = 0_usize;
     for batch in batches(&old) {
-        match api.namespace::<GPULease>(batch.namespace).delete_labelled(LEASE_LABEL, &batch.leases).await {
+        let objects = api.namespace::<GPULease>(batch.namespace);
+        let deleted = tokio::select! {
+            () = stop.cancelled() => break,
+            deleted = objects.delete_labelled(LEASE_LABEL, &batch.leases) => deleted,
+        };
+        match deleted {
             Ok(gone) => removed = removed.saturating_add(gone),
             Err(error) => {
                 if error.is_overload() {
@@ -162,6 +185,7 @@ mod tests {
     use spaceport_crds::{GPULeaseSpec, LeasePhase};
 
     use super::*;
+    use crate::kubeapi::fake::FakeApi;
 
     fn receipt(namespace: &str, name: &str, phase: LeasePhase, age_seconds: i64) -> GPULease {
         let mut receipt =
@@ -202,15 +226,36 @@ mod tests {
     #[test]
     fn a_batch_is_of_one_namespace_and_bounded_and_a_round_too() {
         let many: Vec<GPULease> =
-            (0..600).map(|index| receipt("a", &format!("r{index}"), LeasePhase::Settled, 900)).collect();
+            (0..ROUND_MAX + 100).map(|index| receipt("a", &format!("r{index}"), LeasePhase::Settled, 900)).collect();
         let other = receipt("b", "other", LeasePhase::Settled, 900);
         let old: Vec<&GPULease> = std::iter::once(&other).chain(&many).collect();
         let batches = batches(&old);
         assert_eq!(batches[0], Batch { namespace: "b", leases: vec!["lease-other"] });
         assert!(batches[1..].iter().all(|batch| batch.namespace == "a" && batch.leases.len() <= BATCH_MAX));
         assert_eq!(batches.iter().map(|batch| batch.leases.len()).sum::<usize>(), ROUND_MAX);
-        assert_eq!(batches.len(), 11, "not one request for each receipt");
+        assert_eq!(batches.len(), ROUND_MAX / BATCH_MAX + 1, "not one request for each receipt");
         assert_eq!(batches[1].leases[..2], ["lease-r0", "lease-r1"]);
+    }
+
+    #[test]
+    fn a_round_that_had_enough_to_do_is_followed_by_another() {
+        assert_eq!(wait_after(ROUND_MAX), Duration::ZERO);
+        assert_eq!(wait_after(ROUND_MAX - BATCH_MAX), Duration::ZERO, "some were gone already");
+        assert_eq!((wait_after(3), wait_after(0)), (PERIOD, PERIOD));
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_not_answered_does_not_outlive_the_term() {
+        let stop = CancellationToken::new();
+        let (api, token) = (FakeApi::silent().connect(), stop.clone());
+        let retention = Retention { kept: 1, age_max_seconds: 1 };
+        let removing =
+            tokio::spawn(async move { remove_old(&api, retention, &PressureGauge::default(), &token).await });
+        tokio::task::yield_now().await;
+        stop.cancel();
+        // The request itself would be given up after 10 s.
+        let removed = tokio::time::timeout(Duration::from_secs(5), removing).await;
+        assert_eq!(removed.expect("it ends at once").unwrap(), 0);
     }
 
     #[test]

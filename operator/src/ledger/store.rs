@@ -12,6 +12,7 @@ use kube::core::DeserializeGuard;
 use serde::Serialize;
 use spaceport_core::ids::{AccountName, Epoch};
 use spaceport_core::page::Page;
+use spaceport_core::queue::EPOCH_MAX;
 use spaceport_crds::names::{API_VERSION, LEDGER_FINALIZER, TERM_PAGE};
 use spaceport_crds::{GPUAccount, GPUAccountSpec, GPUAccountStatus, Identity};
 use spaceport_shell::error_chain;
@@ -114,6 +115,15 @@ pub enum TermError {
         /// Why.
         reason: String,
     },
+    /// Places of later terms could not be told from each other (L17). Nobody begins this many.
+    #[error(
+        "no term can be begun after {}: the term page {TERM_PAGE}, another page or a node says that there was that many; \
+         nothing is granted until an admin has repaired it", .epoch.0
+    )]
+    Exhausted {
+        /// The highest there was.
+        epoch: Epoch,
+    },
     /// Others were always faster.
     #[error("gave up on beginning a term: the term page changed {TERM_TRIES} times meanwhile")]
     Contended,
@@ -155,6 +165,18 @@ struct StatusBodyMetadata<'a> {
     name: &'a str,
     uid: &'a str,
     resource_version: &'a str,
+}
+
+// === impl TermError ===
+
+impl TermError {
+    /// True if trying again leads nowhere.
+    pub const fn is_final(&self) -> bool {
+        match self {
+            Self::Malformed(_) | Self::Exhausted { .. } => true,
+            Self::Api(_) | Self::Refused { .. } | Self::Contended => false,
+        }
+    }
 }
 
 // === impl PageTarget ===
@@ -303,7 +325,7 @@ impl PageStore {
                 },
             };
             let target = PageTarget::of(&seen);
-            let page = next_term(seen.page.map_err(TermError::Malformed)?, above, write_ids());
+            let page = next_term(seen.page.map_err(TermError::Malformed)?, above, write_ids())?;
             let begun = TermBegun { epoch: page.epoch, write_id: page.write_id.clone() };
             match self.write(&target, &page, Display::default()).await {
                 WriteOutcome::Written { .. } => return Ok(begun),
@@ -359,9 +381,12 @@ impl Kept {
 }
 
 /// The term page of the next term. Pure.
-fn next_term(page: Page, above: Epoch, write_id: String) -> Page {
+fn next_term(page: Page, above: Epoch, write_id: String) -> Result<Page, TermError> {
     let highest = page.epoch.max(above);
-    Page { epoch: Epoch(highest.0.saturating_add(1)), seq: page.seq.saturating_add(1), write_id, ..page }
+    if highest.0 >= EPOCH_MAX {
+        return Err(TermError::Exhausted { epoch: highest });
+    }
+    Ok(Page { epoch: Epoch(highest.0.saturating_add(1)), seq: page.seq.saturating_add(1), write_id, ..page })
 }
 
 #[cfg(test)]
@@ -388,9 +413,18 @@ mod tests {
     #[test]
     fn next_term_is_above_everything_seen() {
         let page = Page { epoch: Epoch(4), seq: 9, ..Page::default() };
-        let after = next_term(page.clone(), Epoch(2), "w".to_owned());
+        let after = next_term(page.clone(), Epoch(2), "w".to_owned()).unwrap();
         assert_eq!((after.epoch, after.seq, after.write_id.as_str()), (Epoch(5), 10, "w"));
-        assert_eq!(next_term(page, Epoch(7), "w".to_owned()).epoch, Epoch(8), "a node had seen a higher one");
+        let after = next_term(page, Epoch(7), "w".to_owned()).unwrap();
+        assert_eq!(after.epoch, Epoch(8), "a node had seen a higher one");
+    }
+
+    #[test]
+    fn after_the_last_term_none_is_begun() {
+        let begin = |epoch| next_term(Page { epoch: Epoch(epoch), ..Page::default() }, Epoch(0), "w".to_owned());
+        assert_eq!(begin(EPOCH_MAX - 1).unwrap().epoch, Epoch(EPOCH_MAX));
+        let error = begin(EPOCH_MAX).unwrap_err();
+        assert!(error.is_final() && error.to_string().contains("no term can be begun after 16777215"), "{error}");
     }
 
     #[test]

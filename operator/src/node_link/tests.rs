@@ -61,3 +61,17 @@ fn a_reader_that_does_not_read_loses_its_session() {
     assert!(receiver.try_recv().is_ok());
     assert_eq!(outbound.send(standby()), Err(SessionOver), "and it stays over");
 }
+
+#[test]
+fn a_hello_that_cannot_be_true_is_refused_with_its_reason() {
+    let proved = NodeName::new("gpu-1");
+    let hello = |node: &str, highest_epoch| {
+        Some(node_message::Message::Hello(Hello { node: node.to_owned(), highest_epoch, ..Hello::default() }))
+    };
+    let refused = |first| hello_of(first, &proved).map(|hello| hello.highest_epoch).map_err(|reason| reason.kind());
+    assert_eq!(refused(hello("gpu-1", EPOCH_MAX)), Ok(EPOCH_MAX));
+    assert_eq!(refused(hello("gpu-1", EPOCH_MAX + 1)), Err("EpochTooHigh"));
+    assert_eq!(refused(hello("gpu-1", (1 << 62) - 1)), Err("EpochTooHigh"));
+    assert_eq!(refused(hello("gpu-2", 1)), Err("BadHello"));
+    assert_eq!(refused(None), Err("BadHello"));
+}

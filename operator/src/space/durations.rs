@@ -1,6 +1,6 @@
 //! How long the functions of a Space run, for its author (requirement A13). Pure.
 
-use spaceport_core::queue::Learned;
+use spaceport_core::queue::{Learned, SAMPLES_MAX, SUGGEST_MIN};
 use spaceport_crds::FunctionDuration;
 use spaceport_crds::function_duration::MAX_FUNCTIONS;
 
@@ -11,14 +11,35 @@ use crate::ledger::display::seconds;
 /// every call.
 const MOVED_PERCENT: i64 = 10;
 
-/// The rows to show, given those that are shown. A new term knows nothing at first: what was shown stays until it does.
+/// The rows to show, given those that are shown. A new term knows nothing at first: what was shown of a function stays
+/// until this term knows as much of it. It goes when another one of the Space has run as often as is remembered: then it
+/// is hardly called any more, as after its author has declared another duration.
 pub fn rows(shown: &[FunctionDuration], learned: Option<&[Learned]>) -> Vec<FunctionDuration> {
     let Some(learned) = learned else { return shown.to_vec() };
-    let rows = learned.iter().take(MAX_FUNCTIONS).map(row);
-    let of = |row: &FunctionDuration, known: &&FunctionDuration| {
-        known.size == row.size && known.declared_milliseconds == row.declared_milliseconds
-    };
-    rows.map(|row| shown.iter().find(|known| of(&row, known) && is_near(known, &row)).cloned().unwrap_or(row)).collect()
+    let is_known = |shown: &FunctionDuration| learned.iter().any(|known| is_same(shown, &row(known)));
+    let mut rows: Vec<FunctionDuration> =
+        learned.iter().map(|known| row_over(shown.iter().find(|shown| is_same(shown, &row(known))), known)).collect();
+    if learned.iter().all(|known| known.calls < SAMPLES_MAX) {
+        rows.extend(shown.iter().filter(|shown| !is_known(shown)).cloned());
+    }
+    rows.truncate(MAX_FUNCTIONS);
+    rows.sort_by_key(|row| (row.size == spaceport_crds::GpuSize::Xlarge, row.declared_milliseconds));
+    rows
+}
+
+/// The row of a function, given the one that is shown of it.
+fn row_over(shown: Option<&FunctionDuration>, learned: &Learned) -> FunctionDuration {
+    let found = row(learned);
+    let Some(shown) = shown else { return found };
+    // Of so few calls nothing is suggested; an earlier term knew more.
+    let is_too_little = learned.calls < SUGGEST_MIN;
+    let suggested_duration = if is_too_little { shown.suggested_duration.clone() } else { found.suggested_duration };
+    let found = FunctionDuration { suggested_duration, ..found };
+    if is_near(shown, &found) { shown.clone() } else { found }
+}
+
+fn is_same(one: &FunctionDuration, other: &FunctionDuration) -> bool {
+    one.size == other.size && one.declared_milliseconds == other.declared_milliseconds
 }
 
 /// One line for the column: `12s for 60s, 30s for 120s xlarge`; none if nothing is suggested.
@@ -87,5 +108,30 @@ mod tests {
         assert_ne!(rows(&shown, Some(&[learned(2_201, Some(12_000))])), shown);
         assert_ne!(rows(&shown, Some(&[learned(2_000, Some(13_000))])), shown, "another suggestion is told at once");
         assert_eq!(rows(&shown, None), shown, "after a fail-over nothing is known yet");
+    }
+
+    #[test]
+    fn a_new_term_replaces_what_was_shown_only_by_what_it_knows_as_well() {
+        let large = learned(2_000, Some(12_000));
+        let xlarge = Learned { size: Size::Xlarge, ..learned(5_000, Some(20_000)) };
+        let shown = rows(&[], Some(&[large, xlarge]));
+        let few = Learned { calls: 5, suggested_ms: None, ..xlarge };
+        assert_eq!(rows(&shown, Some(&[few])), shown, "of five calls no suggestion is known, and nothing of the other");
+        let slower = rows(&shown, Some(&[Learned { p50_ms: 6_900, ..few }]));
+        assert_eq!((&slower[0], slower[1].p50_milliseconds, slower[1].calls), (&shown[0], 6_900, 5));
+        assert_eq!(suggested(&slower), suggested(&shown));
+        let enough = Learned { calls: 20, suggested_ms: None, ..xlarge };
+        assert_eq!(rows(&shown, Some(&[enough]))[1].suggested_duration, None, "now it would be no less");
+        assert_eq!(rows(&shown, Some(&[xlarge])), shown[1..], "the other one is not called any more");
+    }
+
+    #[test]
+    fn functions_that_are_known_are_shown_before_those_of_an_earlier_term() {
+        let declared = |declared_ms| Learned { declared_ms, calls: 5, ..learned(1, None) };
+        let many: Vec<Learned> = (1..=MAX_FUNCTIONS as u64).map(|second| declared(second * 1_000)).collect();
+        let shown = rows(&[], Some(&many));
+        let shown = rows(&shown, Some(&[declared(500), declared(99_000)]));
+        let seconds: Vec<i64> = shown.iter().map(|row| row.declared_milliseconds).collect();
+        assert_eq!((shown.len(), seconds[0], seconds[1], seconds[15]), (MAX_FUNCTIONS, 500, 1_000, 99_000));
     }
 }

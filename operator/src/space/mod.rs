@@ -159,6 +159,10 @@ type Key = (String, String);
 
 /// What the watches tell.
 enum Change {
+    /// All Spaces follow: at the start, and after a watch was too far behind.
+    ListBegins,
+    /// Those that did not are gone.
+    ListEnds,
     Space(Box<Space>),
     SpaceGone(Key),
     Owned(Key),
@@ -170,6 +174,8 @@ struct Controller {
     /// What the broker has learned; looked at with everything else of a Space.
     durations: Durations,
     spaces: BTreeMap<Key, Space>,
+    /// The Spaces of a list that is not complete yet.
+    listing: Option<BTreeSet<Key>>,
     /// To be looked at, and when; one entry a Space.
     due: BTreeMap<Key, Instant>,
     backoff: BTreeMap<Key, Duration>,
@@ -178,14 +184,7 @@ struct Controller {
 /// Runs until it is told to stop. Only the leader runs it.
 pub async fn run(api: KubeApi, settings: Settings, durations: Durations, stop: CancellationToken) {
     let mut changes = changes(&api);
-    let mut controller = Controller {
-        api,
-        settings,
-        durations,
-        spaces: BTreeMap::new(),
-        due: BTreeMap::new(),
-        backoff: BTreeMap::new(),
-    };
+    let mut controller = Controller::new(api, settings, durations);
     let mut resync = tokio::time::interval(RESYNC);
     loop {
         let next = controller.due.values().min().copied();
@@ -198,7 +197,7 @@ pub async fn run(api: KubeApi, settings: Settings, durations: Durations, stop: C
                 None => return,
             },
             _ = resync.tick() => controller.everything(),
-            () = sleep_until(next) => controller.reconcile_due().await,
+            () = sleep_until(next) => controller.reconcile_due(&stop).await,
         }
     }
 }
@@ -228,10 +227,9 @@ fn changes(api: &KubeApi) -> BoxStream<'static, Change> {
         }
     }
     let spaces = api.cluster::<Space>().watch(watcher::Config::default()).filter_map(async |event| match event {
-        Ok(watcher::Event::Apply(space) | watcher::Event::InitApply(space)) => Some(Change::Space(Box::new(space))),
-        Ok(watcher::Event::Delete(space)) => {
-            Some(Change::SpaceGone((space.namespace().unwrap_or_default(), space.name_any())))
-        }
+        Ok(watcher::Event::Init) => Some(Change::ListBegins),
+        Ok(watcher::Event::InitDone) => Some(Change::ListEnds),
+        Ok(watcher::Event::Delete(space)) => Some(Change::SpaceGone(key_of(&space))),
         other => touched(other).map(|space| Change::Space(Box::new(space))),
     });
     let labelled = watcher::Config::default().labels(SPACE_LABEL);
@@ -242,22 +240,34 @@ fn changes(api: &KubeApi) -> BoxStream<'static, Change> {
     futures::stream::select(spaces.boxed(), futures::stream::select(deployments.boxed(), pods.boxed())).boxed()
 }
 
+fn key_of(space: &Space) -> Key {
+    (space.namespace().unwrap_or_default(), space.name_any())
+}
+
 impl Controller {
+    fn new(api: KubeApi, settings: Settings, durations: Durations) -> Self {
+        let (spaces, due, backoff) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { api, settings, durations, spaces, listing: Some(BTreeSet::new()), due, backoff }
+    }
+
     fn take(&mut self, change: Change) {
         match change {
+            Change::ListBegins => self.listing = Some(BTreeSet::new()),
+            Change::ListEnds => {
+                let listed = self.listing.take().unwrap_or_default();
+                for key in self.spaces.keys().filter(|key| !listed.contains(*key)).cloned().collect::<Vec<_>>() {
+                    self.gone(&key);
+                }
+            }
             Change::Space(space) => {
-                let key = (space.namespace().unwrap_or_default(), space.name_any());
+                let key = key_of(&space);
+                if let Some(listed) = &mut self.listing {
+                    listed.insert(key.clone());
+                }
                 self.spaces.insert(key.clone(), *space);
                 self.due.insert(key, clock::monotonic());
             }
-            Change::SpaceGone(key) => {
-                // What it was made of goes by its owner references.
-                if let Some(space) = self.spaces.remove(&key) {
-                    self.durations.forget(&space.uid().unwrap_or_default());
-                }
-                self.due.remove(&key);
-                self.backoff.remove(&key);
-            }
+            Change::SpaceGone(key) => self.gone(&key),
             Change::Owned(key) => {
                 if self.spaces.contains_key(&key) {
                     self.due.insert(key, clock::monotonic());
@@ -266,21 +276,39 @@ impl Controller {
         }
     }
 
+    /// A Space does not exist any more; what it was made of goes by its owner references.
+    fn gone(&mut self, key: &Key) {
+        self.spaces.remove(key);
+        self.due.remove(key);
+        self.backoff.remove(key);
+    }
+
     fn everything(&mut self) {
         let now = clock::monotonic();
+        // Leases of a Space that is gone end after it, and are learned from. While a list is incomplete nobody is missed.
+        if self.listing.is_none() {
+            let uids: BTreeSet<&str> = self.spaces.values().filter_map(|space| space.metadata.uid.as_deref()).collect();
+            self.durations.keep(|uid| uids.contains(uid));
+        }
         for key in self.spaces.keys() {
             self.due.entry(key.clone()).or_insert(now);
         }
     }
 
-    /// Looks at every Space whose time has come, one after the other: each costs a few small requests.
-    async fn reconcile_due(&mut self) {
+    /// Looks at every Space whose time has come, one after the other: each costs a few small requests. Many of them, or an
+    /// API server that does not answer, take longer than it may take to stop.
+    async fn reconcile_due(&mut self, stop: &CancellationToken) {
         let now = clock::monotonic();
         let keys: Vec<Key> = self.due.iter().filter(|(_, due)| **due <= now).map(|(key, _)| key.clone()).collect();
         for key in keys {
             self.due.remove(&key);
             let Some(space) = self.spaces.get(&key).cloned() else { continue };
-            match self.reconcile(&space).await {
+            let reconciled = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                reconciled = self.reconcile(&space) => reconciled,
+            };
+            match reconciled {
                 Ok(status) => {
                     self.backoff.remove(&key);
                     if let Some(wake) = wake(&status) {
@@ -401,3 +429,6 @@ fn wake(status: &SpaceStatus) -> Option<Duration> {
     let left = deadline.0.as_millisecond().saturating_sub(clock::wall().as_millisecond());
     Some(Duration::from_millis(u64::try_from(left).unwrap_or(0)).max(Duration::from_secs(1)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ use crate::ledger::receipt::ReceiptEvent;
 use crate::ledger::records::Report;
 use crate::ledger::seen::{AccountSeen, SpaceSeen};
 use crate::ledger::watches::StoreEvent;
-use crate::node_link::NodeEvent;
+use crate::node_link::{BELIEVED_MAX, NodeEvent};
 
 /// Calls that wait for one account to be made or found; beyond it the Space is told that the broker is busy.
 const FIRST_CALLS_MAX: usize = 16;
@@ -148,6 +148,13 @@ impl<P: Pages> Actor<P> {
     pub(super) fn welcome(&mut self, node: &NodeName) {
         let Some(session) = self.known.sessions.get(node) else { return };
         let (agent_instance, highest_epoch) = (session.agent_instance.clone(), session.highest_epoch);
+        if highest_epoch > self.state.epoch.max(BELIEVED_MAX) {
+            let (said, ours) = (highest_epoch.0, self.state.epoch.0);
+            error!(%node, said, ours, "A node says that it has accepted a term that cannot have been; its session is ended");
+            self.metrics.session_refused("EpochTooHigh");
+            session.outbound.close();
+            return;
+        }
         self.configure(node);
         self.command(Command::NodeHello { node: node.clone(), agent_instance, highest_epoch });
         if self.state.ended.is_none() {

@@ -27,6 +27,7 @@ mod cards;
 mod objects;
 mod places;
 mod pools;
+mod terms;
 
 /// Longest wait for anything; a broker that answers at all answers within milliseconds.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -52,6 +53,17 @@ enum Fate {
     NoAnswer,
 }
 
+/// What becomes of a try to begin a term.
+#[derive(Debug)]
+enum TermFate {
+    /// It fails so.
+    Fails(TermError),
+    /// It is written, and the answer waits until the test says so.
+    AnsweredLater,
+    /// Nothing comes of it, and nobody says so.
+    NoAnswer,
+}
+
 #[derive(Default)]
 struct Objects {
     accounts: BTreeMap<AccountName, (u64, Page)>,
@@ -59,6 +71,7 @@ struct Objects {
     /// What the last write of each account showed beside its page.
     shown: BTreeMap<AccountName, Display>,
     epoch: u64,
+    term_fates: VecDeque<TermFate>,
     writes: u64,
     /// Lets the write of [`Fate::RefusedLater`] or [`Fate::GoneLater`] go on.
     refuse: Arc<tokio::sync::Notify>,
@@ -169,9 +182,21 @@ impl Pages for Memory {
     }
 
     async fn begin_term(&self, above: Epoch) -> Result<TermBegun, TermError> {
-        let mut objects = self.0.lock().unwrap();
-        objects.epoch = objects.epoch.max(above.0) + 1;
-        Ok(TermBegun { epoch: Epoch(objects.epoch), write_id: format!("term-{}", objects.epoch) })
+        let fate = self.0.lock().unwrap().term_fates.pop_front();
+        match fate {
+            Some(TermFate::Fails(error)) => return Err(error),
+            Some(TermFate::NoAnswer) => return std::future::pending().await,
+            Some(TermFate::AnsweredLater) | None => {}
+        }
+        let (epoch, answer) = {
+            let mut objects = self.0.lock().unwrap();
+            objects.epoch = objects.epoch.max(above.0) + 1;
+            (objects.epoch, Arc::clone(&objects.answer))
+        };
+        if fate.is_some() {
+            answer.notified().await;
+        }
+        Ok(TermBegun { epoch: Epoch(epoch), write_id: format!("term-{epoch}") })
     }
 }
 
@@ -199,6 +224,7 @@ struct Story {
     inputs: mpsc::Sender<Input>,
     receipts: Receipts,
     metrics: Metrics,
+    durations: Durations,
     leading: watch::Sender<bool>,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
@@ -210,10 +236,18 @@ impl Story {
     /// A broker begins its term on what the store has.
     async fn begin(memory: Memory) -> Self {
         let above = memory.0.lock().unwrap().epoch;
+        let story = Self::before_its_term(memory).await;
+        story.see_term(above).await;
+        story
+    }
+
+    /// A broker that leads and has seen everything but its term.
+    async fn before_its_term(memory: Memory) -> Self {
         let (inputs, receiver) = mpsc::channel(64);
         let (_, keys) = watch::channel(Arc::new(KeySet::default()));
         let (leading, leads) = watch::channel(true);
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
+        let durations = Durations::default();
         let parts = ActorParts {
             inputs: receiver,
             leading: leads,
@@ -221,18 +255,18 @@ impl Story {
             receipts: receipts.clone(),
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
-            durations: Durations::default(),
+            durations: durations.clone(),
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story = Self { memory, inputs, receipts, metrics, leading, broker, stop, from_broker, session: 0 };
+        let story =
+            Self { memory, inputs, receipts, metrics, durations, leading, broker, stop, from_broker, session: 0 };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
         story.see_pages().await;
         for watched in Watched::ALL {
             story.store(StoreEvent::Listed(watched)).await;
         }
-        story.see_term(above).await;
         story
     }
 
@@ -510,59 +544,5 @@ async fn the_next_leader_takes_running_leases_over() {
     let expected = proto::Acknowledged { lease: runs.lease.clone(), ended: true, freed: false };
     assert_eq!(story.hear().await, Outgoing::Acknowledged(expected));
     assert_eq!(story.memory.page(SPACE).windows[0].charged_ms, 2_000);
-    story.stop().await;
-}
-
-#[tokio::test]
-async fn a_later_term_of_another_ends_the_broker() {
-    let story = Story::begin(Memory::default()).await;
-    story.store(StoreEvent::Term(TermSeen { epoch: Epoch(9), write_id: "theirs".to_owned() })).await;
-    let over = tokio::time::timeout(LIMIT, story.broker).await.unwrap().unwrap();
-    assert!(matches!(over, Err(TermOver::Deposed { by: Epoch(9) })));
-}
-
-#[tokio::test]
-async fn a_leader_that_steps_down_grants_nothing_and_leads_again_in_a_later_term() {
-    let mut story = Story::begin(Memory::default()).await;
-    story.join(Vec::new()).await;
-    story.request(1, 10_000, "").await;
-    let runs = story.order().await;
-    assert_eq!(runs.epoch, 1);
-    let followed = LeaseId::new(&runs.lease);
-    wait_for(|| story.receipts.latest(&followed)).await;
-
-    // The API server was away for too long. The link ends its sessions with the term.
-    story.leading.send_replace(false);
-    wait_for(|| Some(()).filter(|()| story.receipts.latest(&followed).is_none())).await;
-    story.connect(1).await;
-    assert_eq!(story.memory.0.lock().unwrap().epoch, 1, "who does not lead begins no term");
-
-    story.see_pages().await;
-    story.leading.send_replace(true);
-    story.see_term(1).await;
-    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: 2 }));
-    let lease = proto::NodeLease {
-        lease: runs.lease.clone(),
-        phase: proto::LeasePhase::Running.into(),
-        size: proto::Size::Large.into(),
-        running_ms: 100,
-        ..proto::NodeLease::default()
-    };
-    story.joined(2, vec![lease]).await;
-    story.end_lease(&runs.lease, 2_000).await;
-    let page = story.memory.page(SPACE);
-    assert_eq!((page.epoch, page.holds.len(), page.windows[0].charged_ms), (Epoch(2), 0, 2_000));
-    story.stop().await;
-}
-
-#[tokio::test]
-async fn a_node_that_is_ahead_makes_a_new_term_begin() {
-    let mut story = Story::begin(Memory::default()).await;
-    story.connect(40).await;
-    story.see_term(40).await;
-    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: 41 }));
-    story.joined(41, Vec::new()).await;
-    story.request(1, 10_000, "").await;
-    assert_eq!(story.order().await.epoch, 41);
     story.stop().await;
 }

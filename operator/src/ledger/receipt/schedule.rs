@@ -119,11 +119,17 @@ impl Pending {
         self.due(pace).filter(|due| !self.being_written && *due <= now)
     }
 
-    /// True when nothing more is to be written.
+    /// True when nothing more is to be written. Boundaries that are known and rest while receipts give way are written
+    /// when that is over, however long it lasts.
     pub(super) fn is_over(&self, now: Instant) -> bool {
         let Some(written) = &self.written else { return false };
         let late = now.saturating_duration_since(written.at) >= FREED_WITHIN;
-        !self.being_written && written.end && !self.end_is_unwritten() && (written.complete || late)
+        self.can_be_spared() && (written.complete || (late && !self.record.is_complete()))
+    }
+
+    /// True if its end is written: at most its last boundaries are missing, and those hold nobody up.
+    pub(super) fn can_be_spared(&self) -> bool {
+        !self.being_written && self.written.as_ref().is_some_and(|written| written.end)
     }
 
     /// Starts a write of the present state.
@@ -285,6 +291,9 @@ mod tests {
         story.crosses(4000, "Freed");
         assert_eq!(story.due_ms_at(Pace::EndsOnly), None);
         assert!(story.due_ms().is_some(), "it is written when the pressure is over");
+        assert!(!story.pending.is_over(story.at(10 * 60_000)), "however long that lasts");
+        assert!(!story.is_written(10 * 60_000), "a second write of the end is no second end");
+        assert!(story.pending.is_over(story.at(10 * 60_000)));
     }
 
     #[test]

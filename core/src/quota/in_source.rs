@@ -27,7 +27,9 @@ impl Demand {
 /// # Errors
 /// The duration is illegal.
 pub fn check_source(payer: Payer<'_>, demand: &Demand) -> Result<(), u64> {
-    let Err(_) = check_legal(payer, demand) else { return Ok(()) };
+    if check_legal(payer, demand).is_ok() {
+        return Ok(());
+    }
     let longest_s = longest_legal_ms(payer, demand) / 1000;
     let Demand { size, weight, duration_factor_percent, .. } = *demand;
     let seconds = match size {

@@ -21,9 +21,12 @@ const TIER: &str = "strict";
 /// What was not as it must be.
 pub fn an_author_is_told_of_a_duration_that_a_tier_refuses(world: &World) -> Result<()> {
     world.story_space()?;
+    let remove_tier = || world.kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"]);
+    // One that an ended run has left.
+    remove_tier()?;
     let told = judged_by_a_strict_tier(world);
     // Also for the stories after one that failed.
-    world.kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"])?;
+    remove_tier()?;
     told?;
     says(world, "the tier is gone and nobody is warned of it", |message| !message.contains(TIER)).map(drop)
 }

@@ -1,7 +1,8 @@
 """Prepares the app of a Space inside its pod, as init containers without privileges (uid 1000, all capabilities dropped).
 
     prepare.py source       copies the inline files, or fetches the git commit, into the app folder
-    prepare.py environment  installs the app's requirements with uv into a virtual environment
+    prepare.py environment  installs the app's requirements with uv into a virtual environment, and tells the operator on the
+                            termination log which durations the app's functions declare
     prepare.py run          replaces itself with the app
 
 Each step is a container of its own, so that kubectl and the Space's conditions say which one failed. A failure ends with one
@@ -21,6 +22,11 @@ ENVIRONMENT = Path(os.environ.get("SPACEPORT_ENVIRONMENT_DIR", "/opt/environment
 TERMINATION_LOG = Path("/dev/termination-log")
 # An app folder is code, not data; the pod's emptyDir has its own limit.
 README_BYTES_MAX = 1 << 20
+DECLARED = Path(__file__).with_name("declared.py")
+# kubelet keeps so much of the termination log.
+REPORT_BYTES_MAX = 4096
+# The scan ends itself after 10 s of computing; the rest is for a busy node.
+SCAN_SECONDS_MAX = 30
 
 
 class Failed(Exception):
@@ -121,6 +127,22 @@ def environment() -> None:
     if text or wanted:
         run(command, "installing the requirements", "see the log of this container for the package, then mend requirements.txt")
     shutil.rmtree(cache, ignore_errors=True)
+    if os.environ.get("SPACES_ZERO_GPU") == "true":
+        tell_declared_durations()
+
+
+def tell_declared_durations() -> None:
+    """Requirement A14. In a process of its own, isolated from the app's folder: nothing in a source may end this container."""
+    command = [sys.executable, "-I", str(DECLARED), str(APP), setting("SPACEPORT_APP_FILE", "app_file", "app.py")]
+    try:
+        scan = subprocess.run(command, check=False, stdout=subprocess.PIPE, timeout=SCAN_SECONDS_MAX)
+        if scan.returncode != 0 or len(scan.stdout) > REPORT_BYTES_MAX:
+            print(f"the declared durations were not found out (exit status {scan.returncode})", flush=True)
+            return
+        print("declared durations:", scan.stdout.decode().strip(), flush=True)
+        TERMINATION_LOG.write_bytes(scan.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"the declared durations were not found out: {error}", flush=True)
 
 
 def start() -> None:

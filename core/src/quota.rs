@@ -3,9 +3,13 @@
 //!
 //! All amounts are weighted milliseconds unless they are called declared.
 
+mod in_source;
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::in_source::check_source;
 
 use crate::ids::{CookieId, LedgerTime, Size};
 use crate::page::{

@@ -25,6 +25,8 @@ string_enum! {
         Preloaded = "Preloaded",
         /// `status.host` belongs to this Space alone.
         HostClaimed = "HostClaimed",
+        /// No tier refuses a duration that the app's source declares (requirement A14). It stops nothing.
+        DurationsAllowed = "DurationsAllowed",
         /// The summary: a visitor can use the app.
         Ready = "Ready",
     }
@@ -79,6 +81,12 @@ string_enum! {
         HostingLimit = "HostingLimit",
         /// The host name belongs to another Space.
         HostTaken = "HostTaken",
+        /// Every duration that is declared in the source is legal in every tier.
+        WithinEveryTier = "WithinEveryTier",
+        /// Callers of at least one tier will be refused; the message says which, and what they are allowed.
+        LongerThanTierAllows = "LongerThanTierAllows",
+        /// Durations are computed when a function is called, so nothing can be said before.
+        KnownAtCallOnly = "KnownAtCallOnly",
         /// The object is being deleted.
         Deleting = "Deleting",
         /// Our fault, not the app's: see the message.

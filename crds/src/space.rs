@@ -522,7 +522,7 @@ pub struct SpaceStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub phases: Vec<Phase>,
-    /// SourceFetched, EnvironmentBuilt, Scheduled, Started, Healthy, Routed, Preloaded, HostClaimed, Ready.
+    /// SourceFetched, EnvironmentBuilt, Scheduled, Started, Healthy, Routed, Preloaded, HostClaimed, DurationsAllowed, Ready.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]

@@ -21,6 +21,11 @@ fn first_light() {
 }
 
 #[test]
+fn an_author_is_told_of_a_duration_that_a_tier_refuses() {
+    tell(stories::an_author_is_told_of_a_duration_that_a_tier_refuses);
+}
+
+#[test]
 fn only_the_allowed_worker_opens_the_card() {
     tell(stories::only_the_allowed_worker_opens_the_card);
 }

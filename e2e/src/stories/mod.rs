@@ -5,6 +5,7 @@
 
 mod client;
 mod crash;
+mod durations;
 mod failover;
 mod gate;
 mod guests;
@@ -20,6 +21,7 @@ use serde_json::Value;
 
 pub use client::the_client_words_each_refusal_as_what_it_is;
 pub use crash::{kill_9_of_the_node_agent_in_mid_lease, kill_9_of_the_operator_in_mid_lease};
+pub use durations::an_author_is_told_of_a_duration_that_a_tier_refuses;
 pub use failover::{
     those_who_wait_keep_their_place_when_the_leader_dies, without_an_api_server_leases_run_on_and_nothing_is_granted,
 };

@@ -73,22 +73,10 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
         };
     };
     let grants = if tier.extendable { grants } else { &[] };
-    let guests = account.name.is_guests();
-    // Without a limit of its own a prefix has as much as all the visitors that its page can hold.
-    let prefix_ms = || tier.address_prefix_ms.unwrap_or_else(|| tier.base_ms.saturating_mul(COOKIES_MAX as u64));
+    let grants = grants.iter().map(|grant| Grant { uid: grant.uid.clone(), ms: grant.ms, expires: grant.expires });
     Policy {
         tier: tier.name.clone(),
-        allowance: Allowance {
-            per_cookie_ms: guests.then_some(tier.base_ms),
-            base_ms: if guests { prefix_ms() } else { tier.base_ms },
-            longest_call_ms: tier.longest_call_ms,
-            runs_per_window: tier.runs_per_window,
-            generation: tier.generation,
-            grants: grants
-                .iter()
-                .map(|grant| Grant { uid: grant.uid.clone(), ms: grant.ms, expires: grant.expires })
-                .collect(),
-        },
+        allowance: Allowance { grants: grants.collect(), ..allowance_of(tier, account.name.is_guests()) },
         concurrent: tier.concurrent_leases,
         priority: match tier.priority {
             TierPriority::Low => Priority::Low,
@@ -98,6 +86,20 @@ pub fn policy_of(account: &AccountSeen, tier: Option<&TierSeen>, grants: &[&Gran
         caller: tier.class,
         deleting: account.deleting,
         conflict: None,
+    }
+}
+
+/// What a tier alone allows an account, or a page of guests.
+pub fn allowance_of(tier: &TierSeen, guests: bool) -> Allowance {
+    // Without a limit of its own a prefix has as much as all the visitors that its page can hold.
+    let prefix_ms = || tier.address_prefix_ms.unwrap_or_else(|| tier.base_ms.saturating_mul(COOKIES_MAX as u64));
+    Allowance {
+        per_cookie_ms: guests.then_some(tier.base_ms),
+        base_ms: if guests { prefix_ms() } else { tier.base_ms },
+        longest_call_ms: tier.longest_call_ms,
+        runs_per_window: tier.runs_per_window,
+        generation: tier.generation,
+        grants: Vec::new(),
     }
 }
 

@@ -2,12 +2,15 @@
 //!
 //! Five steps, a file each: [`observe`] (reads), [`validate`] (pure), [`plan`] (pure, cannot fail), [`execute`] (writes),
 //! [`status`] (pure, written only if it differs). The loop here decides only *when*: on every change of a Space, of its
-//! Deployment or of its pods, when a phase's deadline comes, and for every Space once in a while.
+//! Deployment or of its pods, of a tier or pool, when a phase's deadline comes, and for every Space once in a while.
 
+pub mod declared;
 pub mod durations;
+pub mod events;
 pub mod execute;
 pub mod observe;
 pub mod plan;
+pub mod rules;
 pub mod status;
 pub mod validate;
 
@@ -20,20 +23,25 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::events::v1::Event;
 use kube::ResourceExt as _;
+use kube::core::DeserializeGuard;
 use kube::runtime::watcher;
 use serde_json::json;
 use spaceport_crds::names::{API_VERSION, SPACE_LABEL};
-use spaceport_crds::{Space, SpaceStatus};
+use spaceport_crds::{GPUPool, GPUTier, Hardware, Space, SpaceStatus};
 use spaceport_shell::error_chain;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::declared::{Report, Verdict};
 use self::plan::LABEL_SPACE_UID;
+use self::rules::Rules;
 use self::status::Known;
 use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi};
 use crate::ledger::durations::Durations;
+use crate::ledger::policy::{pool_of, settings_of};
 
 /// Everything is looked at again this often, so that a lost event heals.
 const RESYNC: Duration = Duration::from_secs(60);
@@ -166,6 +174,8 @@ enum Change {
     Space(Box<Space>),
     SpaceGone(Key),
     Owned(Key),
+    Tier(Box<watcher::Event<DeserializeGuard<GPUTier>>>),
+    Pool(Box<watcher::Event<DeserializeGuard<GPUPool>>>),
 }
 
 struct Controller {
@@ -173,6 +183,8 @@ struct Controller {
     settings: Settings,
     /// What the broker has learned; looked at with everything else of a Space.
     durations: Durations,
+    /// What declared durations are judged by.
+    rules: Rules,
     spaces: BTreeMap<Key, Space>,
     /// The Spaces of a list that is not complete yet.
     listing: Option<BTreeSet<Key>>,
@@ -214,16 +226,19 @@ fn changes(api: &KubeApi) -> BoxStream<'static, Change> {
         let name = object.meta().labels.as_ref()?.get(SPACE_LABEL)?.clone();
         Some(Change::Owned((object.meta().namespace.clone().unwrap_or_default(), name)))
     }
+    fn seen<K>(event: watcher::Result<watcher::Event<K>>) -> Option<watcher::Event<K>> {
+        event
+            .inspect_err(
+                |error| warn!(error = %error_chain(error), "a watch of the Space controller failed; it is tried again"),
+            )
+            .ok()
+    }
     fn touched<K>(event: watcher::Result<watcher::Event<K>>) -> Option<K> {
-        match event {
-            Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object) | watcher::Event::Delete(object)) => {
+        match seen(event)? {
+            watcher::Event::Apply(object) | watcher::Event::InitApply(object) | watcher::Event::Delete(object) => {
                 Some(object)
             }
-            Ok(watcher::Event::Init | watcher::Event::InitDone) => None,
-            Err(error) => {
-                warn!(error = %error_chain(&error), "a watch of the Space controller failed; it is tried again");
-                None
-            }
+            watcher::Event::Init | watcher::Event::InitDone => None,
         }
     }
     let spaces = api.cluster::<Space>().watch(watcher::Config::default()).filter_map(async |event| match event {
@@ -237,7 +252,12 @@ fn changes(api: &KubeApi) -> BoxStream<'static, Change> {
     let deployments =
         api.cluster::<Deployment>().watch(labelled).filter_map(async |event| touched(event).as_ref().and_then(owned));
     let pods = api.cluster::<Pod>().watch(pods).filter_map(async |event| touched(event).as_ref().and_then(owned));
-    futures::stream::select(spaces.boxed(), futures::stream::select(deployments.boxed(), pods.boxed())).boxed()
+    let tiers = api.cluster::<DeserializeGuard<GPUTier>>().watch(watcher::Config::default());
+    let tiers = tiers.filter_map(async |event| Some(Change::Tier(Box::new(seen(event)?))));
+    let pools = api.cluster::<DeserializeGuard<GPUPool>>().watch(watcher::Config::default());
+    let pools = pools.filter_map(async |event| Some(Change::Pool(Box::new(seen(event)?))));
+    futures::stream::select_all([spaces.boxed(), deployments.boxed(), pods.boxed(), tiers.boxed(), pools.boxed()])
+        .boxed()
 }
 
 fn key_of(space: &Space) -> Key {
@@ -247,7 +267,8 @@ fn key_of(space: &Space) -> Key {
 impl Controller {
     fn new(api: KubeApi, settings: Settings, durations: Durations) -> Self {
         let (spaces, due, backoff) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { api, settings, durations, spaces, listing: Some(BTreeSet::new()), due, backoff }
+        let (rules, listing) = (Rules::default(), Some(BTreeSet::new()));
+        Self { api, settings, durations, rules, spaces, listing, due, backoff }
     }
 
     fn take(&mut self, change: Change) {
@@ -273,6 +294,24 @@ impl Controller {
                     self.due.insert(key, clock::monotonic());
                 }
             }
+            Change::Tier(event) => {
+                if self.rules.take_tier(*event) {
+                    self.judge_again();
+                }
+            }
+            Change::Pool(event) => {
+                if self.rules.take_pool(*event) {
+                    self.judge_again();
+                }
+            }
+        }
+    }
+
+    /// Whoever may declare a duration is looked at now: tiers and pools change seldom.
+    fn judge_again(&mut self) {
+        let now = clock::monotonic();
+        for (key, _) in self.spaces.iter().filter(|(_, space)| space.spec.hardware == Hardware::ZeroGpu) {
+            self.due.insert(key.clone(), now);
         }
     }
 
@@ -346,7 +385,14 @@ impl Controller {
                     execute::execute(&self.api, &namespace, &plan).await?;
                 }
                 known.sdk = Some(valid.sdk);
-                known.pod = observed.current(&plan.revision).map(observe::progress);
+                let pod = observed.current(&plan.revision);
+                known.pod = pod.map(observe::progress);
+                let report = known.pod.as_ref().and_then(|progress| progress.declared.as_ref());
+                known.declared = match pod.zip(report) {
+                    _ if !valid.zero_gpu => Verdict::Nothing,
+                    Some((pod, report)) => self.judge(space, pod, report).await,
+                    None => Verdict::Unseen,
+                };
                 known.older_answers = observed.older_answers(&plan.revision);
                 known.revision = Some(plan.revision);
             }
@@ -356,6 +402,24 @@ impl Controller {
             self.write(space, &status).await?;
         }
         Ok(status)
+    }
+
+    /// What the tiers say about a report, on the cards of the pod's node. A node that cannot be read holds nothing up: what is
+    /// shown stays until the next look.
+    async fn judge(&self, space: &Space, pod: &Pod, report: &Report) -> Verdict {
+        let Some((tiers, pools)) = self.rules.listed() else { return Verdict::Unseen };
+        if report.is_empty() {
+            return Verdict::Nothing;
+        }
+        let named = match observe::pool(&self.api, pod).await {
+            Ok(named) => named,
+            Err(error) => {
+                warn!(space = space.name_any(), error = %error_chain(&error), "cannot read the node of a Space");
+                return Verdict::Unseen;
+            }
+        };
+        let settings = pool_of(named.as_deref(), pools).map(settings_of).unwrap_or_default();
+        declared::judge(report, tiers.values(), settings, space.spec.clamp_to_remaining)
     }
 
     /// `<namespace>-<name>` if it is free and fits, else with six digits of the uid (docs/rules.md). A claim is never given up.
@@ -410,9 +474,22 @@ impl Controller {
             "status": status,
         });
         match self.api.namespace::<Space>(&namespace).put_status(&name, &body, STATUS_LIMIT).await {
+            Ok(_) => {
+                if let Some(message) = declared::turned_false(space.status.as_ref(), status) {
+                    self.tell(&events::durations_refused(space, message, clock::wall())).await;
+                }
+                Ok(())
+            }
             // The watch brings the newer object, and with it the next look.
-            Ok(_) | Err(ApiError::Conflict { .. } | ApiError::NotFound { .. }) => Ok(()),
+            Err(ApiError::Conflict { .. } | ApiError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    async fn tell(&self, event: &Event) {
+        let namespace = event.metadata.namespace.clone().unwrap_or_default();
+        if let Err(error) = self.api.namespace::<Event>(&namespace).create(event).await {
+            warn!(namespace, error = %error_chain(&error), "an Event was not written");
         }
     }
 }

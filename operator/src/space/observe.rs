@@ -3,7 +3,9 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
 use spaceport_core::stage::Progress;
+use spaceport_crds::GPUNode;
 
+use super::declared::Report;
 use super::plan::{
     ANNOTATION_REVISION, CONTAINER_APP, CONTAINER_DEVICE_API, CONTAINER_ENVIRONMENT, CONTAINER_SOURCE, LABEL_SPACE_UID,
 };
@@ -30,6 +32,16 @@ pub async fn observe(api: &KubeApi, namespace: &str, name: &str, uid: &str) -> R
     Ok(Observed { deployment, pods })
 }
 
+/// The pool of the pod's node, by name: the one that the node's agent follows. None without a node or a pool.
+///
+/// # Errors
+/// The API server could not be read.
+pub async fn pool(api: &KubeApi, pod: &Pod) -> Result<Option<String>, ApiError> {
+    let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) else { return Ok(None) };
+    let node = api.cluster::<GPUNode>().get(node).await?;
+    Ok(node.and_then(|node| node.status?.pool))
+}
+
 /// How far one pod has come, with the words of kubelet where something went wrong.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodProgress {
@@ -47,6 +59,8 @@ pub struct PodProgress {
     pub message: String,
     /// What the source container reported (the commit).
     pub commit: Option<String>,
+    /// What the app's source declares, once its environment is there; empty if the container reported nothing of the kind.
+    pub declared: Option<Report>,
 }
 
 impl Observed {
@@ -97,10 +111,7 @@ pub fn progress(pod: &Pod) -> PodProgress {
         all.into_iter().find(|container| container.name == name)
     };
     progress.source = init(find(CONTAINER_SOURCE), &mut progress.message);
-    progress.commit = find(CONTAINER_SOURCE)
-        .and_then(|container| container.state.as_ref()?.terminated.as_ref())
-        .filter(|ended| ended.exit_code == 0)
-        .and_then(|ended| ended.message.clone());
+    progress.commit = last_words(find(CONTAINER_SOURCE)).map(ToOwned::to_owned);
     if progress.source != Progress::Done {
         return progress;
     }
@@ -108,6 +119,7 @@ pub fn progress(pod: &Pod) -> PodProgress {
     if progress.environment != Progress::Done {
         return progress;
     }
+    progress.declared = Some(last_words(find(CONTAINER_ENVIRONMENT)).and_then(Report::read).unwrap_or_default());
     if let Some(waits) = find(CONTAINER_DEVICE_API) {
         progress.started = init(Some(waits), &mut progress.message);
         if progress.started != Progress::Done {
@@ -142,6 +154,12 @@ pub fn progress(pod: &Pod) -> PodProgress {
         progress.healthy = if app.ready { Progress::Done } else { Progress::InProgress };
     }
     progress
+}
+
+/// What a container that ended well left on its termination log.
+fn last_words(container: Option<&ContainerStatus>) -> Option<&str> {
+    let ended = container?.state.as_ref()?.terminated.as_ref()?;
+    ended.message.as_deref().filter(|_| ended.exit_code == 0)
 }
 
 fn waiting(waiting: &k8s_openapi::api::core::v1::ContainerStateWaiting) -> String {

@@ -7,6 +7,7 @@ use spaceport_core::stage::{Override, Progress, Stage, Steps, stage};
 use spaceport_crds::conditions::{ConditionStatus, SpaceCondition, SpaceReason, condition, set};
 use spaceport_crds::{Phase, Sdk, Space, SpaceStage, SpaceStatus};
 
+use super::declared::Verdict;
 use super::durations;
 use super::observe::PodProgress;
 use super::validate::Invalid;
@@ -39,6 +40,8 @@ pub struct Known {
     pub host_taken: Option<String>,
     /// How long its functions run, if the broker knows.
     pub learned: Option<Vec<Learned>>,
+    /// What the tiers say about the durations that its source declares.
+    pub declared: Verdict,
 }
 
 /// The status, given the one before.
@@ -106,6 +109,16 @@ pub fn status(space: &Space, known: &Known, now: Timestamp) -> SpaceStatus {
         (false, overriding) => (ConditionStatus::False, override_reason(overriding, known)),
     };
     put(SpaceCondition::Ready, holds, reason, why.clone());
+    // For the author. The Space runs all the same, and callers of other tiers can use it (requirement A14).
+    let durations_allowed = SpaceCondition::DurationsAllowed.as_str();
+    match &known.declared {
+        Verdict::Judged { holds, reason, message } => {
+            let shown = condition(durations_allowed, *holds, reason.as_str(), shortened(message), generation, now);
+            set(&mut conditions, shown);
+        }
+        Verdict::Nothing => conditions.retain(|condition| condition.type_ != durations_allowed),
+        Verdict::Unseen => {}
+    }
 
     let durations = durations::rows(&before.durations, known.learned.as_deref());
     let stage = crd_stage(derived);

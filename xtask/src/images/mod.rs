@@ -34,7 +34,7 @@ pub enum Name {
     Pause,
     /// Debian with Python and git
     Base,
-    /// Base, uv and the program that prepares an app: what Spaces run in
+    /// Base, uv and the programs that prepare an app: what Spaces run in
     Python,
     /// The operator, static
     Operator,
@@ -155,10 +155,11 @@ fn build_one(workspace: &Workspace, name: Name) -> Result<Image> {
         }
         Name::Base => (vec![base::layer(workspace)?], base_config()),
         Name::Python => {
-            let prepare = workspace.root.join("runtime/prepare.py");
+            let runtime = workspace.root.join("runtime");
             let files = [
                 Entry::program("usr/local/bin/uv", base::uv(workspace)?),
-                Entry::program("opt/spaceport/prepare.py", prepare),
+                Entry::program("opt/spaceport/prepare.py", runtime.join("prepare.py")),
+                Entry::program("opt/spaceport/declared.py", runtime.join("declared.py")),
             ];
             (vec![base::layer(workspace)?, Layer::write(&path, &files)?], base_config())
         }

@@ -6,7 +6,9 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, ORDER_AGE_MAX_MS, PickedSlot, Policy,
     Priority, Request, State, step,
@@ -112,6 +114,7 @@ impl Term {
             ticket,
             node,
             space,
+            revision: Revision::default(),
             size,
             declared_ms: DECLARED_MS,
             caller,

@@ -2,6 +2,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use spaceport_core::ids::Revision;
 use spaceport_core::queue::Learned;
 use spaceport_core::stage::{Override, Progress, Stage, Steps, stage};
 use spaceport_crds::conditions::{ConditionStatus, SpaceCondition, SpaceReason, condition, set};
@@ -39,6 +40,8 @@ pub struct Known {
     pub host_taken: Option<String>,
     /// How long its functions run, if the broker knows.
     pub learned: Option<Vec<Learned>>,
+    /// The revision that answers its visitors; none while no pod does.
+    pub answering: Option<Revision>,
 }
 
 /// The status, given the one before.
@@ -107,7 +110,7 @@ pub fn status(space: &Space, known: &Known, now: Timestamp) -> SpaceStatus {
     };
     put(SpaceCondition::Ready, holds, reason, why.clone());
 
-    let durations = durations::rows(&before.durations, known.learned.as_deref());
+    let durations = durations::rows(&before.durations, known.learned.as_deref(), known.answering);
     let stage = crd_stage(derived);
     let unchanged = before.stage == stage && before.since.is_some();
     SpaceStatus {

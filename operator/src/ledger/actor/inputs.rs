@@ -1,6 +1,6 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
-use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey};
 use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_proto::nodelink as proto;
@@ -268,11 +268,21 @@ impl<P: Pages> Actor<P> {
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
-        let space = SpaceKey::new(pod.namespace, pod.space, pod.space_uid);
+        let (revision, space) = (Revision(pod.revision), SpaceKey::new(pod.namespace, pod.space, pod.space_uid));
         let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
-        let request =
-            Request { ticket, node: node.clone(), space, size, declared_ms, caller, cookie, budget, presented };
+        let request = Request {
+            ticket,
+            node: node.clone(),
+            space,
+            revision,
+            size,
+            declared_ms,
+            caller,
+            cookie,
+            budget,
+            presented,
+        };
         match &request.caller {
             Ok(account) if !self.state.accounts.contains_key(account) => self.first_call(account.clone(), request),
             _ => self.command(Command::Request(Box::new(request))),

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::{SETTLE_LIMIT, schedule_of_new};
@@ -12,6 +13,7 @@ use crate::crash_matrix::granted_again;
 use crate::kubectl::at;
 use crate::replicas::Replicas;
 use crate::story::{CALLS, NAMESPACE, pids_of};
+use crate::wait::eventually;
 use crate::world::World;
 
 const OPERATOR: &str = "spaceport-operator";
@@ -19,11 +21,13 @@ const OPERATOR: &str = "spaceport-operator";
 const READY_LIMIT: Duration = Duration::from_secs(40);
 /// Everything after it: a fail-over, three short leases, and a slow machine.
 const END_LIMIT: Duration = Duration::from_secs(90);
+/// From waiting to a receipt that says so: 2 s, and a slow machine.
+const SHOWN_LIMIT: Duration = Duration::from_secs(15);
 /// How long the API server is away: three leader leases, so that whoever led has stepped down.
 const OUTAGE: Duration = Duration::from_secs(6);
 
-/// One of two operators leads and is killed while a whole card is in use and two visitors wait for it: the lease that runs is
-/// charged what it used, and the visitors get the card in the order in which they came (L17).
+/// One of two operators leads and is killed while a whole card is in use and two visitors wait for it, which kubectl shows: the
+/// lease that runs is charged what it used, and the visitors get the card in the order in which they came (L17).
 ///
 /// # Errors
 /// What was not as it must be.
@@ -84,6 +88,9 @@ say(ready=2, allow=allow, released=released, order=order)
     let ready = world.told(&told, READY_LIMIT, |said| !said["ready"].is_null())?;
     ensure!(ready["ready"] == 2 && ready["allow"] == 200, "{ready}");
 
+    for (place, account) in [(1, &waiting[0]), (2, &waiting[1])] {
+        the_place_is_shown(world, account, place)?;
+    }
     let leader = leader_pid(world)?;
     let killed_at = wall()?;
     let status = std::process::Command::new("kill").args(["-KILL", &leader.to_string()]).status()?;
@@ -106,6 +113,32 @@ say(ready=2, allow=allow, released=released, order=order)
     );
     ensure!(at(&receipts[0], "/spec/phase") == "Settled", "it ran on through the fail-over: {receipts:?}");
     replicas.put_back()
+}
+
+/// Who waits can be seen, with the reason, the place and the latest start, as times that stay true while time passes.
+fn the_place_is_shown(world: &World, account: &str, place: i64) -> Result<()> {
+    let waits = format!("the receipt of {account} says that it waits at place {place}");
+    let receipt = eventually(&waits, SHOWN_LIMIT, || {
+        let receipts = world.receipts(NAMESPACE, account)?;
+        let found = receipts.iter().find(|receipt| at(receipt, "/spec/place/position").as_i64() == Some(place));
+        Ok(found.cloned().ok_or_else(|| format!("{receipts:?}")))
+    })?;
+    ensure!(at(&receipt, "/spec/phase") == "Queued" && at(&receipt, "/spec/place/reason") == "Node", "{receipt}");
+    let time = |field: &str| -> Result<Timestamp> {
+        let text = at(&receipt, &format!("/spec/place/{field}")).as_str().with_context(|| format!("no {field}"))?;
+        text.parse().with_context(|| format!("{field} is no timestamp: {text}"))
+    };
+    let (as_of, expected, latest) = (time("asOf")?, time("expectedStart")?, time("latestStart")?);
+    ensure!(as_of < expected && expected <= latest, "it begins in the past, or later than promised: {receipt}");
+    let line = format!("Queued: position {place} of the node, expected ");
+    let timeline = at(&receipt, "/spec/timeline").as_array();
+    let is_told = timeline.into_iter().flatten().filter_map(Value::as_str).any(|told| told.contains(&line));
+    ensure!(is_told, "no line of the timeline says {line:?}: {receipt}");
+    let table = world.kubectl.run(&["--namespace", NAMESPACE, "get", "gpuleases"])?;
+    let shown = ["Queued".to_owned(), format!("node, {}", if place == 1 { "1st" } else { "2nd" })];
+    let row = table.lines().find(|line| line.contains(account) && shown.iter().all(|word| line.contains(word)));
+    ensure!(row.is_some(), "`kubectl get gpuleases` does not show {shown:?} for {account}:\n{table}");
+    Ok(())
 }
 
 /// The API server is away for some seconds: the lease that runs goes on and is charged what it used, and nothing is granted

@@ -1,23 +1,32 @@
-//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay. A batch is one
-//! request, and none is sent while page writes are hard for the API server.
+//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay, but for those
+//! that wait under an earlier leader: their requests wait on, or left, under another lease, and nobody would ever write that.
+//! A batch is one request, and none is sent while page writes are hard for the API server.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
-use spaceport_crds::GPULease;
+use spaceport_core::ids::LeaseId;
 use spaceport_crds::names::LEASE_LABEL;
+use spaceport_crds::{GPULease, LeasePhase};
 use spaceport_shell::error_chain;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::pressure::PressureGauge;
+use super::receipt::Receipts;
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
 /// Time between two rounds.
 const PERIOD: Duration = Duration::from_secs(600);
+/// Time from the beginning of a term to its first round: what waits is presented within seconds, and leases that run are
+/// known by then.
+const FIRST: Duration = Duration::from_secs(60);
+/// A receipt of a lease that waits, which no writer follows, is nobody's after this long: it is followed before it is
+/// created.
+const NOBODYS_AFTER: SignedDuration = SignedDuration::from_secs(30);
 /// Receipts removed in one round; more are left to the next, so that deletes never crowd out page writes.
 const ROUND_MAX: usize = 500;
 /// Receipts of one request. The selector that names them, 27 bytes for each, fits any limit of a request line, and the
@@ -57,13 +66,16 @@ struct Batch<'a> {
 pub async fn run(
     api: KubeApi,
     retention: watch::Receiver<Option<Retention>>,
+    receipts: Receipts,
     pressure: PressureGauge,
     stop: CancellationToken,
 ) {
-    while pause(PERIOD, &stop).await {
+    let mut wait = FIRST;
+    while pause(wait, &stop).await {
+        wait = PERIOD;
         let current = *retention.borrow();
         if let Some(retention) = current {
-            remove_old(&api, retention, &pressure, &stop).await;
+            remove_old(&api, retention, &receipts, &pressure, &stop).await;
         }
     }
 }
@@ -78,7 +90,13 @@ async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
     true
 }
 
-async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGauge, stop: &CancellationToken) {
+async fn remove_old(
+    api: &KubeApi,
+    retention: Retention,
+    followed: &Receipts,
+    pressure: &PressureGauge,
+    stop: &CancellationToken,
+) {
     // A list of all receipts is a load as well.
     if !is_calm(pressure, stop).await {
         return;
@@ -90,7 +108,9 @@ async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGaug
             return;
         }
     };
-    let old = old_receipts(&receipts, retention, clock::wall());
+    let now = clock::wall();
+    let mut old = old_receipts(&receipts, retention, now);
+    old.extend(nobodys(&receipts, |lease| followed.follows(lease), now));
     let mut removed = 0_usize;
     for batch in batches(&old) {
         match api.namespace::<GPULease>(batch.namespace).delete_labelled(LEASE_LABEL, &batch.leases).await {
@@ -132,6 +152,16 @@ fn old_receipts(receipts: &[GPULease], retention: Retention, now: Timestamp) -> 
     old
 }
 
+/// Receipts of leases that wait and are followed by no writer. One of a lease that runs has a hold, with which every leader
+/// follows it. Pure.
+fn nobodys(receipts: &[GPULease], is_followed: impl Fn(&LeaseId) -> bool, now: Timestamp) -> Vec<&GPULease> {
+    let waits = receipts.iter().filter(|receipt| receipt.spec.phase == LeasePhase::Queued);
+    let is_old = |receipt: &&GPULease| {
+        receipt.creation_timestamp().is_some_and(|created| now.duration_since(created.0) > NOBODYS_AFTER)
+    };
+    waits.filter(is_old).filter(|receipt| !is_followed(&LeaseId::new(&receipt.spec.lease))).collect()
+}
+
 /// The requests of one round, the oldest receipts first. One without its label, which somebody took off, stays. Pure.
 fn batches<'a>(old: &[&'a GPULease]) -> Vec<Batch<'a>> {
     let mut batches: Vec<Batch<'a>> = Vec::new();
@@ -151,7 +181,7 @@ fn batches<'a>(old: &[&'a GPULease]) -> Vec<Batch<'a>> {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use spaceport_crds::{GPULeaseSpec, LeasePhase};
+    use spaceport_crds::GPULeaseSpec;
 
     use super::*;
 
@@ -189,6 +219,24 @@ mod tests {
             receipt("a", "waiting", LeasePhase::Queued, 500),
         ];
         assert_eq!(removed(&receipts, Retention { kept: 10, age_max_seconds: 100 }), ["old"]);
+    }
+
+    #[test]
+    fn who_waits_under_no_leader_has_no_receipt() {
+        let of = |name: &str, phase, age_seconds| {
+            let mut receipt = receipt("a", name, phase, age_seconds);
+            receipt.spec.lease = name.to_owned();
+            receipt
+        };
+        let receipts = [
+            of("waits", LeasePhase::Queued, 500),
+            of("waited-under-another", LeasePhase::Queued, 31),
+            of("young", LeasePhase::Queued, 30),
+            of("runs", LeasePhase::Running, 500),
+        ];
+        let now = Timestamp::from_second(10_000).unwrap();
+        let found = nobodys(&receipts, |lease| lease.as_str() == "waits", now);
+        assert_eq!(found.iter().map(|receipt| receipt.name_any()).collect::<Vec<_>>(), ["waited-under-another"]);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
+use std::collections::BTreeMap;
+
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey};
 use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
+use spaceport_crds::WaitReason;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_proto::nodelink::node_message::Message as Incoming;
@@ -11,6 +14,7 @@ use tracing::{error, info, warn};
 use super::Actor;
 use crate::clock;
 use crate::fault::Place;
+use crate::ledger::convert::wait_reason;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages, Wanted};
 use crate::ledger::policy;
@@ -29,6 +33,10 @@ const FIRST_ACCOUNTS_MAX: usize = 256;
 /// Pages written a tick because of a condition alone: 32 a second are far below what an etcd writes, and far above what
 /// admins change by hand.
 const SHOWN_PER_TICK: usize = 16;
+
+/// Requests looked at a tick for where they stand: thousands within the 10 s after which it is looked again, and less than a
+/// millisecond of the broker's time.
+const LOOKS_PER_TICK: usize = 256;
 
 /// Who pays for a call.
 struct Paying {
@@ -55,15 +63,14 @@ impl<P: Pages> Actor<P> {
             self.receipt(record);
         }
         self.show_conditions();
+        self.look_who_waits();
         let leases = &self.state.leases;
         self.records.keep(|lease| leases.contains_key(lease));
         self.end_messages.retain(|lease, _| leases.contains_key(lease));
         let without_pool = self.state.nodes.keys().filter(|node| self.known.pool(node).is_err()).count();
         self.metrics.set_nodes_without_pool(without_pool);
         self.metrics.set_leases_in_doubt(self.state.strangers.len());
-        for node in self.state.nodes.keys() {
-            self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
-        }
+        self.count_who_waits();
     }
 
     /// Asks for page writes where only a condition has changed. A few a tick: when a tier goes, the pages of all its
@@ -87,6 +94,30 @@ impl<P: Pages> Actor<P> {
             });
             if wrong {
                 self.command(Command::Show { account });
+            }
+        }
+    }
+
+    fn count_who_waits(&self) {
+        for node in self.state.nodes.keys() {
+            // As many as the bound of the node's queue.
+            let mut counts = WaitReason::ALL.iter().map(|reason| (*reason, 0)).collect::<BTreeMap<_, usize>>();
+            for waiting in self.state.queue.line(node) {
+                *counts.entry(wait_reason(waiting.waits_for)).or_default() += 1;
+            }
+            for (reason, count) in counts {
+                self.metrics.set_queued(node.as_str(), reason.as_str(), count);
+            }
+        }
+    }
+
+    /// Notes for receipts where those who wait stand now.
+    fn look_who_waits(&mut self) {
+        let at = self.moment();
+        for ticket in self.records.looks_due(at.steady, LOOKS_PER_TICK) {
+            let place = self.state.standing(&ticket, at.steady);
+            if let Some(record) = place.and_then(|place| self.records.stands(&place, at.wall)) {
+                self.receipt(record);
             }
         }
     }

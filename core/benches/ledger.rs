@@ -11,7 +11,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, PickedSlot, Policy, Priority, Request,
     State, step,
@@ -193,6 +195,7 @@ impl Bench {
             ticket: Ticket { agent_instance: format!("instance-{at}").into(), number: self.tickets },
             node: node(at),
             space: SpaceKey::new("demo", format!("space-{space}"), format!("00000000-0000-0000-0000-{space:012}")),
+            revision: Revision::default(),
             size,
             declared_ms,
             caller: Ok(account),

@@ -178,6 +178,26 @@ impl Deref for SpaceKey {
     }
 }
 
+/// Which version of its app a pod runs, as the Space controller wrote it on the pod: one that is made anew of the same
+/// version has the same. 0 where it is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Revision(pub u64);
+
+impl Revision {
+    /// Of its text, 16 hexadecimal digits; anything else is a revision that is not known.
+    pub fn of(text: &str) -> Self {
+        let is_whole = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        Self(u64::from_str_radix(text, 16).ok().filter(|_| is_whole).unwrap_or_default())
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{:016x}", self.0)
+    }
+}
+
 /// Size of a lease (docs/rules.md). The weight is what a second of it costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -288,6 +308,15 @@ mod tests {
         assert_eq!(ulid_text(u128::MAX), "7zzzzzzzzzzzzzzzzzzzzzzzzz");
         // The example of the ULID specification.
         assert_eq!(ulid_text(0x0156_3e3a_b5d3_d676_4c61_efb9_9302_bd5b), "01arz3ndektsv4rrffq69g5fav");
+    }
+
+    #[test]
+    fn a_revision_is_its_text_or_not_known() {
+        let revision = Revision::of("00c4f2a19b7e55d3");
+        assert_eq!((revision.0, revision.to_string().as_str()), (0x00c4_f2a1_9b7e_55d3, "00c4f2a19b7e55d3"));
+        for text in ["", "c4f2", "+0c4f2a19b7e55d3", "00c4f2a19b7e55d3a", "zzzzzzzzzzzzzzzz"] {
+            assert_eq!(Revision::of(text), Revision::default(), "{text}");
+        }
     }
 
     #[test]

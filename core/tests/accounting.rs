@@ -9,7 +9,9 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, CookieId, Epoch, IdSeed, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, CookieId, Epoch, IdSeed, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     Budget, Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, PickedSlot, Policy, Priority, Request,
     SpaceSettings, State, step,
@@ -18,7 +20,7 @@ use spaceport_core::page::{Ending, Page, Shortened, ShortenedBy};
 use spaceport_core::protocol::{
     CallerClass, Denial, DurationLimit, Limiter, QueueOf, UnauthenticatedReason, human_message,
 };
-use spaceport_core::queue::{QueueBounds, SUGGEST_MIN};
+use spaceport_core::queue::{QueueBounds, SUGGEST_MIN, WaitsFor};
 use spaceport_core::quota::Allowance;
 use spaceport_core::slots::Card;
 
@@ -30,6 +32,8 @@ struct Story {
     now: u64,
     seed: u128,
     tickets: u64,
+    /// Of the app that calls from now on.
+    revision: Revision,
 }
 
 fn policy(base_ms: u64, concurrent: u32) -> Policy {
@@ -68,7 +72,8 @@ const fn guest(cookie: &str) -> Who<'_> {
 impl Story {
     /// A term with bob (600 s), an address prefix (120 s a visitor, 300 s in all), and a node with 8 slots.
     fn begin() -> Self {
-        let mut story = Self { state: State::new(Epoch(1), BTreeSet::new()), now: 0, seed: 0, tickets: 0 };
+        let mut story =
+            Self { state: State::new(Epoch(1), BTreeSet::new()), now: 0, seed: 0, tickets: 0, revision: Revision(1) };
         story.account("bob", policy(600_000, 9));
         let mut guests = policy(300_000, 1);
         guests.allowance.per_cookie_ms = Some(120_000);
@@ -121,6 +126,7 @@ impl Story {
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", who.space),
+            revision: self.revision,
             size: Size::Large,
             declared_ms,
             caller: Ok(AccountName::new(who.account)),
@@ -169,7 +175,7 @@ fn denial(effects: &[Effect]) -> Denial {
 fn waits_for_concurrency(effects: &[Effect]) -> bool {
     effects
         .iter()
-        .any(|effect| matches!(effect, Effect::Queue(place) if place.concurrency && place.latest_start_ms.is_none()))
+        .any(|effect| matches!(effect, Effect::Queue(place) if place.waits_for != WaitsFor::Node && place.latest_start_ms.is_none()))
 }
 
 #[test]
@@ -309,6 +315,24 @@ fn a_space_that_trusts_its_history_reserves_what_was_learned() {
     let wiser = order(&story.ask(BOB, 60_000)).unwrap();
     assert_eq!(wiser.declared_ms, 9_000, "a call that was cut short gives the next one more");
     assert!(order(&story.ask(BOB, 5_000)).is_some_and(|order| order.declared_ms == 5_000), "another function");
+}
+
+#[test]
+fn what_an_old_version_of_an_app_needed_limits_no_call_of_the_new_one() {
+    let mut story = Story::begin();
+    story.space(SpaceSettings { learned_reservation: true, ..SpaceSettings::default() });
+    for _ in 0..SUGGEST_MIN {
+        story.run(BOB, 60_000, Ending::Released, 4_000);
+    }
+    story.revision = Revision(2);
+    let new = order(&story.ask(BOB, 60_000)).unwrap();
+    assert_eq!(new.declared_ms, 60_000);
+    story.revision = Revision(1);
+    let old = order(&story.ask(BOB, 60_000)).unwrap();
+    assert_eq!(old.declared_ms, 6_000, "its pod still answers, or was made anew");
+    story.end(&new, Ending::Released, 50_000);
+    story.end(&old, Ending::Released, 4_000);
+    assert_eq!(order(&story.ask(BOB, 60_000)).unwrap().declared_ms, 6_000, "each learns from its own");
 }
 
 #[test]

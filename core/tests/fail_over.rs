@@ -6,13 +6,16 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, ORDER_AGE_MAX_MS, PickedSlot, Policy,
     Priority, Request, State, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::CallerClass;
+use spaceport_core::queue::History;
 use spaceport_core::quota::Allowance;
 use spaceport_core::slots::Card;
 
@@ -112,6 +115,7 @@ impl Term {
             ticket,
             node,
             space,
+            revision: Revision::default(),
             size,
             declared_ms: DECLARED_MS,
             caller,
@@ -186,6 +190,20 @@ fn meets(phase: AgentPhase) -> (Term, Page, LeaseId) {
     let (term, effects) = Term::begin(2, Page::default(), vec![on_node(&lease, phase)]);
     assert_eq!(effects, confirms(), "its page is read, and nothing else is done");
     (term, page, lease)
+}
+
+/// Which version of its app it was a call of stood in the earlier leader's memory alone.
+#[test]
+fn a_call_that_runs_across_a_fail_over_is_charged_and_teaches_nothing() {
+    let (page, lease) = late_hold();
+    let (mut term, _) = Term::begin(2, page, vec![on_node(&lease, AgentPhase::Running)]);
+    term.end(&lease);
+    assert!(term.page().windows[0].charged_ms > 0);
+    assert_eq!(term.state.history, History::default());
+    term.free(&lease);
+    let Some(Effect::Start(order)) = term.ask(Size::Large).pop() else { panic!("there is room") };
+    term.end(&order.lease);
+    assert_ne!(term.state.history, History::default(), "one of this term does");
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     Command, Effect, EndReport, Event, FreedAs, Moment, Order, Outcome, PickedSlot, Place, Policy, Priority, Request,
     State, step,
@@ -48,6 +50,7 @@ fn request(number: u64, account: &str, presented: Option<Presented>) -> Request 
         ticket: Ticket { agent_instance: "a".into(), number },
         node: NodeName::new(NODE),
         space: SpaceKey::new("n", "s", "u"),
+        revision: Revision::default(),
         size: Size::Large,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(account)),

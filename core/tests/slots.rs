@@ -4,7 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, Order, PickedSlot, Policy, Priority, Request,
     State, step,
@@ -87,6 +89,7 @@ impl Story {
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", "u"),
+            revision: Revision::default(),
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new("bob")),

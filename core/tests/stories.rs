@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Budget, Command, Effect, EndReport, FreedAs, LAZY_PATIENCE_MS, Limits, Moment,
-    NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, NodeSettings, Order, PickedSlot, Policy, Priority, Request,
+    NO_DEVICE_FREE_PER_HOUR, NOTE_PERIOD_MS, NodeSettings, Order, PickedSlot, Place, Policy, Priority, Request,
     SETTLE_PATIENCE_MS, State, TermEnd, step,
 };
 use spaceport_core::page::{CLOSED_MAX, Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
+use spaceport_core::queue::WaitsFor;
 use spaceport_core::quota::Allowance;
 use spaceport_core::slots::Card;
 
@@ -93,6 +96,7 @@ impl Story {
             ticket: Ticket { agent_instance: "a".into(), number: self.tickets },
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", "u"),
+            revision: Revision::default(),
             size,
             declared_ms,
             caller: Ok(AccountName::new(account)),
@@ -268,16 +272,44 @@ fn the_head_blocks_and_whoever_waits_for_his_own_account_does_not() {
     let first = order(&story.ask(BOB, Size::Large, 10_000));
     story.started(&first.lease, 0);
     let Effect::Queue(place) = &story.ask(BOB, Size::Large, 10_000)[0] else { panic!("bob is at his limit") };
-    assert!(place.concurrency);
+    assert_eq!(place.waits_for, WaitsFor::Account);
     // Ann passes bob, who waits for himself; then her whole card waits, and nobody passes it.
     order(&story.ask("ann", Size::Large, 10_000));
     let Effect::Queue(place) = &story.ask("ann", Size::Xlarge, 10_000)[0] else { panic!("the card is in use") };
-    assert!(!place.concurrency && place.latest_start_ms > Some(place.eta_ms));
+    assert!(place.waits_for == WaitsFor::Node && place.latest_start_ms > Some(place.eta_ms));
     story.end(&first.lease, Ending::Released, 1_000);
     // Bob is older than the whole card, so the slot is his.
     let waiting: Vec<_> = story.state.queue.iter().map(|waiting| waiting.demand.size).collect();
     assert_eq!(waiting, [Size::Xlarge]);
     assert!(matches!(story.ask("ann", Size::Large, 10_000)[..], [Effect::Queue(_)]));
+}
+
+#[test]
+fn who_waits_is_told_where_it_stands_now_as_well_as_when_it_came() {
+    let mut story = Story::begin(1, 6_000_000, 9);
+    let running = order(&story.ask(BOB, Size::Xlarge, 10_000));
+    story.started(&running.lease, 0);
+    let places: Vec<Place> = [20_000, 30_000, 10_000]
+        .map(|declared_ms| match &story.ask(BOB, Size::Xlarge, declared_ms)[0] {
+            Effect::Queue(place) => (**place).clone(),
+            other => panic!("the card is in use: {other:?}"),
+        })
+        .into();
+    let stands = |story: &Story| -> Vec<Option<u32>> {
+        let now = Steady(story.now);
+        places.iter().map(|told| story.state.standing(&told.ticket, now).map(|place| place.position)).collect()
+    };
+    assert_eq!(
+        places.iter().map(|told| told.position).collect::<Vec<_>>(),
+        [1, 2, 1],
+        "the shortest passes the others"
+    );
+    assert_eq!(stands(&story), [Some(2), Some(3), Some(1)]);
+    story.now += 5_000;
+    let later = story.state.standing(&places[0].ticket, Steady(story.now)).unwrap();
+    assert_eq!(later.latest_start_ms, places[0].latest_start_ms.map(|ms| ms - 5_000), "the promise stays");
+    story.end(&running.lease, Ending::Released, 1_000);
+    assert_eq!(stands(&story), [Some(1), Some(2), None]);
 }
 
 #[test]
@@ -355,7 +387,7 @@ fn a_full_outbox_pauses_its_account_only() {
         story.run(Ending::Released, 10);
     }
     let Effect::Queue(place) = &story.ask(BOB, Size::Large, 10_000)[0] else { panic!("the outbox is full") };
-    assert!(place.concurrency);
+    assert_eq!(place.waits_for, WaitsFor::Account);
     order(&story.ask("ann", Size::Large, 10_000));
     let lease = story.page().closed[0].hold.lease.clone();
     order(&story.tell(Command::ReceiptWritten { account: AccountName::new(BOB), lease }));
@@ -571,6 +603,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
         ticket: Ticket { agent_instance: "a".into(), number: 100 },
         node: NodeName::new(NODE),
         space: SpaceKey::new("n", "s", "u"),
+        revision: Revision::default(),
         size: Size::Xlarge,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(BOB)),

@@ -12,6 +12,10 @@ pub const MAX_FUNCTIONS: usize = 16;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FunctionDuration {
+    /// Revision of the app that was called: the annotation `spaceport.dev/revision` of its pods.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 32))]
+    pub revision: String,
     /// Size asked for.
     pub size: GpuSize,
     /// As declared.

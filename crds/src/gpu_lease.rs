@@ -35,6 +35,18 @@ string_enum! {
     }
 }
 
+string_enum! {
+    /// What a lease waits for.
+    WaitReason {
+        /// A slot of its node.
+        Node = "Node",
+        /// Something of its own account: mostly the limit of leases at once.
+        Account = "Account",
+        /// The limit of leases at once of its Space.
+        Space = "Space",
+    }
+}
+
 impl LeasePhase {
     /// Whether nothing follows.
     pub const fn is_final(self) -> bool {
@@ -60,6 +72,7 @@ impl LeasePhase {
     printcolumn(name = "Account", type_ = "string", json_path = ".spec.account"),
     printcolumn(name = "Size", type_ = "string", json_path = ".spec.size"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".spec.phase"),
+    printcolumn(name = "Waits", type_ = "string", json_path = ".spec.waits"),
     printcolumn(name = "Declared", type_ = "string", json_path = ".spec.declared"),
     printcolumn(name = "Used", type_ = "string", json_path = ".spec.used"),
     printcolumn(name = "Charged", type_ = "string", json_path = ".spec.charged"),
@@ -96,6 +109,8 @@ impl LeasePhase {
         "!(self.phase in ['Refunded', 'Expired']) || !has(self.chargedMilliseconds) || self.chargedMilliseconds == 0",
     )
     .message("a refunded or expired lease is charged nothing"),
+    validation = Rule::new("self.phase == 'Queued' || !(has(self.place) || has(self.waits))")
+        .message("only a lease that waits has a place in a queue"),
 )]
 pub struct GPULeaseSpec {
     /// Id of the lease in the ledger, a ULID in lower case: the same in gateway log, node log and client error.
@@ -119,6 +134,14 @@ pub struct GPULeaseSpec {
     pub weight: i64,
     /// Where it is.
     pub phase: LeasePhase,
+    /// For what it waits, and at which place: only in phase Queued. As of its `asOf`: it is written again when it says
+    /// something else, but not more often than every 10 s, and not while page writes are hard for the API server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<LeasePlace>,
+    /// `place` for the column: `node, 3rd`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub waits: Option<String>,
     /// Longest run as the function declares it, unweighted.
     #[schemars(range(min = 0, max = 1_000_000_000_000_i64))]
     pub declared_milliseconds: i64,
@@ -203,6 +226,27 @@ pub struct GPULeaseSpec {
     /// The same boundaries as timestamps.
     #[serde(default, skip_serializing_if = "LeaseBoundaries::is_empty")]
     pub boundaries: LeaseBoundaries,
+}
+
+/// Where a lease that waits stood when this was written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LeasePlace {
+    /// What it waits for.
+    pub reason: WaitReason,
+    /// Its place among those who wait for its node, by what is expected of each; 1 is next. Who comes later and is expected
+    /// to be shorter may pass. Absent while it waits for its account or Space: then it is passed, and keeps its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub position: Option<i32>,
+    /// When it begins if calls run as long as they are expected to. No promise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_start: Option<MicroTime>,
+    /// When it begins at the latest, whoever comes later (invariant 11). Absent while it waits for its account or Space.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latest_start: Option<MicroTime>,
+    /// When it stood there.
+    pub as_of: MicroTime,
 }
 
 /// When a lease crossed each boundary. A boundary it never reached is absent.

@@ -36,7 +36,7 @@ pub use gpu_account::{
     ClosedLease, CookieRow, CookieWindow, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity,
     LastDenial, Part, RecentOutcome, Shortened, Window,
 };
-pub use gpu_lease::{GPULease, GPULeaseSpec, LeaseBoundaries, LeasePhase};
+pub use gpu_lease::{GPULease, GPULeaseSpec, LeaseBoundaries, LeasePhase, LeasePlace, WaitReason};
 pub use gpu_node::{
     Card, CardHealth, CardUse, Cordon, CordonScope, GPUNode, GPUNodeSpec, GPUNodeStatus, Seats, Slot, SlotState,
 };

@@ -83,7 +83,7 @@ fn printer_columns() {
     }
     insta::assert_snapshot!(table, @r"
     GPUAccount: USER TIER USED RESERVED LEFT RESETS LEASES GUESTS(wide)
-    GPULease: SPACE ACCOUNT SIZE PHASE DECLARED USED CHARGED NODE GPU AGE GRANTED(wide) OUTCOME(wide) ISOLATION(wide) MESSAGE(wide)
+    GPULease: SPACE ACCOUNT SIZE PHASE WAITS DECLARED USED CHARGED NODE GPU AGE GRANTED(wide) OUTCOME(wide) ISOLATION(wide) MESSAGE(wide)
     GPUNode: CARDS MODE SLOTS HEALTH DRIVER AGE READY(wide) ISOLATION(wide) HOLDERS(wide)
     GPUPool: MODE NODES CARDS SLOTS SEATS AGE READY(wide) RECEIPTS(wide)
     GPUQuotaGrant: ACCOUNT GPU-SECONDS KIND USED EXPIRES REASON AGE
@@ -150,6 +150,7 @@ fn every_cel_rule_is_listed() {
     GPULease.spec: a charge is at most weight x declared (invariant 5)
     GPULease.spec: a lease is never given more than it declares
     GPULease.spec: a refunded or expired lease is charged nothing
+    GPULease.spec: only a lease that waits has a place in a queue
     GPUNode.spec.cordon: give cards with scope: Cards, and only then
     GPUPool.spec: if large is a whole card both sizes hold the same and must weigh the same
     GPUPool.spec.cards: a card is shared in time or dedicated, not both (N4)

@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::{WatchStreamExt as _, watcher};
+use spaceport_core::ids::Revision;
 use spaceport_crds::names::{LARGE_RESOURCE, SPACE_LABEL, XLARGE_RESOURCE};
 use spaceport_shell::error_chain;
 use spaceport_shell::readiness::Condition;
@@ -30,6 +31,8 @@ use crate::space_backend::{AppContainer, SpaceBackend};
 
 /// Label with the uid of the Space; the operator's Space controller sets it.
 const SPACE_UID_LABEL: &str = "spaceport.dev/space-uid";
+/// Annotation with the revision of the app, from the pod template; nothing but what is learned of the Space depends on it.
+const REVISION_ANNOTATION: &str = "spaceport.dev/revision";
 /// Name of the container that runs the app in a Space's pod, as the operator names it.
 const APP_CONTAINER: &str = "app";
 
@@ -143,6 +146,7 @@ pub async fn run(
 fn look(pod: &Pod, settings: &PodSettings) -> Seen {
     let meta = &pod.metadata;
     let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name)).cloned();
+    let revision = meta.annotations.as_ref().and_then(|annotations| annotations.get(REVISION_ANNOTATION));
     let spec = pod.spec.as_ref();
     let uid = meta.uid.clone().unwrap_or_default();
     let namespace = meta.namespace.clone().unwrap_or_default();
@@ -165,6 +169,7 @@ fn look(pod: &Pod, settings: &PodSettings) -> Seen {
                     space,
                     space_uid,
                     pod_uid: uid.clone(),
+                    revision: revision.map(|text| Revision::of(text)).unwrap_or_default(),
                 },
                 app_container: app_container(pod).unwrap_or_default(),
             },
@@ -362,6 +367,7 @@ mod tests {
             "metadata": {
                 "name": "hello-1", "namespace": "demo", "uid": "u1",
                 "labels": {"spaceport.dev/space": "hello", "spaceport.dev/space-uid": "s1"},
+                "annotations": {"spaceport.dev/revision": "00c4f2a19b7e55d3"},
             },
             "spec": {"containers": [{"name": "app"}]},
             "status": {"containerStatuses": [
@@ -375,6 +381,17 @@ mod tests {
         let Role::Space { pod, app_container } = look(&pod(space_pod()), &settings()).role else { panic!() };
         assert_eq!((pod.space.as_str(), pod.space_uid.as_str(), pod.pod_uid.as_str()), ("hello", "s1", "u1"));
         assert_eq!(app_container, "c1");
+        assert_eq!(pod.revision, Revision::of("00c4f2a19b7e55d3"));
+    }
+
+    #[test]
+    fn a_pod_without_a_revision_that_can_be_read_is_served_all_the_same() {
+        for annotations in [json!({}), json!({"spaceport.dev/revision": "newest"})] {
+            let mut value = space_pod();
+            value["metadata"]["annotations"] = annotations;
+            let Role::Space { pod, .. } = look(&pod(value), &settings()).role else { panic!() };
+            assert_eq!(pod.revision, Revision::default());
+        }
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{Command, Effect, Moment, Order, Policy, Priority, Request, State, step};
 use spaceport_core::page::{Page, Source, Unsound};
 use spaceport_core::protocol::CallerClass;
@@ -96,6 +98,7 @@ impl Ledger {
             ticket: Ticket { agent_instance: AGENT.into(), number },
             node: NodeName::new(NODE),
             space,
+            revision: Revision::default(),
             size,
             declared_ms,
             caller: Ok(AccountName::new(ACCOUNT)),

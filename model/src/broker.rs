@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spaceport_core::ids::{Epoch, IdSeed, LedgerTime, Size, SpaceKey, Steady};
+use spaceport_core::ids::{Epoch, IdSeed, LedgerTime, Revision, Size, SpaceKey, Steady};
 use spaceport_core::lease::{
     AgentLease, AgentPhase, Command, Effect, EndReport, FreedAs, Moment, NOBODYS, NodeSettings, PickedSlot, Policy,
     Priority, Request, State, step,
@@ -335,6 +335,7 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             ticket: names::ticket(usize::from(*call), node, *start),
             node: name,
             space: SpaceKey::new("model", "space", "space"),
+            revision: Revision::default(),
             size: Size::Large,
             declared_ms: DECLARED_MS,
             caller: Ok(names::account(calls[usize::from(*call)].account)),

@@ -20,10 +20,11 @@ pub struct KindLabel {
     kind: &'static str,
 }
 
-/// A node; their number is that of the cluster.
+/// A node, whose number is that of the cluster, and what is waited for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct NodeLabel {
+pub struct QueueLabel {
     node: String,
+    reason: &'static str,
 }
 
 /// A kind of request to the API server; their number is that of the resources we write.
@@ -44,7 +45,7 @@ struct Inner {
     leases: Family<KindLabel, Counter>,
     denials: Family<KindLabel, Counter>,
     shortened: Family<KindLabel, Counter>,
-    queued: Family<NodeLabel, Gauge>,
+    queued: Family<QueueLabel, Gauge>,
     worst_wait_over_bound: Gauge<f64, AtomicU64>,
     promises_withdrawn: Counter,
     page_write_seconds: Histogram,
@@ -102,7 +103,7 @@ impl Metrics {
             shortened.clone(),
         );
         let queued = Family::default();
-        registry.register("queued_requests", "Requests that wait for a slot, by node", queued.clone());
+        registry.register("queued_requests", "Requests that wait on a node, by what they wait for", queued.clone());
         let worst_wait_over_bound = Gauge::<f64, AtomicU64>::default();
         registry.register(
             "worst_wait_over_bound",
@@ -243,8 +244,8 @@ impl Metrics {
     }
 
     /// Requests that wait on a node.
-    pub fn set_queued(&self, node: &str, requests: usize) {
-        self.inner.queued.get_or_create(&NodeLabel { node: node.to_owned() }).set(gauge(requests));
+    pub fn set_queued(&self, node: &str, reason: &'static str, requests: usize) {
+        self.inner.queued.get_or_create(&QueueLabel { node: node.to_owned(), reason }).set(gauge(requests));
     }
 
     /// A term is over: nobody waits here, and nothing is known of its nodes.
@@ -371,7 +372,7 @@ mod tests {
         metrics.lease_ended("Released");
         metrics.denied("QuotaExceeded");
         metrics.shortened("RemainingQuota");
-        metrics.set_queued("gpu-1", 3);
+        metrics.set_queued("gpu-1", "Node", 3);
         metrics.page_write(PageWrite::Written, Duration::from_millis(3));
         metrics.page_write(PageWrite::Conflict, Duration::from_millis(3));
         metrics.set_epoch(7);
@@ -382,7 +383,7 @@ mod tests {
             "spaceport_leases_total{kind=\"Released\"} 1",
             "spaceport_denials_total{kind=\"QuotaExceeded\"} 1",
             "spaceport_leases_shortened_total{kind=\"RemainingQuota\"} 1",
-            "spaceport_queued_requests{node=\"gpu-1\"} 3",
+            "spaceport_queued_requests{node=\"gpu-1\",reason=\"Node\"} 3",
             "spaceport_page_writes_total{kind=\"conflict\"} 1",
             "spaceport_page_write_seconds_count 2",
             "spaceport_epoch 7",

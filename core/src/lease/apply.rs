@@ -206,9 +206,9 @@ impl State {
 
     fn change(&mut self, account: &AccountName, change: &PageChange, at: Steady) -> Result<(), Misfit> {
         let twice = self.has(Mutant::SettleTwice);
+        let learned = self.learned_of(account, change);
         let Some(found) = self.accounts.get_mut(account) else { return Ok(()) };
         let held = if twice { found.working.holds.clone() } else { Vec::new() };
-        let learned = found.function_of(change);
         change.make(Arc::make_mut(&mut found.working))?;
         if twice && matches!(change, PageChange::Settle { .. }) {
             Arc::make_mut(&mut found.working).holds = held;

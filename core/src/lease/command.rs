@@ -1,6 +1,6 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
 use crate::queue::{LaneSettings, Presented, Priority, QueueBounds};
@@ -325,6 +325,8 @@ pub struct Request {
     pub node: NodeName,
     /// The Space that the pod belongs to.
     pub space: SpaceKey,
+    /// The version of the Space's app that the pod runs.
+    pub revision: Revision,
     /// Size asked for.
     pub size: Size,
     /// Longest run asked for, unweighted.

@@ -121,9 +121,10 @@ pub struct Place {
     pub ticket: Ticket,
     /// On which node.
     pub node: NodeName,
-    /// It waits for something of its own account or Space, not for the node.
-    pub concurrency: bool,
-    /// 1 is next.
+    /// What it waits for.
+    pub waits_for: WaitsFor,
+    /// 1 is next of those who wait for its node, by what is expected of each now; it says little while it waits for its
+    /// account or Space.
     pub position: u32,
     /// Expected wait, if everybody ahead uses what they declared.
     pub eta_ms: u64,
@@ -202,12 +203,19 @@ fn start(state: &State, id: &LeaseId) -> Option<Effect> {
     })))
 }
 
+impl State {
+    /// Where a request stands now; None if it does not wait.
+    pub fn standing(&self, ticket: &Ticket, now: Steady) -> Option<Place> {
+        self.queue.get(ticket).map(|waiting| place(self, waiting, now))
+    }
+}
+
 fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
     let (position, eta_ms) = promise::position(now, state, waiting);
     Place {
         ticket: waiting.ticket.clone(),
         node: waiting.node.clone(),
-        concurrency: waiting.waits_for != WaitsFor::Node,
+        waits_for: waiting.waits_for,
         position,
         eta_ms,
         latest_start_ms: waiting.promise.map(|promise| promise.latest_start().since(now)),

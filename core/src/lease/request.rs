@@ -78,6 +78,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 node: request.node,
                 account: name,
                 space: request.space,
+                revision: request.revision,
                 demand,
                 turn,
                 caller: account.policy.caller,
@@ -146,7 +147,12 @@ fn turn(at: Moment, state: &State, account: &Account, request: &Request, demand:
 
 /// What the calls like it are known by.
 fn function(request: &Request, demand: &Demand) -> Function {
-    Function { space_uid: request.space.uid.clone(), size: demand.size, declared_ms: demand.asked_ms() }
+    Function {
+        space_uid: request.space.uid.clone(),
+        revision: request.revision,
+        size: demand.size,
+        declared_ms: demand.asked_ms(),
+    }
 }
 
 /// How many slots of the node's cards a lease takes.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ByName, Size};
+use crate::ids::{ByName, Revision, Size};
 
 /// Functions that are remembered; beyond it the one that ran least recently is forgotten. About 500 bytes each.
 pub const FUNCTIONS_MAX: usize = 8192;
@@ -22,6 +22,8 @@ const MARGIN_PERCENT: u64 = 150;
 /// What is known of a function (requirement A13), over its last [`SAMPLES_MAX`] calls that ran to their end. Milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Learned {
+    /// Which version of the app it is known of.
+    pub revision: Revision,
     /// What is asked for.
     pub size: Size,
     /// As declared.
@@ -39,11 +41,14 @@ pub struct Learned {
     pub suggested_ms: Option<u64>,
 }
 
-/// What calls with a common history have in common. `taskId` is no part of it, for it changes at each start (L15).
+/// What calls with a common history have in common. The revision is a part of it: what a version of an app needed says
+/// nothing about the next one. `taskId` is none, for it changes at each start (L15).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Function {
     /// uid of the Space.
     pub space_uid: String,
+    /// Which version of the app.
+    pub revision: Revision,
     /// What is asked for.
     pub size: Size,
     /// As declared, milliseconds.
@@ -111,9 +116,10 @@ impl History {
         self.functions.get(function).and_then(|samples| samples.learned(function).suggested_ms)
     }
 
-    /// All functions of a Space of which enough is known to tell, by size and declared duration.
+    /// All functions of a Space of which enough is known to tell, by revision, size and declared duration.
     pub fn of_space(&self, space_uid: &str) -> Vec<Learned> {
-        let first = Function { space_uid: space_uid.to_owned(), size: Size::Large, declared_ms: 0 };
+        let revision = Revision::default();
+        let first = Function { space_uid: space_uid.to_owned(), revision, size: Size::Large, declared_ms: 0 };
         let functions = self.by_space.range(first..).take_while(|function| function.space_uid == space_uid);
         let known = functions.filter_map(|function| Some((function, self.functions.get(function)?)));
         let known = known.filter(|(_, samples)| samples.used_ms.len() >= SAMPLES_MIN);
@@ -133,6 +139,7 @@ impl Samples {
         let enough_ms = percentile(&sorted, 99).saturating_mul(MARGIN_PERCENT).div_ceil(100);
         let suggested_ms = enough_ms.div_ceil(1000).max(1).saturating_mul(1000);
         Learned {
+            revision: function.revision,
             size: function.size,
             declared_ms: function.declared_ms,
             calls: sorted.len(),
@@ -155,7 +162,7 @@ mod tests {
     use super::*;
 
     fn function(declared_ms: u64) -> Function {
-        Function { space_uid: "u".to_owned(), size: Size::Large, declared_ms }
+        Function { space_uid: "u".to_owned(), revision: Revision(1), size: Size::Large, declared_ms }
     }
 
     #[test]
@@ -168,6 +175,19 @@ mod tests {
         history.learn(&function(60_000), 500);
         assert_eq!(history.expected_ms(&function(60_000)), 500);
         assert_eq!(history.expected_ms(&function(30_000)), 30_000, "another declaration is another function");
+    }
+
+    #[test]
+    fn a_new_version_of_an_app_begins_without_what_the_old_one_needed() {
+        let mut history = History::default();
+        (0..SUGGEST_MIN).for_each(|_| history.learn(&function(60_000), 2_000));
+        let new = Function { revision: Revision(2), ..function(60_000) };
+        assert_eq!((history.expected_ms(&new), history.suggested_ms(&new)), (60_000, None));
+        (0..SUGGEST_MIN).for_each(|_| history.learn(&new, 8_000));
+        assert_eq!((history.expected_ms(&new), history.suggested_ms(&new)), (8_000, Some(12_000)));
+        assert_eq!(history.expected_ms(&function(60_000)), 2_000, "who returns to the old one finds it again");
+        let revisions = history.of_space("u").iter().map(|learned| learned.revision).collect::<Vec<_>>();
+        assert_eq!(revisions, [Revision(1), Revision(2)]);
     }
 
     #[test]

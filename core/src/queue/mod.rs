@@ -23,7 +23,7 @@ pub use ranked::{Ahead, Ranked};
 
 use parked::ParkedFor;
 
-use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, SpaceKey, Steady, Ticket};
+use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, Revision, SpaceKey, Steady, Ticket};
 use crate::protocol::{CallerClass, QueueOf};
 use crate::quota::{Demand, Queued};
 
@@ -43,6 +43,8 @@ pub struct Waiting {
     pub cookie: Option<CookieId>,
     /// The Space that asks.
     pub space: SpaceKey,
+    /// The version of its app that asks.
+    pub revision: Revision,
     /// What it asks for.
     pub demand: Demand,
     /// What its turn depends on.
@@ -446,6 +448,7 @@ mod tests {
             account: AccountName::new(account),
             cookie: None,
             space: SpaceKey::new("n", "s", "u"),
+            revision: Revision(1),
             demand: Demand {
                 size: Size::Large,
                 weight: 1,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use spaceport_core::ids::Size;
+use spaceport_core::ids::{Revision, Size};
 use spaceport_core::protocol::Secret;
 use spaceport_proto::nodelink as link;
 
@@ -26,6 +26,9 @@ pub struct SpacePod {
     pub space_uid: String,
     /// uid of the pod.
     pub pod_uid: String,
+    /// Which version of the Space's app it runs; not known to checkpoints of before.
+    #[serde(default)]
+    pub revision: Revision,
 }
 
 /// A container of a pod: who schedules, allows and releases.

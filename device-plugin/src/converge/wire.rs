@@ -29,6 +29,7 @@ pub(super) fn pod(caller: &Caller) -> link::Pod {
         space_uid: caller.pod.space_uid.clone(),
         pod_uid: caller.pod.pod_uid.clone(),
         container: caller.container.clone(),
+        revision: caller.pod.revision.0,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::{SETTLE_LIMIT, schedule_of_new};
@@ -11,13 +12,15 @@ use crate::crash_matrix::granted_again;
 use crate::kubectl::at;
 use crate::replicas::{Replicas, kill, leader_pid};
 use crate::story::{CALLS, NAMESPACE};
-use crate::wait::wall;
+use crate::wait::{eventually, wall};
 use crate::world::World;
 
 /// From the start of a program in the pod until its lease runs and its visitors wait.
 const READY_LIMIT: Duration = Duration::from_secs(40);
 /// Everything after it: a fail-over, three short leases, and a slow machine.
 const END_LIMIT: Duration = Duration::from_secs(90);
+/// From waiting to a receipt that says so: 2 s, and a slow machine.
+const SHOWN_LIMIT: Duration = Duration::from_secs(15);
 /// How long the API server is away: four leader leases. Whoever led has stepped down after one, and who asks after that has
 /// an answer long before the end.
 const OUTAGE: Duration = Duration::from_secs(8);
@@ -26,8 +29,8 @@ const STEPPED_DOWN_S: f64 = 3.0;
 /// Who asks while nobody leads waits for 2 s; the rest is for a loaded machine.
 const ANSWER_LIMIT_S: f64 = 4.0;
 
-/// One of two operators leads and is killed while a whole card is in use and two visitors wait for it: the lease that runs is
-/// charged what it used, and the visitors get the card in the order in which they came (L17).
+/// One of two operators leads and is killed while a whole card is in use and two visitors wait for it, which kubectl shows: the
+/// lease that runs is charged what it used, and the visitors get the card in the order in which they came (L17).
 ///
 /// # Errors
 /// What was not as it must be.
@@ -90,6 +93,9 @@ say(ready=2, allow=allow, released=released, seconds=seconds, order=order)
     let ready = world.told(&told, READY_LIMIT, |said| !said["ready"].is_null())?;
     ensure!(ready["ready"] == 2 && ready["allow"] == 200, "{ready}");
 
+    for (place, account) in [(1, &waiting[0]), (2, &waiting[1])] {
+        the_place_is_shown(world, account, place)?;
+    }
     let leader = leader_pid(world)?;
     let killed_at = wall()?;
     kill(leader)?;
@@ -109,6 +115,32 @@ say(ready=2, allow=allow, released=released, seconds=seconds, order=order)
     // A whole card counts twice.
     charged_for(world, &holder, &receipts[0], 2.0 * said["seconds"].as_f64().unwrap_or_default())?;
     replicas.put_back()
+}
+
+/// Who waits can be seen, with the reason, the place and the latest start, as times that stay true while time passes.
+fn the_place_is_shown(world: &World, account: &str, place: i64) -> Result<()> {
+    let waits = format!("the receipt of {account} says that it waits at place {place}");
+    let receipt = eventually(&waits, SHOWN_LIMIT, || {
+        let receipts = world.receipts(NAMESPACE, account)?;
+        let found = receipts.iter().find(|receipt| at(receipt, "/spec/place/position").as_i64() == Some(place));
+        Ok(found.cloned().ok_or_else(|| format!("{receipts:?}")))
+    })?;
+    ensure!(at(&receipt, "/spec/phase") == "Queued" && at(&receipt, "/spec/place/reason") == "Node", "{receipt}");
+    let time = |field: &str| -> Result<Timestamp> {
+        let text = at(&receipt, &format!("/spec/place/{field}")).as_str().with_context(|| format!("no {field}"))?;
+        text.parse().with_context(|| format!("{field} is no timestamp: {text}"))
+    };
+    let (as_of, expected, latest) = (time("asOf")?, time("expectedStart")?, time("latestStart")?);
+    ensure!(as_of < expected && expected <= latest, "it begins in the past, or later than promised: {receipt}");
+    let line = format!("Queued: position {place} of the node, expected ");
+    let timeline = at(&receipt, "/spec/timeline").as_array();
+    let is_told = timeline.into_iter().flatten().filter_map(Value::as_str).any(|told| told.contains(&line));
+    ensure!(is_told, "no line of the timeline says {line:?}: {receipt}");
+    let table = world.kubectl.run(&["--namespace", NAMESPACE, "get", "gpuleases"])?;
+    let shown = ["Queued".to_owned(), format!("node, {}", if place == 1 { "1st" } else { "2nd" })];
+    let row = table.lines().find(|line| line.contains(account) && shown.iter().all(|word| line.contains(word)));
+    ensure!(row.is_some(), "`kubectl get gpuleases` does not show {shown:?} for {account}:\n{table}");
+    Ok(())
 }
 
 /// The API server is away for some seconds: the lease that runs goes on and is charged what it used, and nothing is granted

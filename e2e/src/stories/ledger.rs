@@ -86,7 +86,8 @@ pub fn a_receipt_tells_every_boundary_in_order(world: &World) -> Result<()> {
     }
     let columns = world.kubectl.run(&["--namespace", NAMESPACE, "get", "gpuleases"])?;
     let head: Vec<&str> = columns.lines().next().unwrap_or_default().split_whitespace().collect();
-    let wanted = ["NAME", "SPACE", "ACCOUNT", "SIZE", "PHASE", "DECLARED", "USED", "CHARGED", "NODE", "GPU", "AGE"];
+    let wanted =
+        ["NAME", "SPACE", "ACCOUNT", "SIZE", "PHASE", "WAITS", "DECLARED", "USED", "CHARGED", "NODE", "GPU", "AGE"];
     ensure!(head == wanted, "the columns of `kubectl get gpuleases` are {head:?}, not {wanted:?}");
     Ok(())
 }

@@ -340,8 +340,9 @@ impl<P: Pages> Actor<P> {
     fn note(&mut self, at: Moment, event: &Event) {
         match event {
             Event::Announced { ticket, lease, .. } => {
-                if let Some(waiting) = self.state.queue.get(ticket) {
-                    let record = self.records.queued(lease, waiting, self.state.epoch, at.wall);
+                let place = self.state.standing(ticket, at.steady);
+                if let Some((waiting, place)) = self.state.queue.get(ticket).zip(place) {
+                    let record = self.records.queued(lease, waiting, &place, self.state.epoch, at);
                     self.receipt(record);
                 }
             }

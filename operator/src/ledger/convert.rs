@@ -14,9 +14,10 @@ use spaceport_core::page::{
     OUTCOMES_MAX, Outcome, Page, Part, Shortened, ShortenedBy, Source, WINDOWS_MAX, Window,
 };
 use spaceport_core::protocol::{Denial, Limiter, human_message};
+use spaceport_core::queue::WaitsFor;
 use spaceport_crds as crds;
-use spaceport_crds::GpuSize;
 use spaceport_crds::conditions::{LeaseOutcome, ShortenedReason};
+use spaceport_crds::{GpuSize, WaitReason};
 
 use super::display::{Display, seconds};
 use crate::fault::{self, Fault};
@@ -316,6 +317,15 @@ pub fn shortened_reason(by: ShortenedBy) -> ShortenedReason {
     match by {
         ShortenedBy::RemainingQuota => ShortenedReason::RemainingQuota,
         ShortenedBy::LearnedDuration => ShortenedReason::LearnedDuration,
+    }
+}
+
+/// What a request waits for, as a reason.
+pub const fn wait_reason(waits_for: WaitsFor) -> WaitReason {
+    match waits_for {
+        WaitsFor::Node => WaitReason::Node,
+        WaitsFor::Account => WaitReason::Account,
+        WaitsFor::Space => WaitReason::Space,
     }
 }
 

@@ -4,7 +4,7 @@ use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Size};
 use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::{CallerClass, Denial};
-use spaceport_core::queue::{Presented, Promised};
+use spaceport_core::queue::{Presented, Promised, WaitsFor};
 use spaceport_core::slots::Card;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
@@ -195,7 +195,7 @@ pub fn denied(number: u64, denial: &Denial, class: CallerClass) -> Result<Outgoi
 pub fn queued(place: &Place) -> Outgoing {
     Outgoing::Queued(proto::Queued {
         ticket: place.ticket.number,
-        concurrency: place.concurrency,
+        concurrency: place.waits_for != WaitsFor::Node,
         position: place.position,
         eta_ms: place.eta_ms,
         latest_start_ms: place.latest_start_ms.unwrap_or(0),

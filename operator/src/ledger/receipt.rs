@@ -8,6 +8,7 @@
 
 mod record;
 mod schedule;
+mod standing;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,9 +22,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub use record::{Crossing, GivenCard, LeaseEnd, LeaseRecord, Progress};
+pub use standing::Standing;
 
 use self::record::merged;
-use self::schedule::{Pace, Pending, Written};
+use self::schedule::{News, Pace, Pending, Written};
 use super::pressure::PressureGauge;
 use crate::clock;
 use crate::kubeapi::{ApiError, KubeApi, Objects, pause};
@@ -37,6 +39,9 @@ const FOLLOWED_MAX: usize = 16 * 1024;
 const WRITES_AT_ONCE: usize = 8;
 /// How often it is looked for receipts that are due. Nobody waits for a receipt; this bounds the work of looking.
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
+/// Time between two writes that say nothing but where a lease stands in its queue: 20 a second, whoever many wait, are a small
+/// part of what the API server writes of leases that begin and end at such a time.
+const PLACES_APART: Duration = Duration::from_millis(50);
 /// Time limit of a write.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// Rounds of one write against others who change the same object: the retention, an admin.
@@ -148,23 +153,44 @@ impl Receipts {
         self.lock().get(lease).map(|pending| pending.record().clone())
     }
 
+    /// The newest states of all leases that are followed.
+    #[cfg(test)]
+    pub fn followed(&self) -> Vec<LeaseRecord> {
+        self.lock().values().map(|pending| pending.record().clone()).collect()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseId, Pending>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Up to `count` receipts that are due, marked as being written: ends before others, for a row of an outbox waits for
-    /// each of them (L10), and who waits longest first.
-    fn take_due(&self, now: Instant, count: usize, pace: Pace) -> Vec<(LeaseRecord, Option<Written>)> {
+    /// Up to `count` receipts that are due, marked as being written: ends before others, then who waits longest first. One
+    /// of them at most has nothing to say but its place, and none so soon after the last one, at `place_written`.
+    fn take_due(
+        &self,
+        now: Instant,
+        count: usize,
+        pace: Pace,
+        place_written: &mut Option<Instant>,
+    ) -> Vec<(LeaseRecord, Option<Written>)> {
         let mut pending = self.lock();
         // Under pressure that lasts: better a receipt without its last boundaries than an outbox that fills (L10).
         let is_full = pending.len() >= FOLLOWED_MAX;
         pending.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
-        let mut due: Vec<(bool, Instant, &mut Pending)> = pending
+        let mut due: Vec<(News, Instant, &mut Pending)> = pending
             .values_mut()
-            .filter_map(|pending| Some((!pending.end_is_unwritten(), pending.overdue_since(now, pace)?, pending)))
+            .filter_map(|pending| Some((pending.news(), pending.overdue_since(now, pace)?, pending)))
             .collect();
-        due.sort_by_key(|(is_open, since, _)| (*is_open, *since));
-        due.into_iter().take(count).map(|(_, _, pending)| pending.begin()).collect()
+        due.sort_by_key(|(news, since, _)| (*news, *since));
+        let mut may_write = |news: News| {
+            let may =
+                news != News::Place || place_written.is_none_or(|at| now.saturating_duration_since(at) >= PLACES_APART);
+            if may && news == News::Place {
+                *place_written = Some(now);
+            }
+            may
+        };
+        let due = due.into_iter().filter(|(news, _, _)| may_write(*news));
+        due.take(count).map(|(_, _, pending)| pending.begin()).collect()
     }
 
     /// Takes in how a write ended. True if the end of the lease is durable now and was not before.
@@ -200,13 +226,14 @@ where
     I: From<ReceiptEvent> + Send + 'static,
 {
     let mut writes: JoinSet<(LeaseRecord, Outcome)> = JoinSet::new();
+    let mut place_written = None;
     loop {
         let room = WRITES_AT_ONCE.saturating_sub(writes.len());
         let now = clock::monotonic();
         let is_high = receipts.pressure.is_high(now);
         metrics.set_write_pressure(is_high);
         let pace = if is_high { Pace::EndsOnly } else { Pace::Live };
-        for (record, written) in receipts.take_due(now, room, pace) {
+        for (record, written) in receipts.take_due(now, room, pace, &mut place_written) {
             let api = api.clone();
             writes.spawn(async move {
                 let objects = api.namespace::<GPULease>(&record.space.namespace);
@@ -343,7 +370,8 @@ mod tests {
     }
 
     fn taken(receipts: &Receipts, now: Instant, count: usize, pace: Pace) -> Vec<String> {
-        receipts.take_due(now, count, pace).into_iter().map(|(record, _)| record.lease.to_string()).collect()
+        let due = receipts.take_due(now, count, pace, &mut None);
+        due.into_iter().map(|(record, _)| record.lease.to_string()).collect()
     }
 
     #[test]
@@ -356,6 +384,37 @@ mod tests {
         let later = clock::monotonic() + Duration::from_secs(60);
         assert_eq!(taken(&receipts, later, 2, Pace::Live), ["a", "b"]);
         assert_eq!(taken(&receipts, later, 8, Pace::Live), ["c", "d", "open"]);
+    }
+
+    #[test]
+    fn places_are_written_one_after_the_other_behind_all_else() {
+        let receipts = Receipts::new();
+        let written = |record: &LeaseRecord, at| {
+            let outcome = Outcome::Written { resource_version: "1".to_owned() };
+            receipts.finish(record, &outcome, at);
+        };
+        let stands = |position| Some(Standing::of(&standing::tests::place(position), LedgerTime(0)));
+        let waits = |lease, position| LeaseRecord { standing: stands(position), ..record(lease, Progress::Queued) };
+        let begin = clock::monotonic();
+        for lease in ["a", "b", "c"] {
+            receipts.record(waits(lease, 2), true).unwrap();
+        }
+        for (record, _) in receipts.take_due(begin + Duration::from_secs(3), 8, Pace::Live, &mut None) {
+            written(&record, begin + Duration::from_secs(3));
+        }
+        for lease in ["a", "b", "c"] {
+            receipts.record(waits(lease, 1), true).unwrap();
+        }
+        receipts.record(ended("end"), true).unwrap();
+        let mut place_written = None;
+        let mut taken = |ms| {
+            let now = begin + Duration::from_secs(60) + Duration::from_millis(ms);
+            let due = receipts.take_due(now, 8, Pace::Live, &mut place_written);
+            due.iter().map(|(record, _)| record.lease.as_str().len()).collect::<Vec<_>>()
+        };
+        assert_eq!(taken(0), [3, 1], "the end first, and one place");
+        assert_eq!(taken(10), [0; 0]);
+        assert_eq!((taken(50), taken(100), taken(150)), (vec![1], vec![1], vec![]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! How long the functions of a Space run, for its author (requirement A13). Pure.
 
+use spaceport_core::ids::Revision;
 use spaceport_core::queue::{Learned, SAMPLES_MAX, SUGGEST_MIN};
 use spaceport_crds::FunctionDuration;
 use spaceport_crds::function_duration::MAX_FUNCTIONS;
@@ -11,16 +12,24 @@ use crate::ledger::display::seconds;
 /// every call.
 const MOVED_PERCENT: i64 = 10;
 
-/// The rows to show, given those that are shown. A new term knows nothing at first: what was shown of a function stays
-/// until this term knows as much of it. It goes when another one of the Space has run as often as is remembered: then it
-/// is hardly called any more, as after its author has declared another duration.
-pub fn rows(shown: &[FunctionDuration], learned: Option<&[Learned]>) -> Vec<FunctionDuration> {
-    let Some(learned) = learned else { return shown.to_vec() };
+/// The rows to show, given those that are shown: of the revision that answers visitors, and while none does, what is shown
+/// stays. A new term knows nothing at first: what was shown of a function of this revision stays until this term knows as
+/// much of it. It goes when another one of the Space has run as often as is remembered: then it is hardly called any more.
+pub fn rows(
+    shown: &[FunctionDuration],
+    learned: Option<&[Learned]>,
+    answering: Option<Revision>,
+) -> Vec<FunctionDuration> {
+    let Some(revision) = answering else { return shown.to_vec() };
+    let text = revision.to_string();
+    let shown: Vec<&FunctionDuration> = shown.iter().filter(|row| row.revision == text).collect();
+    let learned: Vec<&Learned> =
+        learned.unwrap_or_default().iter().filter(|learned| learned.revision == revision).collect();
     let is_known = |shown: &FunctionDuration| learned.iter().any(|known| is_same(shown, &row(known)));
-    let mut rows: Vec<FunctionDuration> =
-        learned.iter().map(|known| row_over(shown.iter().find(|shown| is_same(shown, &row(known))), known)).collect();
+    let before = |found: &FunctionDuration| shown.iter().copied().find(|shown| is_same(shown, found));
+    let mut rows: Vec<FunctionDuration> = learned.iter().map(|known| row_over(before(&row(known)), known)).collect();
     if learned.iter().all(|known| known.calls < SAMPLES_MAX) {
-        rows.extend(shown.iter().filter(|shown| !is_known(shown)).cloned());
+        rows.extend(shown.iter().copied().filter(|shown| !is_known(shown)).cloned());
     }
     rows.truncate(MAX_FUNCTIONS);
     rows.sort_by_key(|row| (row.size == spaceport_crds::GpuSize::Xlarge, row.declared_milliseconds));
@@ -41,6 +50,7 @@ fn row_over(shown: Option<&FunctionDuration>, learned: &Learned) -> FunctionDura
 fn is_same(one: &FunctionDuration, other: &FunctionDuration) -> bool {
     one.size == other.size && one.declared_milliseconds == other.declared_milliseconds
 }
+}
 
 /// One line for the column: `12s for 60s, 30s for 120s xlarge`; none if nothing is suggested.
 pub fn suggested(rows: &[FunctionDuration]) -> Option<String> {
@@ -56,6 +66,7 @@ pub fn suggested(rows: &[FunctionDuration]) -> Option<String> {
 fn row(learned: &Learned) -> FunctionDuration {
     let amount = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
     FunctionDuration {
+        revision: learned.revision.to_string(),
         size: size_text(learned.size),
         declared_milliseconds: amount(learned.declared_ms),
         calls: i32::try_from(learned.calls).unwrap_or(i32::MAX),
@@ -80,8 +91,16 @@ mod tests {
 
     use super::*;
 
+    const OLD: Revision = Revision(1);
+    const NEW: Revision = Revision(2);
+
+    fn rows(shown: &[FunctionDuration], learned: Option<&[Learned]>) -> Vec<FunctionDuration> {
+        super::rows(shown, learned, Some(NEW))
+    }
+
     fn learned(p50_ms: u64, suggested_ms: Option<u64>) -> Learned {
         Learned {
+            revision: NEW,
             size: Size::Large,
             declared_ms: 60_000,
             calls: 32,
@@ -99,6 +118,19 @@ mod tests {
         assert_eq!((shown.len(), shown[0].p50_milliseconds, shown[0].calls), (2, 2_000, 32));
         assert_eq!(suggested(&shown).as_deref(), Some("12s for 60s"));
         assert_eq!(suggested(&rows(&[], Some(&[learned(1, None)]))), None);
+    }
+
+    #[test]
+    fn what_an_old_version_needed_is_shown_until_the_new_one_answers() {
+        let old = [Learned { revision: OLD, ..learned(9_000, Some(14_000)) }];
+        let shown = super::rows(&[], Some(&old), Some(OLD));
+        assert_eq!((shown.len(), shown[0].revision.as_str()), (1, "0000000000000001"));
+        assert_eq!(super::rows(&shown, Some(&old), None), shown, "neither answers for a moment");
+        assert_eq!(rows(&shown, Some(&old)), []);
+        assert_eq!(rows(&shown, None), [], "nor after a fail-over");
+        let both = [old[0], learned(2_000, Some(12_000))];
+        assert_eq!(suggested(&rows(&shown, Some(&both))).as_deref(), Some("12s for 60s"));
+        assert_eq!(super::rows(&[], Some(&both), Some(OLD)), shown, "and who goes back finds it again");
     }
 
     #[test]

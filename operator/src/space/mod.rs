@@ -372,7 +372,8 @@ impl Controller {
         let name = space.name_any();
         let uid = space.uid().unwrap_or_default();
         let observed = observe::observe(&self.api, &namespace, &name, &uid).await?;
-        let mut known = Known { learned: self.durations.get(&uid), ..Known::default() };
+        let (learned, answering) = (self.durations.get(&uid), observed.answering());
+        let mut known = Known { learned, answering, ..Known::default() };
         match self.claim(space) {
             Ok(host) => known.host = Some(host),
             Err(taken) => known.host_taken = Some(taken),

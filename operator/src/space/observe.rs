@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
+use spaceport_core::ids::Revision;
 use spaceport_core::stage::Progress;
 use spaceport_crds::GPUNode;
 
@@ -69,18 +70,24 @@ impl Observed {
         self.pods.iter().find(|pod| is_of(pod, revision))
     }
 
+    /// The revision that visitors reach: that of the newest pod which answers.
+    pub fn answering(&self) -> Option<Revision> {
+        let newest = self.pods.iter().find(|pod| progress(pod).healthy == Progress::Done);
+        newest.and_then(revision).map(Revision::of)
+    }
+
     /// A pod of an older revision still answers.
     pub fn older_answers(&self, revision: &str) -> bool {
         self.pods.iter().any(|pod| !is_of(pod, revision) && progress(pod).healthy == Progress::Done)
     }
 }
 
-fn is_of(pod: &Pod, revision: &str) -> bool {
-    pod.metadata
-        .annotations
-        .as_ref()
-        .and_then(|annotations| annotations.get(ANNOTATION_REVISION))
-        .is_some_and(|of| of == revision)
+fn revision(pod: &Pod) -> Option<&str> {
+    pod.metadata.annotations.as_ref()?.get(ANNOTATION_REVISION).map(String::as_str)
+}
+
+fn is_of(pod: &Pod, wanted: &str) -> bool {
+    revision(pod).is_some_and(|of| of == wanted)
 }
 
 /// Reads a pod's status. Pure.
@@ -203,5 +210,38 @@ fn init(container: Option<&ContainerStatus>, message: &mut String) -> Progress {
             }
             Progress::InProgress
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod(revision: &str, ready: bool) -> Pod {
+        let ended = json!({"name": "source", "ready": true, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"terminated": {"exitCode": 0}}});
+        let mut environment = ended.clone();
+        environment["name"] = json!("environment");
+        serde_json::from_value(json!({
+            "metadata": {"annotations": {ANNOTATION_REVISION: revision}},
+            "status": {
+                "conditions": [{"type": "PodScheduled", "status": "True"}],
+                "initContainerStatuses": [ended, environment],
+                "containerStatuses": [{"name": "app", "ready": ready, "restartCount": 0, "image": "", "imageID": "",
+                    "state": {"running": {}}}],
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn visitors_reach_the_newest_revision_that_answers() {
+        let of = |pods: Vec<Pod>| Observed { deployment: None, pods }.answering();
+        let (new, old) = ("00000000000000b2", "00000000000000a1");
+        assert_eq!(of(vec![pod(new, false), pod(old, true)]), Some(Revision(0xa1)), "the new one starts");
+        assert_eq!(of(vec![pod(new, true), pod(old, true)]), Some(Revision(0xb2)));
+        assert_eq!(of(vec![pod(new, false)]), None);
     }
 }

@@ -2,6 +2,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use spaceport_core::ids::Revision;
 use spaceport_core::queue::Learned;
 use spaceport_core::stage::{Override, Progress, Stage, Steps, stage};
 use spaceport_crds::conditions::{ConditionStatus, SpaceCondition, SpaceReason, condition, set};
@@ -40,6 +41,8 @@ pub struct Known {
     pub host_taken: Option<String>,
     /// How long its functions run, if the broker knows.
     pub learned: Option<Vec<Learned>>,
+    /// The revision that answers its visitors; none while no pod does.
+    pub answering: Option<Revision>,
     /// What the tiers say about the durations that its source declares.
     pub declared: Verdict,
 }
@@ -120,7 +123,7 @@ pub fn status(space: &Space, known: &Known, now: Timestamp) -> SpaceStatus {
         Verdict::Unseen => {}
     }
 
-    let durations = durations::rows(&before.durations, known.learned.as_deref());
+    let durations = durations::rows(&before.durations, known.learned.as_deref(), known.answering);
     let stage = crd_stage(derived);
     let unchanged = before.stage == stage && before.since.is_some();
     SpaceStatus {

@@ -1,12 +1,20 @@
 //! Receipts on the API server.
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use std::time::Duration;
+
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
+use spaceport_core::lease::Place;
 use spaceport_core::page::{Closed, Ending, Hold, Part, Source};
+use spaceport_core::protocol::CallerClass;
+use spaceport_core::queue::WaitsFor;
 use spaceport_crds::{GPULease, LeasePhase};
 use spaceport_operator::ledger::pressure::PressureGauge;
-use spaceport_operator::ledger::receipt::{self, Crossing, LeaseEnd, LeaseRecord, Progress, ReceiptEvent, Receipts};
+use spaceport_operator::ledger::receipt::{
+    self, Crossing, LeaseEnd, LeaseRecord, Progress, ReceiptEvent, Receipts, Standing,
+};
 use spaceport_operator::ledger::retention::{Retention, remove_old};
 use spaceport_operator::metrics::Metrics;
+use spaceport_shell::error_chain;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -88,6 +96,48 @@ async fn a_receipt_follows_its_lease_and_a_lost_one_is_rebuilt_on_top_of_what_is
     stop.cancel();
     writing.await.unwrap().unwrap();
     succeeding.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_receipt_has_a_place_for_as_long_as_its_lease_waits() {
+    let api = connect().await;
+    let namespace = namespace(&api).await;
+    let stop = CancellationToken::new();
+    let receipts = Receipts::new();
+    let (events, _said) = mpsc::channel::<ReceiptEvent>(16);
+    let writing = tokio::spawn(receipt::run(receipts.clone(), api.clone(), Metrics::new(), events, stop.clone()));
+    let objects = api.namespace::<GPULease>(&namespace);
+    let mut record = LeaseRecord::of_hold(&AccountName::new("bob"), &hold(&namespace));
+    let place = Place {
+        ticket: Ticket { agent_instance: "a".into(), number: 1 },
+        node: NodeName::new("gpu-1"),
+        waits_for: WaitsFor::Node,
+        position: 3,
+        eta_ms: 5_000,
+        latest_start_ms: Some(70_000),
+        place: (Epoch(1), 1),
+        caller: CallerClass::Regular,
+    };
+    record.progress = Progress::Queued;
+    record.standing = Some(Standing::of(&place, AT));
+    receipts.record(record.clone(), true).unwrap();
+    let name = record.object_name();
+    let mut waits = wait_for("the receipt", async || objects.get(&name).await.unwrap()).await;
+    let shown = waits.spec.place.clone().unwrap();
+    assert_eq!((waits.spec.waits.as_deref(), shown.position), (Some("node, 3rd"), Some(3)));
+    assert_eq!(shown, record.receipt().spec.place.unwrap(), "times as they were written");
+
+    record.progress = Progress::Running;
+    receipts.record(record, true).unwrap();
+    let runs = |receipt: &GPULease| receipt.spec.phase == LeasePhase::Running;
+    let running = wait_for("that it runs", async || objects.get(&name).await.unwrap().filter(runs)).await;
+    assert_eq!((&running.spec.waits, &running.spec.place), (&None, &None));
+    waits.metadata.resource_version = running.metadata.resource_version;
+    waits.spec.phase = LeasePhase::Running;
+    let refused = objects.replace(&waits, Duration::from_secs(10)).await.unwrap_err();
+    assert!(error_chain(&refused).contains("only a lease that waits has a place"), "{refused:?}");
+    stop.cancel();
+    writing.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::Size;
+use spaceport_core::ids::{Revision, Size};
 use spaceport_core::queue::{Choice, Fit, Function, History, Job, Lane, LaneSettings, Lanes, Room};
 
 use super::{Offer, Policy, Start};
@@ -119,5 +119,5 @@ impl Policy for TwoLane {
 
 fn function(offer: &Offer) -> Option<Function> {
     let space_uid = offer.function?.to_string();
-    Some(Function { space_uid, size: offer.size, declared_ms: offer.declared_ms })
+    Some(Function { space_uid, revision: Revision::default(), size: offer.size, declared_ms: offer.declared_ms })
 }

@@ -4,6 +4,7 @@ use spaceport_core::ids::{Epoch, IdSeed, NodeName};
 use spaceport_core::lease::{Command, Effect, Event, Order, Outcome, State, TermEnd, step};
 use spaceport_core::page::Page;
 use spaceport_core::protocol::{Denial, Limiter, UnauthenticatedReason};
+use spaceport_core::queue::WaitsFor;
 
 use super::World;
 use crate::agenda::{Happening, Wanted};
@@ -277,7 +278,10 @@ impl World {
                 }
             }
             Effect::Queue(place) => {
-                let waited = if place.concurrency { Scenario::WaitedForAccount } else { Scenario::Waited };
+                let waited = match place.waits_for {
+                    WaitsFor::Node => Scenario::Waited,
+                    WaitsFor::Account | WaitsFor::Space => Scenario::WaitedForAccount,
+                };
                 self.coverage.saw(waited);
                 check::calls::queued(self, number, &place)?;
                 let node = place.node.clone();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Size, Ticket};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Revision, Size, Ticket};
 use spaceport_core::lease::{Budget, EndReport, FreedAs, Request};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::UnauthenticatedReason;
@@ -123,7 +123,8 @@ impl World {
         let is_guest = caller.as_ref().is_ok_and(AccountName::is_guests);
         let cookie = is_guest.then(|| CookieId::new(format!("c{}", self.random.below(VISITORS))));
         let ticket = Ticket { agent_instance: "".into(), number: 0 };
-        let request = Request { cookie, ticket, node, space, size, declared_ms, caller, budget, presented: None };
+        let (revision, presented) = (Revision::default(), None);
+        let request = Request { cookie, ticket, node, space, revision, size, declared_ms, caller, budget, presented };
         self.ask(request, 0);
     }
 

@@ -1,8 +1,11 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
-use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use std::collections::BTreeMap;
+
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey};
 use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
+use spaceport_crds::WaitReason;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_proto::nodelink::node_message::Message as Incoming;
@@ -11,6 +14,7 @@ use tracing::{error, info, warn};
 use super::Actor;
 use crate::clock;
 use crate::fault::Place;
+use crate::ledger::convert::wait_reason;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages, Wanted};
 use crate::ledger::policy;
@@ -29,6 +33,10 @@ const FIRST_ACCOUNTS_MAX: usize = 256;
 /// Pages written a tick because of a condition alone: 32 a second are far below what an etcd writes, and far above what
 /// admins change by hand.
 const SHOWN_PER_TICK: usize = 16;
+
+/// Requests looked at a tick for where they stand: thousands within the 10 s after which it is looked again, and less than a
+/// millisecond of the broker's time.
+const LOOKS_PER_TICK: usize = 256;
 
 /// Who pays for a call.
 struct Paying {
@@ -55,6 +63,7 @@ impl<P: Pages> Actor<P> {
             self.receipt(record);
         }
         self.show_conditions();
+        self.look_who_waits();
         let leases = &self.state.leases;
         self.records.keep(|lease| leases.contains_key(lease));
         self.end_messages.retain(|lease, _| leases.contains_key(lease));
@@ -63,9 +72,7 @@ impl<P: Pages> Actor<P> {
         self.metrics.set_leases_in_doubt(self.state.strangers.len());
         self.metrics.set_open_leases(self.state.leases.len());
         self.metrics.set_shown(self.known.unlisted.is_empty(), self.known.accounts.len());
-        for node in self.state.nodes.keys() {
-            self.metrics.set_queued(node.as_str(), self.state.queue.waiting_for(node));
-        }
+        self.count_who_waits();
     }
 
     /// Asks for page writes where only a condition has changed. A few a tick: when a tier goes, the pages of all its
@@ -89,6 +96,30 @@ impl<P: Pages> Actor<P> {
             });
             if wrong {
                 self.command(Command::Show { account });
+            }
+        }
+    }
+
+    fn count_who_waits(&self) {
+        for node in self.state.nodes.keys() {
+            // As many as the bound of the node's queue.
+            let mut counts = WaitReason::ALL.iter().map(|reason| (*reason, 0)).collect::<BTreeMap<_, usize>>();
+            for waiting in self.state.queue.line(node) {
+                *counts.entry(wait_reason(waiting.waits_for)).or_default() += 1;
+            }
+            for (reason, count) in counts {
+                self.metrics.set_queued(node.as_str(), reason.as_str(), count);
+            }
+        }
+    }
+
+    /// Notes for receipts where those who wait stand now.
+    fn look_who_waits(&mut self) {
+        let at = self.moment();
+        for ticket in self.records.looks_due(at.steady, LOOKS_PER_TICK) {
+            let place = self.state.standing(&ticket, at.steady);
+            if let Some(record) = place.and_then(|place| self.records.stands(&place, at.wall)) {
+                self.receipt(record);
             }
         }
     }
@@ -277,11 +308,21 @@ impl<P: Pages> Actor<P> {
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
-        let space = SpaceKey::new(pod.namespace, pod.space, pod.space_uid);
+        let (revision, space) = (Revision(pod.revision), SpaceKey::new(pod.namespace, pod.space, pod.space_uid));
         let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
-        let request =
-            Request { ticket, node: node.clone(), space, size, declared_ms, caller, cookie, budget, presented };
+        let request = Request {
+            ticket,
+            node: node.clone(),
+            space,
+            revision,
+            size,
+            declared_ms,
+            caller,
+            cookie,
+            budget,
+            presented,
+        };
         match &request.caller {
             Ok(account) if !self.state.accounts.contains_key(account) => self.first_call(account.clone(), request),
             _ => self.command(Command::Request(Box::new(request))),

@@ -340,6 +340,7 @@ impl Story {
             space_uid: "space-uid".to_owned(),
             pod_uid: "pod".to_owned(),
             container: "container".to_owned(),
+            revision: 7,
         };
         let request = proto::Request {
             ticket,

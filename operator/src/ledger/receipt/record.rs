@@ -8,6 +8,7 @@ use spaceport_crds::gpu_lease::MAX_TIMELINE;
 use spaceport_crds::names::{ACCOUNT_LABEL, LEASE_LABEL, SPACE_LABEL};
 use spaceport_crds::{GPULease, GPULeaseSpec, Isolation, LeaseBoundaries, LeasePhase};
 
+use super::standing::Standing;
 use crate::fault::{self, Fault};
 use crate::ledger::convert::{outcome_reason, part_row, shortened, shortened_reason, size_text};
 use crate::ledger::display::seconds;
@@ -36,6 +37,8 @@ pub struct LeaseRecord {
     pub shortened: Option<(u64, ShortenedBy)>,
     /// Where it is, while it has no end.
     pub progress: Progress,
+    /// Where it stands in its queue, or stood last.
+    pub standing: Option<Standing>,
     /// The node, once there is a hold.
     pub node: Option<NodeName>,
     /// The card, once the node has picked it.
@@ -121,6 +124,7 @@ impl LeaseRecord {
             declared_ms: hold.shortened.map_or(hold.declared_ms, |shortened| shortened.declared_ms),
             shortened: hold.shortened.map(|shortened| (hold.declared_ms, shortened.by)),
             progress: Progress::Reserved,
+            standing: None,
             node: Some(hold.node.clone()),
             card: None,
             isolation: None,
@@ -171,6 +175,11 @@ impl LeaseRecord {
         }
     }
 
+    /// What the receipt says of its place in the queue: nothing once it waits no longer.
+    pub fn shown_standing(&self) -> Option<&Standing> {
+        self.standing.as_ref().filter(|_| self.phase() == LeasePhase::Queued)
+    }
+
     /// True once the slot is back, or if it never had one: nothing more will be known of it.
     pub fn is_complete(&self) -> bool {
         let crossed = |name: &str| self.timeline.iter().any(|crossing| crossing.boundary == name);
@@ -214,6 +223,8 @@ impl LeaseRecord {
             size: size_text(self.size),
             weight: amount(self.weight),
             phase: self.phase(),
+            place: self.shown_standing().map(Standing::row),
+            waits: self.shown_standing().map(Standing::column),
             declared_milliseconds: amount(self.declared_ms),
             used_milliseconds: end.map(|end| amount(end.used_ms)),
             charged_milliseconds: end.map(|end| amount(end.charged_ms / if is_less { 2 } else { 1 })),
@@ -284,7 +295,7 @@ fn field_of<'a>(boundaries: &'a mut LeaseBoundaries, name: &str) -> Option<&'a m
 }
 
 impl Crossing {
-    /// `2026-11-21T12:00:00.123Z Queued: position 2`. Lines sort by time as text.
+    /// `2026-11-21T12:00:00.123Z Settled: used 5s, charged 10s`. Lines sort by time as text.
     fn line(&self) -> String {
         let time = Timestamp::from_millisecond(self.at.0).unwrap_or(Timestamp::UNIX_EPOCH);
         let time = time.strftime("%Y-%m-%dT%H:%M:%S%.3fZ");
@@ -348,6 +359,7 @@ pub fn merged(found: &GPULeaseSpec, mut ours: GPULeaseSpec) -> Option<GPULeaseSp
 pub(super) mod tests {
     use spaceport_core::page::Shortened;
 
+    use super::super::standing::tests::place;
     use super::*;
 
     const AT: LedgerTime = LedgerTime(1_800_000_000_123);
@@ -403,6 +415,18 @@ pub(super) mod tests {
         assert_eq!(spec.gpu_uuid.as_deref(), Some("GPU-5c1f"));
         assert_eq!(spec.timeline, ["2027-01-15T08:00:00.123Z Reserved", "2027-01-15T08:00:00.143Z Allowed"]);
         assert!(spec.boundaries.allowed.is_some() && spec.boundaries.freed.is_none());
+    }
+
+    #[test]
+    fn only_a_lease_that_waits_shows_its_place() {
+        let mut record = LeaseRecord::of_hold(&bob(), &hold());
+        record.standing = Some(Standing::of(&place(3), AT));
+        assert_eq!(record.receipt().spec.place, None, "it has its turn");
+        record.progress = Progress::Queued;
+        let spec = record.receipt().spec;
+        assert_eq!((spec.waits.as_deref(), spec.place.and_then(|place| place.position)), (Some("node, 3rd"), Some(3)));
+        let left = ended(record, Ending::Undelivered, 0, 0).receipt().spec;
+        assert_eq!((left.phase, left.waits, left.place), (LeasePhase::Refunded, None, None));
     }
 
     #[test]

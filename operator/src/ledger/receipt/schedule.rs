@@ -5,12 +5,17 @@ use std::time::{Duration, Instant};
 use spaceport_crds::LeasePhase;
 
 use super::record::LeaseRecord;
+use super::standing::Standing;
 
 /// A lease that is open for this long gets its receipt while it is open: so that everything a person has time to look for
 /// is there (docs/rules.md, Writes per lease).
 const OPEN_FOR: Duration = Duration::from_secs(2);
 /// A phase rests for this long before it is written: Reserved and Running follow each other closely.
 const PHASE_RESTS: Duration = Duration::from_secs(1);
+/// What is written of a lease's place in its queue rests for this long: a queue moves with every lease that ends, and who
+/// looks twice within seconds loses nothing. So a lease that waits for a minute costs five writes more at the most, and
+/// one that is granted within 12 s costs none.
+const PLACE_RESTS: Duration = Duration::from_secs(10);
 /// The end waits this long for the slot to come back, so that both are one write.
 const END_RESTS: Duration = Duration::from_secs(1);
 /// The same while receipts give way: nobody looks, and a second write would be one more.
@@ -30,12 +35,24 @@ pub(super) enum Pace {
     EndsOnly,
 }
 
+/// What there is to write of a lease; the first goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum News {
+    /// Its end: a row of an outbox waits for it (L10).
+    End,
+    /// That it is there, has got on, or has given its slot back.
+    Phase,
+    /// Nothing but where it stands in its queue.
+    Place,
+}
+
 /// What is on the API server.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Written {
     /// The revision, to write over.
     pub(super) resource_version: String,
     phase: LeasePhase,
+    standing: Option<Standing>,
     end: bool,
     complete: bool,
     at: Instant,
@@ -95,6 +112,19 @@ impl Pending {
         self.record.end.is_some() && !self.written.as_ref().is_some_and(|written| written.end)
     }
 
+    /// What a write would say first.
+    pub(super) fn news(&self) -> News {
+        let Some(written) = self.written.as_ref().filter(|_| !self.end_is_unwritten()) else {
+            return if self.end_is_unwritten() { News::End } else { News::Phase };
+        };
+        let is_same = written.phase == self.record.phase() && written.end == self.record.end.is_some();
+        let moved = match (self.record.shown_standing(), &written.standing) {
+            (Some(now), Some(before)) => now.is_news(before),
+            (now, before) => now.is_some() != before.is_some(),
+        };
+        if is_same && moved { News::Place } else { News::Phase }
+    }
+
     /// When it should be written, if nothing changes.
     pub(super) fn due(&self, pace: Pace) -> Option<Instant> {
         let record = &self.record;
@@ -107,6 +137,7 @@ impl Pending {
             Some(written) if written.end && record.is_complete() && !written.complete => self.changed,
             Some(written) if written.end => return None,
             Some(written) if self.live && written.phase != record.phase() => self.changed + PHASE_RESTS,
+            Some(written) if self.live && self.news() == News::Place => written.at + PLACE_RESTS,
             Some(_) => return None,
             None if self.live => self.since + OPEN_FOR,
             None => return None,
@@ -144,7 +175,8 @@ impl Pending {
         self.being_written = false;
         self.failures = 0;
         let (phase, end, complete) = (record.phase(), record.end.is_some(), record.is_complete());
-        self.written = Some(Written { resource_version, phase, end, complete, at: now });
+        let standing = record.shown_standing().cloned();
+        self.written = Some(Written { resource_version, phase, standing, end, complete, at: now });
         end && !end_was_written
     }
 
@@ -164,6 +196,7 @@ mod tests {
     use spaceport_core::page::Ending;
 
     use super::super::record::{Crossing, LeaseEnd, Progress, tests::hold};
+    use super::super::standing::tests::place;
     use super::*;
     use crate::clock;
 
@@ -195,6 +228,14 @@ mod tests {
             self.goes_on(ms, |record| {
                 let at = record.timeline[0].at.plus(ms);
                 record.timeline.push(Crossing { boundary: boundary.to_owned(), at, detail: String::new() });
+            });
+        }
+
+        /// Where it stands, as that is noted: with news only.
+        fn stands(&mut self, ms: u64, position: u32) {
+            self.goes_on(ms, |record| {
+                let at = record.timeline[0].at.plus(ms);
+                record.standing = Some(Standing::of(&place(position), at));
             });
         }
 
@@ -254,6 +295,57 @@ mod tests {
         story.crosses(12_000, "Freed");
         assert!(!story.is_written(12_000), "a second write of the end is no second end");
         assert!(story.pending.is_over(story.at(12_000)));
+    }
+
+    #[test]
+    fn where_a_lease_stands_is_written_again_when_that_is_news_and_not_often() {
+        let mut story = Story::new(true);
+        story.stands(0, 9);
+        assert!(!story.is_written(2000));
+        assert_eq!(story.due_ms(), None, "that time passes is no news");
+        story.stands(5000, 4);
+        story.stands(8000, 3);
+        assert_eq!((story.due_ms(), story.pending.news()), (Some(12_000), News::Place));
+        assert_eq!(story.due_ms_at(Pace::EndsOnly), None, "never under pressure");
+        assert!(!story.is_written(12_000));
+        assert_eq!(story.due_ms(), None, "both steps were one write");
+        story.stands(13_000, 1);
+        story.stands(14_000, 3);
+        assert_eq!(story.due_ms(), None, "it stands where it stood when it was written");
+        story.stands(15_000, 1);
+        assert_eq!(story.due_ms(), Some(22_000));
+        story.goes_on(16_000, |record| record.progress = Progress::Reserved);
+        let news = (story.due_ms(), story.pending.news());
+        assert_eq!(news, (Some(17_000), News::Phase), "it gets on: no write for its place");
+        assert!(!story.is_written(17_000));
+        story.ends(18_000);
+        assert_eq!(story.pending.news(), News::End);
+    }
+
+    #[test]
+    fn a_lease_that_gets_on_soon_costs_no_write_more_for_its_place() {
+        for is_moving in [false, true] {
+            let mut story = Story::new(true);
+            let mut writes = 0;
+            for ms in (0..11_000).step_by(500) {
+                if is_moving {
+                    story.stands(ms, 30 - (ms / 500) as u32);
+                }
+                if story.pending.overdue_since(story.at(ms), Pace::Live).is_some() {
+                    story.is_written(ms);
+                    writes += 1;
+                }
+            }
+            assert_eq!(writes, 1);
+        }
+    }
+
+    #[test]
+    fn with_receipts_at_the_end_no_place_is_written() {
+        let mut story = Story::new(false);
+        story.stands(0, 2);
+        story.stands(30_000, 1);
+        assert_eq!(story.due_ms(), None);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Places in the queue across a fail-over (L17).
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+
 use super::*;
 
 impl Story {
@@ -81,5 +83,27 @@ async fn who_waits_keeps_place_and_promise_under_the_next_leader() {
     assert_eq!((late.place_epoch, late.place_number), (1, 3));
     assert!(late.latest_start_ms > 1_000, "what had passed is promised anew: {}", late.latest_start_ms);
     assert_eq!((fifth.place_epoch, fifth.place_number), (2, 1));
+    story.stop().await;
+}
+
+#[tokio::test]
+async fn the_receipt_of_who_waits_says_what_its_caller_was_told() {
+    let mut story = Story::begin_for_many(Memory::default()).await;
+    story.join(Vec::new()).await;
+    for ticket in 1..=3 {
+        story.request(ticket, 10_000, "").await;
+    }
+    let told = loop {
+        if let Outgoing::Queued(place) = story.hear().await {
+            break place;
+        }
+    };
+    let waits = |record: &LeaseRecord| record.receipt().spec.place;
+    let place = wait_for(|| story.receipts.followed().iter().find_map(waits)).await;
+    assert_eq!((place.reason, place.position), (crds::WaitReason::Node, Some(1)));
+    let after = |at: &Option<MicroTime>| at.as_ref().map(|at| at.0.as_millisecond() - place.as_of.0.as_millisecond());
+    let told_ms = |ms: u64| i64::try_from(ms).ok();
+    assert_eq!(after(&place.expected_start), told_ms(told.eta_ms));
+    assert_eq!(after(&place.latest_start), told_ms(told.latest_start_ms));
     story.stop().await;
 }

@@ -148,6 +148,8 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             Over::Term(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
             Over::Term(TermEnd::NodeAhead { epoch }) => {
                 warn!(epoch = epoch.0, "A node has accepted a later term; another begins above it");
+                // The next term writes them, from the outboxes.
+                receipts.forget();
                 above = epoch;
                 known = actor.known;
             }
@@ -247,6 +249,8 @@ impl<P: Pages> Actor<P> {
         for node in self.known.sessions.keys().cloned().collect::<Vec<_>>() {
             self.welcome(&node);
         }
+        // Every lease with a hold is followed by now.
+        self.receipts.begin(self.state.epoch);
     }
 
     fn moment(&self) -> Moment {

@@ -1,11 +1,13 @@
-//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay. A batch is one
-//! request, and none is sent while page writes are hard for the API server.
+//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay, and those of
+//! requests that waited under an earlier leader are ended first. A batch is one request, and none is sent while page writes
+//! are hard for the API server.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use kube::ResourceExt as _;
+use spaceport_core::ids::LedgerTime;
 use spaceport_crds::GPULease;
 use spaceport_crds::names::LEASE_LABEL;
 use spaceport_shell::error_chain;
@@ -13,11 +15,14 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::pressure::PressureGauge;
+use super::receipt::Receipts;
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
 /// Time between two rounds.
 const PERIOD: Duration = Duration::from_secs(600);
+/// Time from the beginning of leading to the first one: by then all leases are known, and whoever still waits has another.
+const FIRST: Duration = Duration::from_secs(60);
 /// Receipts removed in one round; more are left to the next, so that deletes never crowd out page writes.
 const ROUND_MAX: usize = 500;
 /// Receipts of one request. The selector that names them, 27 bytes for each, fits any limit of a request line, and the
@@ -57,13 +62,16 @@ struct Batch<'a> {
 pub async fn run(
     api: KubeApi,
     retention: watch::Receiver<Option<Retention>>,
+    written: Receipts,
     pressure: PressureGauge,
     stop: CancellationToken,
 ) {
-    while pause(PERIOD, &stop).await {
+    let mut wait = FIRST;
+    while pause(wait, &stop).await {
+        wait = PERIOD;
         let current = *retention.borrow();
         if let Some(retention) = current {
-            remove_old(&api, retention, &pressure, &stop).await;
+            remove_old(&api, retention, &written, &pressure, &stop).await;
         }
     }
 }
@@ -78,7 +86,13 @@ async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
     true
 }
 
-async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGauge, stop: &CancellationToken) {
+async fn remove_old(
+    api: &KubeApi,
+    retention: Retention,
+    written: &Receipts,
+    pressure: &PressureGauge,
+    stop: &CancellationToken,
+) {
     // A list of all receipts is a load as well.
     if !is_calm(pressure, stop).await {
         return;
@@ -90,7 +104,12 @@ async fn remove_old(api: &KubeApi, retention: Retention, pressure: &PressureGaug
             return;
         }
     };
-    let old = old_receipts(&receipts, retention, clock::wall());
+    let now = clock::wall();
+    let ended = written.end_left_behind(&receipts, LedgerTime(now.as_millisecond()));
+    if ended > 0 {
+        tracing::info!(ended, "Requests waited under an earlier leader: their receipts are ended");
+    }
+    let old = old_receipts(&receipts, retention, now);
     let mut removed = 0_usize;
     for batch in batches(&old) {
         match api.namespace::<GPULease>(batch.namespace).delete_labelled(LEASE_LABEL, &batch.leases).await {

@@ -566,3 +566,15 @@ async fn a_node_that_is_ahead_makes_a_new_term_begin() {
     assert_eq!(story.order().await.epoch, 41);
     story.stop().await;
 }
+
+#[tokio::test]
+async fn of_a_term_that_a_node_has_ended_nothing_more_is_written() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    let followed = LeaseId::new(&story.order().await.lease);
+    wait_for(|| story.receipts.latest(&followed)).await;
+    story.connect(40).await;
+    wait_for(|| Some(()).filter(|()| story.receipts.latest(&followed).is_none())).await;
+    story.stop().await;
+}

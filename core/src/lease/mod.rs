@@ -49,7 +49,7 @@ pub use mutant::Mutant;
 pub use node::NOBODYS;
 pub use pages::ORDER_AGE_MAX_MS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
-pub use request::ATTEMPTS_MAX;
+pub use request::{ANNOUNCED_MAX, ATTEMPTS_MAX};
 pub use spaces::SpaceUse;
 pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
 

@@ -20,6 +20,10 @@ use crate::slots;
 /// can meet a node that changed a moment ago; a third one that fails has another reason.
 pub const ATTEMPTS_MAX: u32 = 3;
 
+/// Requests that are told in one step what they wait for. More at once would be more messages than an agent's session takes,
+/// and a step that others wait for; who is left is told in the next one, at the latest at the next tick.
+pub const ANNOUNCED_MAX: usize = 128;
+
 /// Root tokens whose budget is remembered at once: some megabytes. More live calls than that are no honest load.
 const ROOTS_MAX: usize = 65_536;
 
@@ -382,5 +386,5 @@ pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event
         };
         Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady, promise }
     };
-    state.queue.untold().map(&mut announce).collect()
+    state.queue.untold().take(ANNOUNCED_MAX).map(&mut announce).collect()
 }

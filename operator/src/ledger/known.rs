@@ -8,6 +8,7 @@ use spaceport_core::lease::{Policy, SpaceSettings};
 use spaceport_proto::nodelink::Card;
 use spaceport_proto::nodelink::node_message::Message;
 
+use super::grants::Grants;
 use super::identities::Identities;
 use super::policy::{self, NoPool};
 use super::receipt::GivenCard;
@@ -29,8 +30,7 @@ pub struct Known {
     pub pools: BTreeMap<String, PoolSeen>,
     /// Names of the pools that agents say they follow, by node; kept while an agent is away, for its leases run on.
     pub named_pools: BTreeMap<NodeName, String>,
-    /// Grants by uid.
-    pub grants: BTreeMap<String, GrantSeen>,
+    grants: Grants,
     /// Agents that are there.
     pub sessions: BTreeMap<NodeName, Session>,
     /// How far our clock is off, if that is too much (L20).
@@ -75,7 +75,7 @@ impl Known {
             tiers: BTreeMap::new(),
             pools: BTreeMap::new(),
             named_pools: BTreeMap::new(),
-            grants: BTreeMap::new(),
+            grants: Grants::default(),
             sessions: BTreeMap::new(),
             clock_off_ms: None,
             unlisted: Watched::ALL.into_iter().collect(),
@@ -131,7 +131,7 @@ impl Known {
                 self.named_pools.remove(&name);
             }
             StoreEvent::Grant(grant) => {
-                self.grants.insert(grant.uid.clone(), grant);
+                self.grants.insert(grant);
             }
             StoreEvent::GrantGone { uid } => {
                 self.grants.remove(&uid);
@@ -213,7 +213,7 @@ impl Known {
 
     /// What the account may do. The tier's name is empty if none applies: then nothing is granted.
     pub fn policy(&self, account: &AccountSeen) -> Policy {
-        let grants: Vec<&GrantSeen> = self.grants.values().filter(|grant| grant.account == account.name).collect();
+        let grants: Vec<&GrantSeen> = self.grants.of(&account.name).collect();
         let policy = policy::policy_of(account, policy::tier_of(account, &self.tiers), &grants);
         Policy { conflict: self.identities.conflict(account), ..policy }
     }
@@ -252,9 +252,7 @@ impl Known {
                 concerned.into_iter().chain([account.name.clone()]).collect()
             }
             StoreEvent::Grant(grant) => vec![grant.account.clone()],
-            StoreEvent::GrantGone { uid } => {
-                self.grants.get(uid).map(|grant| grant.account.clone()).into_iter().collect()
-            }
+            StoreEvent::GrantGone { uid } => self.grants.account(uid).cloned().into_iter().collect(),
             StoreEvent::Tier(_) | StoreEvent::TierGone { .. } => self.accounts.keys().cloned().collect(),
             _ => Vec::new(),
         }

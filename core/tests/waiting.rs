@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use spaceport_core::lease::{
-    ANNOUNCED_MAX, Command, Effect, EndReport, Event, FreedAs, Moment, Order, Outcome, PickedSlot, Place,
+    ANNOUNCED_MAX, Command, Departure, Effect, EndReport, Event, FreedAs, Moment, Order, Outcome, PickedSlot, Place,
     Policy, Priority, Request, SpaceSettings, State, step,
 };
 use spaceport_core::page::Ending;
@@ -245,4 +245,39 @@ fn a_node_that_loses_slots_is_told_in_portions() {
         told.push(story.places().len());
     }
     assert_eq!(told, [ANNOUNCED_MAX, ANNOUNCED_MAX, 44, 0]);
+}
+
+/// D5: who is gone for which reason is told apart.
+#[test]
+fn whoever_waits_no_longer_has_its_own_reason() {
+    let mut story = Story::begin(vec![card(0, 1)]);
+    story.ask("a", Size::Large);
+    let first = story.order().lease;
+    story.starts(&first);
+    let left = story.ask("a", Size::Large);
+    let silent = story.ask("a", Size::Large);
+    let departures = |story: &mut Story| {
+        let events = std::mem::take(&mut story.events).into_iter();
+        let left =
+            events.filter_map(|event| if let Event::Left { ticket, why } = event { Some((ticket, why)) } else { None });
+        left.collect::<Vec<_>>()
+    };
+    story.tell(Command::Dequeue { ticket: left.clone() });
+    assert_eq!(departures(&mut story), [(left, Departure::CallerGone)]);
+    story.tell(Command::NodeDisconnected { node: node() });
+    story.now += 60_001;
+    story.tell(Command::Tick);
+    assert_eq!(departures(&mut story), [(silent.clone(), Departure::NotPresented)]);
+    let kind = |story: &Story, ticket: &Ticket| {
+        let account = &story.state.accounts[&AccountName::new(format!("account-{}", ticket.number))];
+        account.working.recent_outcomes[0].kind.clone()
+    };
+    assert_eq!(kind(&story, &silent), "NotPresented");
+
+    let mut story = Story::begin(vec![card(0, 1)]);
+    story.ask("a", Size::Large);
+    let waits = story.ask("a", Size::Large);
+    story.tell(Command::NodeHello { node: node(), agent_instance: "b".into(), highest_epoch: Epoch(1) });
+    assert_eq!(departures(&mut story), [(waits.clone(), Departure::AgentRestarted)]);
+    assert_eq!(kind(&story, &waits), "AgentRestarted");
 }

@@ -56,7 +56,7 @@ impl State {
                     Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
-            Event::Left { ticket } => {
+            Event::Left { ticket, .. } => {
                 let left = self.queue.remove(ticket);
                 if let Some(waiting) = left {
                     self.space_changed(&waiting.space.uid);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::change::PageChange;
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::request::{Refusal, explained, frees_in, give_back};
 use super::state::{Account, Holder, Node, State};
@@ -116,7 +116,7 @@ fn parked(at: Moment, state: &State, waiting: &Waiting) -> Option<Event> {
 }
 
 fn refuse(at: Moment, state: &State, waiting: &Waiting, denial: Denial) -> Vec<Event> {
-    let mut events = vec![Event::Left { ticket: waiting.ticket.clone() }];
+    let mut events = vec![Event::Left { ticket: waiting.ticket.clone(), why: Departure::Refused }];
     events.extend(give_back(waiting, waiting.demand.needed_ms(), true));
     events.extend(Refusal::of(waiting).events(at, state, denial));
     events

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::command::{AgentLease, AgentPhase};
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::report;
 use super::request;
@@ -27,7 +27,7 @@ pub(super) fn hello(at: Moment, state: &State, node: NodeName, agent_instance: S
     if restarted {
         // The connections of its earlier start are gone, and with them whoever waited on them.
         for waiting in state.queue.line(&node).filter(|waiting| *waiting.ticket.agent_instance != *agent_instance) {
-            events.extend(request::left(at, state, waiting, "the node agent restarted"));
+            events.extend(request::left(at, state, waiting, Departure::AgentRestarted));
         }
         let stale = state.leases_on(&node).filter(|(_, lease)| {
             let request = lease.request.as_ref();

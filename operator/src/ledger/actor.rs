@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Steady, Ticket};
 use spaceport_core::lease::{
-    Command, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
+    Command, Departure, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
@@ -157,6 +157,16 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
     }
 }
 
+/// What the receipt of a request says that waits no longer and got no slot.
+fn end_of_unserved(denial: Option<&Denial>, why: Departure) -> (Ending, String) {
+    match (denial, why) {
+        (Some(denial), _) => (Ending::Cancelled, human_message(denial)),
+        // Requirement D5: nobody left.
+        (None, Departure::AgentRestarted) => (Ending::PlatformFault, why.words().to_owned()),
+        (None, _) => (Ending::Undelivered, why.words().to_owned()),
+    }
+}
+
 /// Waits until this replica leads and everything was listed, begins a term above every epoch seen in pages and hellos, and waits until our own
 /// watch shows it: every page written before is in our hands then (L6). None if it is time to stop.
 async fn begin<P: Pages>(
@@ -284,15 +294,12 @@ impl<P: Pages> Actor<P> {
     /// Requests that wait no longer and got no slot.
     fn note_unserved(&mut self, at: Moment, events: &[Event]) {
         for event in events {
-            let Event::Left { ticket } = event else { continue };
+            let Event::Left { ticket, why } = event else { continue };
             let denial = events.iter().find_map(|event| match event {
                 Event::Denied { ticket: denied, denial, .. } if denied == ticket => Some(denial),
                 _ => None,
             });
-            let (ending, message) = match denial {
-                Some(denial) => (Ending::Cancelled, human_message(denial)),
-                None => (Ending::Undelivered, "the caller left while the request waited".to_owned()),
-            };
+            let (ending, message) = end_of_unserved(denial, *why);
             let unserved = self.records.unserved(ticket, ending, message, at.wall);
             self.unserved(unserved);
         }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
+use spaceport_core::ids::Size;
 use spaceport_core::protocol::UnauthenticatedReason;
 use spaceport_crds as crds;
 use spaceport_proto::nodelink as proto;
@@ -565,6 +566,18 @@ async fn a_node_that_is_ahead_makes_a_new_term_begin() {
     story.request(1, 10_000, "").await;
     assert_eq!(story.order().await.epoch, 41);
     story.stop().await;
+}
+
+#[test]
+fn a_receipt_says_whose_fault_it_was_that_a_request_waits_no_longer() {
+    let (ending, message) = end_of_unserved(None, Departure::AgentRestarted);
+    assert_eq!(
+        (ending, message.as_str()),
+        (Ending::PlatformFault, "the node agent restarted while the request waited")
+    );
+    assert_eq!(end_of_unserved(None, Departure::CallerGone).0, Ending::Undelivered);
+    let denial = Denial::NoCapacity { size: Size::Large };
+    assert_eq!(end_of_unserved(Some(&denial), Departure::Refused), (Ending::Cancelled, human_message(&denial)));
 }
 
 #[tokio::test]

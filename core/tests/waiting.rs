@@ -247,6 +247,41 @@ fn a_node_that_loses_slots_is_told_in_portions() {
     assert_eq!(told, [ANNOUNCED_MAX, ANNOUNCED_MAX, 44, 0]);
 }
 
+/// An order is on its way when its node loses a slot, and is refused: what its caller was told counts no more.
+#[test]
+fn a_promise_does_not_survive_the_slot_it_counted_on() {
+    let mut story = Story::begin(vec![card(0, 2)]);
+    story.ask("a", Size::Large);
+    let first = story.order().lease;
+    story.starts(&first);
+    story.ask("a", Size::Large);
+    let second = story.order().lease;
+    story.starts(&second);
+    let ticket = story.ask("a", Size::Large);
+    assert!(story.state.queue.get(&ticket).unwrap().promise.is_some());
+    story.ends(&first);
+    let ordered = story.order();
+    assert_eq!(ordered.ticket, ticket);
+    story.events.clear();
+    story.tell(Command::Heartbeat { node: node(), cards: Some(vec![card(0, 1)]) });
+    story.tell(Command::Refused { node: node(), lease: ordered.lease });
+    let again = story.events.iter().find_map(|event| if let Event::Queued(again) = event { Some(again) } else { None });
+    assert_eq!(again.map(|again| (&again.ticket, again.promise)), Some((&ticket, None)));
+}
+
+#[test]
+fn a_node_that_comes_back_with_fewer_slots_is_told_anew() {
+    let mut story = Story::begin(vec![card(0, 2)]);
+    for _ in 0..3 {
+        story.ask("a", Size::Large);
+    }
+    story.tell(Command::NodeDisconnected { node: node() });
+    story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
+    let cards = vec![card(0, 1)];
+    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: Vec::new() });
+    assert!(story.events.iter().any(|event| matches!(event, Event::PromisesWithdrawn { .. })));
+}
+
 /// D5: who is gone for which reason is told apart.
 #[test]
 fn whoever_waits_no_longer_has_its_own_reason() {

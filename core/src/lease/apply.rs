@@ -74,7 +74,7 @@ impl State {
             Event::Unparked { account } => self.unpark_where(account),
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
-            Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
+            Event::PromisesWithdrawn { node } => self.withdraw_promises(node),
             Event::BudgetTaken { root, calls, ms, expires } => {
                 let used =
                     self.roots.entry(root.clone()).or_insert(RootUse { calls: 0, ms: 0, expires: LedgerTime(0) });

@@ -426,12 +426,14 @@ pub fn admit(payer: Payer<'_>, demand: &Demand, queued: Queued, frees_in: FreesI
     let cookie = payer.row()?;
     check_runs(payer, cookie.as_ref())?;
     let needed_ms = demand.needed_ms();
-    let (declared_ms, weight) = (demand.declared_ms, demand.weight);
+    let (declared_ms, weight) = (demand.asked_ms(), demand.weight);
+    let given_ms = demand.shortened.map(|_| demand.declared_ms);
     // The same in every refusal: what would pass has to fit all limits.
     let largest_declared_ms =
         demand.declared_for(payer.left_ms(queued)).min(demand.longest_declared_ms(payer.allowance.longest_call_ms));
     let pending = |(limiter, standing, queued_ms): (Limiter, Standing, u64)| Denial::PendingOverquota {
         declared_ms,
+        given_ms,
         weight,
         needed_ms,
         left_ms: standing.left_ms.saturating_sub(queued_ms),
@@ -447,6 +449,7 @@ pub fn admit(payer: Payer<'_>, demand: &Demand, queued: Queued, frees_in: FreesI
     if let Some((limiter, standing, queued_ms)) = payer.limits(queued).find(|limit| needed_ms > limit.1.uncharged_ms) {
         return Err(Denial::QuotaExceeded {
             declared_ms,
+            given_ms,
             weight,
             needed_ms,
             left_ms: standing.left_ms.saturating_sub(queued_ms),

@@ -265,8 +265,14 @@ fn a_space_that_clamps_gives_what_is_left_as_a_hard_limit() {
     let hold = &story.page("bob").holds[0];
     let shortened = Some(Shortened { declared_ms: 60_000, by: ShortenedBy::RemainingQuota });
     assert_eq!((hold.declared_ms, hold.shortened), (40_000, shortened));
-    let Denial::PendingOverquota { needed_ms: 40_000, left_ms: 0, reserved_ms: 40_000, .. } =
-        denial(&story.ask(BOB, 60_000))
+    let Denial::PendingOverquota {
+        declared_ms: 60_000,
+        given_ms: Some(40_000),
+        needed_ms: 40_000,
+        left_ms: 0,
+        reserved_ms: 40_000,
+        ..
+    } = denial(&story.ask(BOB, 60_000))
     else {
         panic!("nothing is left while it runs; when it has ended, something may be")
     };

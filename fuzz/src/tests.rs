@@ -176,6 +176,7 @@ fn order_stories() -> Vec<(&'static str, Vec<orders::Message>)> {
         |lease: &str| Message::Acknowledged(link::Acknowledged { lease: lease.to_owned(), ended: true, freed: true });
     let denial = spaceport_core::protocol::Denial::QuotaExceeded {
         declared_ms: 60_000,
+        given_ms: None,
         weight: 1,
         needed_ms: 60_000,
         left_ms: 45_000,

@@ -36,8 +36,9 @@ pub const AUDIENCE: &str = "spaceport-nodelink";
 
 /// Largest message of an agent, bytes: the inventory of 16 cards with 64 leases is below 64 KiB.
 const MESSAGE_MAX: usize = 256 * 1024;
-/// Messages to one agent that may wait. It has at most a few dozen leases; who does not read this many is gone.
-const OUTBOUND_QUEUE: usize = 256;
+/// Messages to one agent that may wait. One step of the broker may answer everybody who waits for a node, 1000 by default,
+/// before the stream is looked at again; who does not read twice as many is gone. A message is a few hundred bytes.
+const OUTBOUND_QUEUE: usize = 2048;
 /// An agent says Hello at once.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// A peer that does not answer a ping this long is gone; the broker then counts by L9.

@@ -257,7 +257,7 @@ impl WriterParts {
         tasks.spawn_fallible("receipts", write_receipts);
         tasks.spawn("spaces", space::run(api.clone(), space.clone(), durations.clone(), term.clone()));
         let remove_old =
-            retention::run(api.clone(), retention.clone(), pressure.clone(), term.clone());
+            retention::run(api.clone(), retention.clone(), receipts.clone(), pressure.clone(), term.clone());
         tasks.spawn("receipt retention", remove_old);
         let early = tokio::select! {
             _ = leading.wait_for(|leads| !*leads) => None,

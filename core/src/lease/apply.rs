@@ -56,15 +56,25 @@ impl State {
                     Arc::make_mut(waiting).unconfirmed = None;
                 }
             }
-            Event::Left { ticket } => {
-                self.queue.remove(ticket);
+            Event::Left { ticket, .. } => {
+                let left = self.queue.remove(ticket);
+                if let Some(waiting) = left {
+                    self.space_changed(&waiting.space.uid);
+                }
             }
             Event::Announced { ticket, lease, promise, .. } => self.queue.announce(ticket, lease, *promise),
-            Event::Parked { ticket, waits_for } => self.queue.park(ticket, *waits_for),
+            Event::Parked { ticket, waits_for } => {
+                self.queue.park(ticket, *waits_for);
+                // Another of its Space has its turn in its stead.
+                let space = self.queue.get(ticket).map(|waiting| waiting.space.uid.clone());
+                if let Some(space) = space {
+                    self.space_changed(&space);
+                }
+            }
             Event::Unparked { account } => self.unpark_where(account),
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
-            Event::PromisesWithdrawn { node } => self.queue.withdraw_promises(node),
+            Event::PromisesWithdrawn { node } => self.withdraw_promises(node),
             Event::BudgetTaken { root, calls, ms, expires } => {
                 let used =
                     self.roots.entry(root.clone()).or_insert(RootUse { calls: 0, ms: 0, expires: LedgerTime(0) });

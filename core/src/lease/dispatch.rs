@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::change::PageChange;
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::request::{Refusal, explained, frees_in, give_back};
 use super::state::{Account, Holder, Node, State};
@@ -29,12 +29,20 @@ pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) ->
     if let Some(waiting) = impossible(state, node, name, lanes) {
         return refuse(at, state, waiting, Denial::NoCapacity { size: waiting.demand.size });
     }
+    // No card is kept for somebody who could not have it if it were free.
+    let reserved = lanes.reserved().and_then(|place| state.queue.at(name, place));
+    if let Some(parked) = reserved.and_then(|waiting| parked(at, state, waiting)) {
+        return vec![parked];
+    }
     // The broker's picture of the node is old, or nobody could start: it is looked again when the node has said more.
     let Some(found) = Found::on(at.steady, node, lanes.reserved().is_some()) else { return Vec::new() };
     match lanes.next(&found.room()) {
         None => Vec::new(),
         Some(Choice::Reserve { place, lane }) => {
-            let kept = |waiting: &Arc<Waiting>| Event::CardKept { ticket: waiting.ticket.clone(), lane };
+            let kept = |waiting: &Arc<Waiting>| {
+                let kept = || Event::CardKept { ticket: waiting.ticket.clone(), lane };
+                parked(at, state, waiting).unwrap_or_else(kept)
+            };
             state.queue.at(name, place).map(kept).into_iter().collect()
         }
         Some(Choice::Start { place, fit }) => {
@@ -65,13 +73,10 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Arc<Waiting>, sl
         let reason = UnauthenticatedReason::IdentityConflict;
         return refuse(at, state, waiting, Denial::Unauthenticated { reason });
     }
+    if let Some(parked) = parked(at, state, waiting) {
+        return vec![parked];
+    }
     let page = state.page_of(account);
-    if account.is_blocked(page, waiting.cookie.as_ref(), at.steady) {
-        return vec![Event::Parked { ticket: waiting.ticket.clone(), waits_for: WaitsFor::Account }];
-    }
-    if state.is_space_full(&waiting.space.uid) {
-        return vec![Event::Parked { ticket: waiting.ticket.clone(), waits_for: WaitsFor::Space }];
-    }
     let Some(slot) = slot else { return Vec::new() };
     let time = page.time(at.wall);
     let frees_in = frees_in(state, account, waiting.cookie.as_ref(), time);
@@ -97,8 +102,21 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Arc<Waiting>, sl
     spared.into_iter().chain(reserve(at, ids, state, account, waiting, slot, admission)).collect()
 }
 
+/// It has its turn, but its own account or Space may have no other lease now.
+fn parked(at: Moment, state: &State, waiting: &Waiting) -> Option<Event> {
+    let account = state.accounts.get(&waiting.account)?;
+    let waits_for = if account.is_blocked(state.page_of(account), waiting.cookie.as_ref(), at.steady) {
+        WaitsFor::Account
+    } else if state.is_space_full(&waiting.space.uid) {
+        WaitsFor::Space
+    } else {
+        return None;
+    };
+    Some(Event::Parked { ticket: waiting.ticket.clone(), waits_for })
+}
+
 fn refuse(at: Moment, state: &State, waiting: &Waiting, denial: Denial) -> Vec<Event> {
-    let mut events = vec![Event::Left { ticket: waiting.ticket.clone() }];
+    let mut events = vec![Event::Left { ticket: waiting.ticket.clone(), why: Departure::Refused }];
     events.extend(give_back(waiting, waiting.demand.needed_ms(), true));
     events.extend(Refusal::of(waiting).events(at, state, denial));
     events

@@ -26,6 +26,42 @@ pub enum TermEnd {
     },
 }
 
+/// Why a request waits no longer and got no lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// It is refused; [`Event::Denied`] says why.
+    Refused,
+    /// Its caller left.
+    CallerGone,
+    /// The agent of its node restarted, and its connection ended with that.
+    AgentRestarted,
+    /// The agent of its node did not present it again: its caller left while the agent was away, or the agent was away for
+    /// too long.
+    NotPresented,
+}
+
+impl Departure {
+    /// The reason of its outcome, CamelCase.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Refused => "Refused",
+            Self::CallerGone => "CallerGone",
+            Self::AgentRestarted => "AgentRestarted",
+            Self::NotPresented => "NotPresented",
+        }
+    }
+
+    /// What happened, for people.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Refused => "the request was refused",
+            Self::CallerGone => "the caller left while the request waited",
+            Self::AgentRestarted => "the node agent restarted while the request waited",
+            Self::NotPresented => "the node agent was away and did not present the request again",
+        }
+    }
+}
+
 /// Something that is so from now on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // Fields are named like the state's.
@@ -60,7 +96,7 @@ pub enum Event {
     /// The agent presented it again.
     Confirmed { ticket: Ticket },
     /// It waits no longer.
-    Left { ticket: Ticket },
+    Left { ticket: Ticket, why: Departure },
     /// Its agent is told of its place, and its lease has a name.
     Announced { ticket: Ticket, lease: LeaseId, at: Steady, promise: Option<Promise> },
     /// It has its turn, but waits for its own account or Space.

@@ -2,7 +2,7 @@
 
 use super::Moment;
 use super::command::EndReport;
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::node::NOBODYS;
 use super::report;
@@ -22,7 +22,7 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
     let mut events = Vec::new();
     let is_late = |confirm_by: Option<Steady>| confirm_by.is_some_and(|confirm_by| confirm_by <= at.steady);
     for waiting in state.queue.unconfirmed().filter(|waiting| is_late(waiting.unconfirmed)) {
-        events.extend(request::left(at, state, waiting, "its node did not present the request again"));
+        events.extend(request::left(at, state, waiting, Departure::NotPresented));
     }
     for (id, lease) in state.leases() {
         events.extend(overdue(at, state, id, lease));

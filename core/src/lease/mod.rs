@@ -43,13 +43,13 @@ pub use command::{
 pub use decide::decide;
 pub use dispatch::dispatch;
 pub use effect::{Effect, Order, Place, add_effects};
-pub use event::{Event, TermEnd};
+pub use event::{Departure, Event, TermEnd};
 pub use expiry::DISCONNECTED_QUEUE_MS;
 pub use mutant::Mutant;
 pub use node::NOBODYS;
 pub use pages::ORDER_AGE_MAX_MS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
-pub use request::ATTEMPTS_MAX;
+pub use request::{ANNOUNCED_MAX, ATTEMPTS_MAX};
 pub use spaces::SpaceUse;
 pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
 
@@ -143,7 +143,7 @@ fn stir(state: &State, event: &Event, stirred: &mut BTreeSet<NodeName>) {
             stirred.insert(waiting.node.clone());
         }
         // Who leaves may have had the reservation, or have stood before others who fit.
-        Event::Confirmed { ticket } | Event::Left { ticket } => stirred.extend(waits_at(ticket)),
+        Event::Confirmed { ticket } | Event::Left { ticket, .. } => stirred.extend(waits_at(ticket)),
         Event::Unreserved { lease }
         | Event::Assigned { lease, .. }
         | Event::Ended { lease, .. }

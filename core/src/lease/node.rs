@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::command::{AgentLease, AgentPhase};
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::report;
 use super::request;
@@ -27,7 +27,7 @@ pub(super) fn hello(at: Moment, state: &State, node: NodeName, agent_instance: S
     if restarted {
         // The connections of its earlier start are gone, and with them whoever waited on them.
         for waiting in state.queue.line(&node).filter(|waiting| *waiting.ticket.agent_instance != *agent_instance) {
-            events.extend(request::left(at, state, waiting, "the node agent restarted"));
+            events.extend(request::left(at, state, waiting, Departure::AgentRestarted));
         }
         let stale = state.leases_on(&node).filter(|(_, lease)| {
             let request = lease.request.as_ref();
@@ -48,6 +48,7 @@ pub(super) fn joined(
     leases: Vec<AgentLease>,
 ) -> Vec<Event> {
     let confirm_by = at.steady.plus(CONFIRM_MS);
+    let withdrawn = withdrawn(state, &node, &cards);
     let mut events = vec![Event::NodeJoined { node: node.clone(), cards, confirm_by }];
     let on_node: BTreeMap<LeaseId, AgentLease> = leases.into_iter().map(|lease| (lease.lease.clone(), lease)).collect();
     for (id, lease) in state.leases_on(&node) {
@@ -80,7 +81,16 @@ pub(super) fn joined(
             Arc::make_mut(waiting).unconfirmed = Some(confirm_by);
         }
     }
+    // Behind those that return to their places.
+    events.extend(withdrawn);
     events
+}
+
+/// A node that comes to have fewer slots can not keep what was promised for more of them.
+fn withdrawn(state: &State, node: &NodeName, cards: &[Card]) -> Option<Event> {
+    let slots = |cards: &[Card]| slots::capacity(cards, Size::Large);
+    let fewer = state.nodes.get(node).is_some_and(|known| slots(cards) < slots(&known.cards));
+    fewer.then(|| Event::PromisesWithdrawn { node: node.clone() })
 }
 
 /// On the page, not on the node.
@@ -201,8 +211,7 @@ pub(super) fn heartbeat(state: &State, node: NodeName, cards: Option<Vec<Card>>)
     let Some(known) = state.nodes.get(&node).filter(|known| known.joined) else { return Vec::new() };
     match cards {
         Some(cards) if cards != known.cards => {
-            let fewer = slots::capacity(&cards, Size::Large) < slots::capacity(&known.cards, Size::Large);
-            let withdrawn = fewer.then(|| Event::PromisesWithdrawn { node: node.clone() });
+            let withdrawn = withdrawn(state, &node, &cards);
             std::iter::once(Event::InventoryTaken { node, cards }).chain(withdrawn).collect()
         }
         _ if known.rests => vec![Event::NodeHeard { node }],

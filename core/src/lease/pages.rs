@@ -3,7 +3,7 @@
 use super::Moment;
 use super::change::PageChange;
 use super::command::{AgentLease, Policy};
-use super::event::{Event, TermEnd};
+use super::event::{Departure, Event, TermEnd};
 use super::mutant::Mutant;
 use super::node;
 use super::report;
@@ -115,7 +115,7 @@ pub(super) fn gone(at: Moment, state: &State, name: AccountName) -> Vec<Event> {
     }
     let mut events = Vec::new();
     for waiting in state.queue.iter().filter(|waiting| waiting.account == name) {
-        events.push(Event::Left { ticket: waiting.ticket.clone() });
+        events.push(Event::Left { ticket: waiting.ticket.clone(), why: Departure::Refused });
         events.extend(Refusal::of(waiting).events(at, state, Denial::AccountDeleting));
     }
     for (id, lease) in state.leases().filter(|(_, lease)| lease.account.as_ref() == Some(&name)) {

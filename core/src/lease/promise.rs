@@ -1,11 +1,28 @@
 //! What those who wait are told: how many are before them, when they can expect to begin, and when they begin at the latest
 //! (invariant 11, docs/rules.md, Queue).
 
+use std::sync::Arc;
+
 use super::command::Limits;
-use super::state::State;
+use super::state::{Stage, State};
 use crate::ids::{NodeName, Size, Steady};
 use crate::queue::{Ahead, Lanes, Promise, Waiting};
 use crate::slots;
+
+impl State {
+    /// What was told of a node's slots does not hold any more. Nor for a request whose order is on its way: it may come back
+    /// to its place, and is told anew then.
+    pub(super) fn withdraw_promises(&mut self, node: &NodeName) {
+        self.queue.withdraw_promises(node);
+        for id in self.nodes.get(node).into_iter().flat_map(|known| &known.leases) {
+            let lease = self.leases.get_mut(id).filter(|lease| lease.stage < Stage::Running);
+            let request = lease.and_then(|lease| lease.request.as_mut());
+            if let Some(waiting) = request.filter(|waiting| waiting.promise.is_some()) {
+                Arc::make_mut(waiting).promise = None;
+            }
+        }
+    }
+}
 
 /// What its leases still hold of a node.
 #[derive(Default)]

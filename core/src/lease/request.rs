@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Moment;
 use super::change::PageChange;
 use super::command::{Budget, NodeSettings, Request};
-use super::event::Event;
+use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
@@ -19,6 +19,10 @@ use crate::slots;
 /// Orders for one request that a node may refuse, or a store may not take, before it is told PlatformFault. A first order
 /// can meet a node that changed a moment ago; a third one that fails has another reason.
 pub const ATTEMPTS_MAX: u32 = 3;
+
+/// Requests that are told in one step what they wait for. More at once would be more messages than an agent's session takes,
+/// and a step that others wait for; who is left is told in the next one, at the latest at the next tick.
+pub const ANNOUNCED_MAX: usize = 128;
 
 /// Root tokens whose budget is remembered at once: some megabytes. More live calls than that are no honest load.
 const ROOTS_MAX: usize = 65_536;
@@ -288,19 +292,19 @@ pub(super) fn frees_in(state: &State, account: &Account, cookie: Option<&CookieI
 
 pub(super) fn dequeue(at: Moment, state: &State, ticket: &Ticket) -> Vec<Event> {
     if let Some(waiting) = state.queue.get(ticket) {
-        return left(at, state, waiting, "the visitor left while waiting");
+        return left(at, state, waiting, Departure::CallerGone);
     }
     // Its order is on its way; the node refuses it, or the hold is voided when it is durable.
     lease_of(state, ticket).map(|lease| Event::Abandoned { lease: lease.clone() }).into_iter().collect()
 }
 
 /// A request goes without a lease and without a refusal.
-pub(super) fn left(at: Moment, state: &State, waiting: &Waiting, why: &str) -> Vec<Event> {
-    let mut events = vec![Event::Left { ticket: waiting.ticket.clone() }];
+pub(super) fn left(at: Moment, state: &State, waiting: &Waiting, why: Departure) -> Vec<Event> {
+    let mut events = vec![Event::Left { ticket: waiting.ticket.clone(), why }];
     events.extend(give_back(waiting, waiting.demand.needed_ms(), true));
     let waited_ms = at.steady.since(waiting.arrived);
-    let message = format!("{why}, after {}.{:03} s", waited_ms / 1000, waited_ms % 1000);
-    events.extend(outcome(at, state, &waiting.account, &waiting.ticket, "CallerGone", "Queued", message));
+    let message = format!("{}, after {}.{:03} s", why.words(), waited_ms / 1000, waited_ms % 1000);
+    events.extend(outcome(at, state, &waiting.account, &waiting.ticket, why.as_str(), "Queued", message));
     events
 }
 
@@ -314,8 +318,13 @@ pub(super) fn give_back(waiting: &Waiting, ms: u64, call: bool) -> Option<Event>
 pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) -> Vec<Event> {
     let attempts = waiting.attempts.saturating_add(1);
     let waiting = Waiting { attempts, told: None, lease: None, waits_for: WaitsFor::Node, ..waiting.clone() };
-    if !wanted || waiting.unconfirmed.is_some_and(|confirm_by| confirm_by <= at.steady) {
-        return left(at, state, &waiting, "the visitor left before the GPU was ready");
+    if !wanted {
+        let agent = state.nodes.get(&waiting.node).map(|node| node.agent_instance.as_str());
+        let restarted = agent.is_some_and(|agent| *agent != *waiting.ticket.agent_instance);
+        return left(at, state, &waiting, if restarted { Departure::AgentRestarted } else { Departure::CallerGone });
+    }
+    if waiting.unconfirmed.is_some_and(|confirm_by| confirm_by <= at.steady) {
+        return left(at, state, &waiting, Departure::NotPresented);
     }
     if waiting.attempts >= ATTEMPTS_MAX {
         let mut events: Vec<Event> = give_back(&waiting, waiting.demand.needed_ms(), true).into_iter().collect();
@@ -388,5 +397,5 @@ pub(super) fn announce(at: Moment, ids: &mut IdSeed, state: &State) -> Vec<Event
         };
         Event::Announced { ticket: waiting.ticket.clone(), lease, at: at.steady, promise }
     };
-    state.queue.untold().map(&mut announce).collect()
+    state.queue.untold().take(ANNOUNCED_MAX).map(&mut announce).collect()
 }

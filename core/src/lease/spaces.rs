@@ -14,8 +14,10 @@ pub struct SpaceUse {
 }
 
 impl SpaceUse {
-    fn is_full(&self) -> bool {
-        self.settings.concurrent.is_some_and(|limit| self.leases >= limit)
+    /// How many leases more it may have now.
+    fn room(&self) -> usize {
+        let room = self.settings.concurrent.map(|limit| limit.saturating_sub(self.leases));
+        room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX))
     }
 }
 
@@ -34,7 +36,11 @@ impl State {
 
     /// True while a new lease of the Space has to wait for another to end.
     pub(super) fn is_space_full(&self, uid: &str) -> bool {
-        self.spaces.get(uid).is_some_and(SpaceUse::is_full)
+        self.space_room(uid) == 0
+    }
+
+    fn space_room(&self, uid: &str) -> usize {
+        self.spaces.get(uid).map_or(usize::MAX, SpaceUse::room)
     }
 
     pub(super) fn configure_space(&mut self, uid: &str, settings: SpaceSettings) {
@@ -54,13 +60,12 @@ impl State {
         self.space_changed(uid);
     }
 
-    /// Lets those who wait for the Space have their turn again, and forgets a Space of which nothing is to be known.
-    fn space_changed(&mut self, uid: &str) {
+    /// Lets as many of those who wait for the Space as it has room for have their turn again, and forgets a Space of which
+    /// nothing is to be known.
+    pub(super) fn space_changed(&mut self, uid: &str) {
         if self.spaces.get(uid).is_some_and(|space| *space == SpaceUse::default()) {
             self.spaces.remove(uid);
         }
-        if !self.is_space_full(uid) {
-            self.queue.unpark_space(uid);
-        }
+        self.queue.unpark_space(uid, self.space_room(uid));
     }
 }

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{CLOSED_MAX, Page, Source};
-use crate::ids::{LeaseId, LedgerTime};
+use super::{CLOSED_MAX, CookieRow, Page, Source};
+use crate::ids::{CookieId, LeaseId, LedgerTime};
 
 /// Largest amount, number or sum that the stored form can hold: an `int64`.
 const NUMBER_MAX: u64 = i64::MAX.unsigned_abs();
@@ -38,6 +38,12 @@ pub enum Unsound {
     /// It could not be told which row is meant.
     #[error("{0:?} is on the page more than once, or overlaps another window")]
     SourceTwice(Source),
+    /// The same of a visitor's row.
+    #[error("visitor {cookie} is on the page more than once, or overlaps another row of its own")]
+    VisitorTwice {
+        /// Whose row.
+        cookie: CookieId,
+    },
     /// Every open hold needs a row in the outbox when it ends.
     #[error("{holds} holds and {closed} settled rows are more than the {CLOSED_MAX} rows of the outbox")]
     Outbox {
@@ -53,6 +59,14 @@ pub enum Unsound {
         lease: LeaseId,
         /// Which source.
         which: Source,
+    },
+    /// The same of the visitor's row, to which a hold of a guest page is charged as well.
+    #[error("lease {lease} is of visitor {cookie}, whose row is not on the page")]
+    NoVisitor {
+        /// Whose hold.
+        lease: LeaseId,
+        /// Which visitor.
+        cookie: CookieId,
     },
     /// Invariant 1: what is reserved is what was declared.
     #[error("lease {lease} has reserved {reserved_ms} ms for {weight} x {declared_ms} ms")]
@@ -88,6 +102,18 @@ pub enum Unsound {
         /// Reserved in it.
         reserved_ms: u128,
     },
+    /// The same of a visitor's row.
+    #[error(
+        "visitor {cookie} has {charged_ms} ms charged and {reserved_ms} ms reserved, together more than can be stored"
+    )]
+    VisitorSum {
+        /// Whose row.
+        cookie: CookieId,
+        /// Charged to it.
+        charged_ms: u64,
+        /// Reserved in it.
+        reserved_ms: u128,
+    },
 }
 
 impl Page {
@@ -108,6 +134,11 @@ impl Page {
             if let Some(part) = hold.parts.iter().find(|part| self.charged_to(&part.source).is_none()) {
                 return Err(Unsound::NoSource { lease: hold.lease.clone(), which: part.source.clone() });
             }
+            if let Some(window) = &hold.cookie
+                && !self.cookies.iter().any(|row| row.is_of(window))
+            {
+                return Err(Unsound::NoVisitor { lease: hold.lease.clone(), cookie: window.cookie.clone() });
+            }
         }
         for closed in &self.closed {
             let (weight, declared_ms, charged_ms) = (closed.hold.weight, closed.hold.declared_ms, closed.charged_ms);
@@ -120,12 +151,14 @@ impl Page {
 
     fn sound_numbers(&self) -> Result<(), Unsound> {
         let runs = self.windows.iter().map(|window| ("a window's runs", window.runs));
-        let mut counts = runs.chain([("seq", self.seq), ("epoch", self.epoch.0)]);
+        let of_visitors = self.cookies.iter().map(|row| ("a visitor's runs", row.runs));
+        let mut counts = runs.chain(of_visitors).chain([("seq", self.seq), ("epoch", self.epoch.0)]);
         if let Some((field, value)) = counts.find(|(_, value)| *value >= COUNT_MAX) {
             return Err(Unsound::Exhausted { field, value });
         }
         let times = self.windows.iter().map(|window| ("a window's start", window.start));
-        match times.chain([("the page's time", self.last_time)]).find(|(_, time)| *time > TIME_MAX) {
+        let of_visitors = self.cookies.iter().map(|row| ("the start of a visitor's row", row.start));
+        match times.chain(of_visitors).chain([("the page's time", self.last_time)]).find(|(_, time)| *time > TIME_MAX) {
             Some((field, time)) => Err(Unsound::Time { field, time }),
             None => Ok(()),
         }
@@ -152,6 +185,13 @@ impl Page {
                 return Err(Unsound::SourceTwice(Source::Grant(row.uid.clone())));
             }
         }
+        for (index, row) in self.cookies.iter().enumerate() {
+            let is_same =
+                |other: &CookieRow| other.cookie == row.cookie && (other.covers(row.start) || row.covers(other.start));
+            if self.cookies[..index].iter().any(is_same) {
+                return Err(Unsound::VisitorTwice { cookie: row.cookie.clone() });
+            }
+        }
         Ok(())
     }
 
@@ -163,6 +203,14 @@ impl Page {
             let reserved_ms: u128 = parts.map(|part| u128::from(part.ms)).sum();
             if u128::from(charged_ms) + reserved_ms > u128::from(NUMBER_MAX) {
                 return Err(Unsound::Sum { which, charged_ms, reserved_ms });
+            }
+        }
+        for row in &self.cookies {
+            let parts = self.holds_of_row(row).flat_map(|hold| &hold.parts);
+            let reserved_ms: u128 = parts.map(|part| u128::from(part.ms)).sum();
+            if u128::from(row.charged_ms) + reserved_ms > u128::from(NUMBER_MAX) {
+                let (cookie, charged_ms) = (row.cookie.clone(), row.charged_ms);
+                return Err(Unsound::VisitorSum { cookie, charged_ms, reserved_ms });
             }
         }
         Ok(())
@@ -181,7 +229,7 @@ impl Page {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Closed, Ending, GrantRow, Hold, Part, Window};
+    use super::super::{Closed, CookieWindow, Ending, GrantRow, Hold, Part, Window};
     use std::sync::Arc;
 
     use super::*;
@@ -262,6 +310,41 @@ mod tests {
             let said = page.sound().unwrap_err().to_string();
             assert!(said.contains(complaint), "{said}");
         }
+    }
+
+    /// A visitor's lease runs, and an earlier one of the same day is charged.
+    fn guest_page() -> Page {
+        let cookie = CookieId::new("ann");
+        let row =
+            CookieRow { cookie: cookie.clone(), start: START, base_ms: 120_000, charged_ms: 9, runs: 1, generation: 1 };
+        let of_ann = Hold { cookie: Some(CookieWindow { cookie, start: START }), ..hold("a") };
+        Page { cookies: [row].into(), holds: vec![Arc::new(of_ann)], ..page() }
+    }
+
+    #[test]
+    fn a_guest_page_that_is_none_of_ours_says_what_is_wrong() {
+        type BreakIt = fn(&mut CookieRow);
+        let row = |page: &Page| page.cookies[0].clone();
+        assert_eq!(guest_page().sound(), Ok(()));
+        let broken: [(&str, BreakIt); 5] = [
+            ("a visitor's runs is 4611686018427387904, beyond", |row| row.runs = COUNT_MAX),
+            ("the start of a visitor's row is 253402300800000 ms, later", |row| row.start = TIME_MAX.plus(1)),
+            ("lease a is of visitor ann, whose row is not on the page", |row| row.start = START.plus(1)),
+            ("lease a is of visitor ann, whose row is not on the page", |row| row.cookie = CookieId::new("bob")),
+            ("visitor ann has 9223372036854755808 ms charged", |row| row.charged_ms = NUMBER_MAX - 19_999),
+        ];
+        for (complaint, break_it) in broken {
+            let mut page = guest_page();
+            break_it(&mut page.cookies[0]);
+            let said = page.sound().unwrap_err().to_string();
+            assert!(said.contains(complaint), "{said}");
+        }
+        let with = |other: CookieRow| Page { cookies: [row(&guest_page()), other].into(), ..guest_page() };
+        let overlapping = with(CookieRow { start: START.plus(1), ..row(&guest_page()) });
+        assert!(matches!(overlapping.sound(), Err(Unsound::VisitorTwice { .. })));
+        let next_day = with(CookieRow { start: row(&guest_page()).end(), ..row(&guest_page()) });
+        assert_eq!(next_day.sound(), Ok(()));
+        assert_eq!(with(CookieRow { cookie: CookieId::new("bob"), ..row(&guest_page()) }).sound(), Ok(()));
     }
 
     #[test]

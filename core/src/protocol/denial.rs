@@ -15,9 +15,12 @@ pub enum Denial {
     QuotaExceeded {
         /// Declared duration.
         declared_ms: u64,
+        /// What the call would be given of it, where its Space has it shortened; None: all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        given_ms: Option<u64>,
         /// Weight of the size asked for.
         weight: u64,
-        /// weight x declared.
+        /// weight x given, or weight x declared.
         needed_ms: u64,
         /// limit - charged - reserved.
         left_ms: u64,
@@ -37,9 +40,12 @@ pub enum Denial {
     PendingOverquota {
         /// Declared duration.
         declared_ms: u64,
+        /// What the call would be given of it, where its Space has it shortened; None: all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        given_ms: Option<u64>,
         /// Weight of the size asked for.
         weight: u64,
-        /// weight x declared.
+        /// weight x given, or weight x declared.
         needed_ms: u64,
         /// limit - charged - reserved.
         left_ms: u64,
@@ -261,6 +267,7 @@ pub fn human_message(denial: &Denial) -> String {
     match denial {
         Denial::QuotaExceeded {
             declared_ms,
+            given_ms,
             weight,
             needed_ms,
             left_ms,
@@ -270,10 +277,10 @@ pub fn human_message(denial: &Denial) -> String {
             largest_declared_ms,
             limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left ({} reserved by other \
-             calls); {} in {}.",
+            "The call needs {} of quota ({} x weight {weight}) and {} of {}{} are left ({} reserved by other calls); {} in \
+             {}.",
             seconds(*needed_ms),
-            seconds(*declared_ms),
+            declared(*declared_ms, *given_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
             limiter.words(),
@@ -283,6 +290,7 @@ pub fn human_message(denial: &Denial) -> String {
         ),
         Denial::PendingOverquota {
             declared_ms,
+            given_ms,
             weight,
             needed_ms,
             left_ms,
@@ -292,10 +300,10 @@ pub fn human_message(denial: &Denial) -> String {
             largest_declared_ms,
             limiter,
         } => format!(
-            "The call needs {} of quota ({} declared x weight {weight}) and {} of {}{} are left while other calls \
-             reserve {}, of which the first part is back in {} at the latest; {} when they have ended.",
+            "The call needs {} of quota ({} x weight {weight}) and {} of {}{} are left while other calls reserve {}, of \
+             which the first part is back in {} at the latest; {} when they have ended.",
             seconds(*needed_ms),
-            seconds(*declared_ms),
+            declared(*declared_ms, *given_ms),
             seconds(*left_ms),
             seconds(*limit_ms),
             limiter.words(),
@@ -391,6 +399,14 @@ pub fn human_message(denial: &Denial) -> String {
     }
 }
 
+/// What a call asks for: what its function declares, and what it would be given of that.
+fn declared(declared_ms: u64, given_ms: Option<u64>) -> String {
+    match given_ms {
+        Some(given_ms) => format!("{} declared, shortened to {}", seconds(declared_ms), seconds(given_ms)),
+        None => format!("{} declared", seconds(declared_ms)),
+    }
+}
+
 /// What is wrong with a duration, and what each size could be at most for this caller.
 fn illegal(declared: &str, limit: &str, what: DurationLimit, legal: &LegalDurations) -> String {
     let LegalDurations { tier, size, large_ms, xlarge_ms } = legal;
@@ -452,6 +468,7 @@ mod tests {
     fn quota() -> Denial {
         Denial::QuotaExceeded {
             declared_ms: 50_000,
+            given_ms: None,
             weight: 1,
             needed_ms: 50_000,
             left_ms: 44_750,
@@ -470,6 +487,9 @@ mod tests {
             "The call needs 50 s of quota (50 s declared x weight 1) and 44.75 s of 60 s are left (0 s reserved by \
              other calls); declare at most 44 s or try again in 24 h 0 min."
         );
+        let shortened = serde_json::to_string(&quota()).unwrap().replace(r#""weight""#, r#""givenMs":45000,"weight""#);
+        let shortened: Denial = serde_json::from_str(&shortened).unwrap();
+        assert!(human_message(&shortened).contains("(50 s declared, shortened to 45 s x weight 1)"));
         assert_eq!(
             human_message(&Denial::IllegalDuration {
                 declared_ms: 300_000,

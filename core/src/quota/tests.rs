@@ -75,6 +75,7 @@ fn the_story_of_the_demo() {
         denial,
         Denial::QuotaExceeded {
             declared_ms: 50_000,
+            given_ms: None,
             weight: 1,
             needed_ms: 50_000,
             left_ms: 45_000,

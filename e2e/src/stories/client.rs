@@ -80,6 +80,7 @@ print(json.dumps(said))
 fn refusals() -> Vec<Told> {
     let quota = || Denial::QuotaExceeded {
         declared_ms: DECLARED_S * 1_000,
+        given_ms: None,
         weight: 2,
         needed_ms: 2 * DECLARED_S * 1_000,
         left_ms: 44_750,
@@ -91,6 +92,7 @@ fn refusals() -> Vec<Told> {
     };
     let pending = Denial::PendingOverquota {
         declared_ms: DECLARED_S * 1_000,
+        given_ms: None,
         weight: 2,
         needed_ms: 2 * DECLARED_S * 1_000,
         left_ms: 44_750,

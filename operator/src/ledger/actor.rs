@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use futures::future::OptionFuture;
 use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Steady, Ticket};
 use spaceport_core::lease::{
-    Command, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
+    Command, Departure, Effect, Event, Moment, Outcome, PageChange, Policy, Request, State, TermEnd, step,
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
@@ -154,10 +154,22 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             Over::Term(TermEnd::Deposed { by }) => return Err(TermOver::Deposed { by }),
             Over::Term(TermEnd::NodeAhead { epoch }) => {
                 warn!(epoch = epoch.0, "A node has accepted a later term; another begins above it");
+                // The next term writes them, from the outboxes.
+                receipts.forget();
                 above = epoch;
                 known = actor.known;
             }
         }
+    }
+}
+
+/// What the receipt of a request says that waits no longer and got no slot.
+fn end_of_unserved(denial: Option<&Denial>, why: Departure) -> (Ending, String) {
+    match (denial, why) {
+        (Some(denial), _) => (Ending::Cancelled, human_message(denial)),
+        // Requirement D5: nobody left.
+        (None, Departure::AgentRestarted) => (Ending::PlatformFault, why.words().to_owned()),
+        (None, _) => (Ending::Undelivered, why.words().to_owned()),
     }
 }
 
@@ -281,6 +293,8 @@ impl<P: Pages> Actor<P> {
         for node in self.known.sessions.keys().cloned().collect::<Vec<_>>() {
             self.welcome(&node);
         }
+        // Every lease with a hold is followed by now.
+        self.receipts.begin(self.state.epoch);
     }
 
     fn moment(&self) -> Moment {
@@ -314,15 +328,12 @@ impl<P: Pages> Actor<P> {
     /// Requests that wait no longer and got no slot.
     fn note_unserved(&mut self, at: Moment, events: &[Event]) {
         for event in events {
-            let Event::Left { ticket } = event else { continue };
+            let Event::Left { ticket, why } = event else { continue };
             let denial = events.iter().find_map(|event| match event {
                 Event::Denied { ticket: denied, denial, .. } if denied == ticket => Some(denial),
                 _ => None,
             });
-            let (ending, message) = match denial {
-                Some(denial) => (Ending::Cancelled, human_message(denial)),
-                None => (Ending::Undelivered, "the caller left while the request waited".to_owned()),
-            };
+            let (ending, message) = end_of_unserved(denial, *why);
             let unserved = self.records.unserved(ticket, ending, message, at.wall);
             self.unserved(unserved);
         }

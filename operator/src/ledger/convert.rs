@@ -209,7 +209,8 @@ pub fn size_text(size: Size) -> GpuSize {
     }
 }
 
-fn size_of(size: GpuSize) -> Size {
+/// The size of a custom resource.
+pub fn size_of(size: GpuSize) -> Size {
     match size {
         GpuSize::Large => Size::Large,
         GpuSize::Xlarge => Size::Xlarge,

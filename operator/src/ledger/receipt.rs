@@ -11,11 +11,12 @@ mod schedule;
 mod standing;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use spaceport_core::ids::{AccountName, LeaseId};
-use spaceport_crds::GPULease;
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime};
+use spaceport_crds::{GPULease, LeasePhase};
 use spaceport_shell::error_chain;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -34,6 +35,8 @@ use crate::metrics::Metrics;
 /// Receipts that are followed at the same time: open leases, and ended ones not yet written. 64 holds of 256 busy
 /// accounts; a record is about 2 KiB, so this is at most 32 MiB.
 const FOLLOWED_MAX: usize = 16 * 1024;
+/// As long as fewer are followed, those that an earlier leader left behind are as well: never instead of an open lease.
+const LEFT_BEHIND_UP_TO: usize = FOLLOWED_MAX / 8;
 /// Writes at the same time: enough for hundreds a second, few beside the 64 page writes that callers wait for. Not fewer
 /// under pressure: an outbox that fills would pause its account (L10).
 const WRITES_AT_ONCE: usize = 8;
@@ -65,6 +68,8 @@ pub enum ReceiptEvent {
 pub struct Receipts {
     /// A std mutex: it is never held across an await.
     pending: Arc<Mutex<HashMap<LeaseId, Pending>>>,
+    /// Epoch of the term that is served; 0: none.
+    term: Arc<AtomicU64>,
     pressure: PressureGauge,
 }
 
@@ -100,7 +105,8 @@ impl Default for Receipts {
 impl Receipts {
     /// Nothing to write yet.
     pub fn new() -> Self {
-        Self { pending: Arc::new(Mutex::new(HashMap::new())), pressure: PressureGauge::default() }
+        let pending = Arc::new(Mutex::new(HashMap::new()));
+        Self { pending, term: Arc::new(AtomicU64::new(0)), pressure: PressureGauge::default() }
     }
 
     /// The same, which gives way while page writes are hard for the API server.
@@ -137,9 +143,41 @@ impl Receipts {
         }
     }
 
-    /// Stops following every lease. Their rows stay in the outboxes, from where the next term offers them again (L10).
+    /// A term begins, and with it new leases of those who wait.
+    pub fn begin(&self, term: Epoch) {
+        self.term.store(term.0, Ordering::Relaxed);
+    }
+
+    /// The term is over: stops following every lease. Their rows stay in the outboxes, from where the next term offers them
+    /// again (L10).
     pub fn forget(&self) {
+        self.term.store(0, Ordering::Relaxed);
         self.lock().clear();
+    }
+
+    /// Ends the receipts of requests that waited in earlier terms: their leases were never held, so nobody else does. Those of
+    /// this term are followed, and of an earlier one what has a hold or a row in an outbox. How many are ended; the others of
+    /// very many are left to the next time.
+    pub fn end_left_behind(&self, receipts: &[GPULease], now: LedgerTime) -> usize {
+        let term = i64::try_from(self.term.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+        let waited = receipts.iter().filter(|receipt| {
+            let spec = &receipt.spec;
+            spec.phase == LeasePhase::Queued && spec.epoch < term
+        });
+        let begun = clock::monotonic();
+        let mut pending = self.lock();
+        let mut ended = 0_usize;
+        for receipt in waited {
+            if pending.len() >= LEFT_BEHIND_UP_TO {
+                break;
+            }
+            let record = LeaseRecord::left_behind(receipt, now);
+            if let Some(record) = record.filter(|record| !pending.contains_key(&record.lease)) {
+                pending.insert(record.lease.clone(), Pending::new(record, true, begun));
+                ended = ended.saturating_add(1);
+            }
+        }
+        ended
     }
 
     /// Receipts whose end is not written yet.
@@ -415,6 +453,28 @@ mod tests {
         assert_eq!(taken(0), [3, 1], "the end first, and one place");
         assert_eq!(taken(10), [0; 0]);
         assert_eq!((taken(50), taken(100), taken(150)), (vec![1], vec![1], vec![]));
+    }
+
+    #[test]
+    fn what_waited_under_an_earlier_leader_is_ended_and_nothing_else() {
+        let of = |lease: &str, progress, epoch| {
+            let record = LeaseRecord { epoch: Epoch(epoch), ..record(lease, progress) };
+            (record.clone(), record.receipt())
+        };
+        let (waits, followed) = of("presented", Progress::Queued, 3);
+        let (_, left) = of("left", Progress::Queued, 3);
+        let (_, runs) = of("runs", Progress::Running, 3);
+        let (_, ours) = of("ours", Progress::Queued, 4);
+        let (found, now) = ([followed, left, runs, ours], LedgerTime(1_800_000_060_000));
+        let receipts = Receipts::new();
+        assert_eq!(receipts.end_left_behind(&found, now), 0, "no term has begun");
+        receipts.begin(Epoch(4));
+        receipts.record(waits, true).unwrap();
+        assert_eq!(receipts.end_left_behind(&found, now), 1);
+        assert!(receipts.latest(&LeaseId::new("left")).is_some_and(|record| record.end.is_some()));
+        assert_eq!(receipts.end_left_behind(&found, now), 0, "it is being written");
+        receipts.forget();
+        assert_eq!(receipts.end_left_behind(&found, now), 0, "the term is over");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The records of leases that are open or just over, kept for their receipts (invariant 12). Pure, and bounded by the
 //! ledger's own bounds: a record is dropped once its lease is settled and its slot is back.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, Steady, Ticket};
 use spaceport_core::lease::{Moment, Place};
@@ -172,7 +172,8 @@ impl Records {
     /// Forgets the records of leases that are over although not everything was heard of them: a lost node's.
     pub fn keep(&mut self, is_there: impl Fn(&LeaseId) -> bool) {
         let Self { by_lease, by_ticket, .. } = self;
-        by_lease.retain(|lease, _| is_there(lease) || by_ticket.values().any(|waiting| waiting.lease == *lease));
+        let waiting: HashSet<&LeaseId> = by_ticket.values().map(|waiting| &waiting.lease).collect();
+        by_lease.retain(|lease, _| is_there(lease) || waiting.contains(lease));
     }
 
     /// The hold is durable, as it stands on this page. Gives the record to write.

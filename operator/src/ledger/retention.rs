@@ -1,11 +1,13 @@
-//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay. A batch is one
-//! request, and none is sent while page writes are hard for the API server.
+//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay, and those of
+//! requests that waited under an earlier leader are ended first. A batch is one request, and none is sent while page writes
+//! are hard for the API server.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use kube::ResourceExt as _;
+use spaceport_core::ids::LedgerTime;
 use spaceport_crds::GPULease;
 use spaceport_crds::names::LEASE_LABEL;
 use spaceport_shell::error_chain;
@@ -13,12 +15,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::pressure::PressureGauge;
+use super::receipt::Receipts;
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
-/// From the beginning of leading to the first round: a term begins without it, and a leader that leads for a few minutes
-/// removes something too.
-const FIRST_AFTER: Duration = Duration::from_secs(30);
+/// From the beginning of leading to the first round: by then all leases are known, and whoever still waits has another. A
+/// leader that leads for a few minutes removes something too.
+const FIRST_AFTER: Duration = Duration::from_secs(60);
 /// Time between two rounds when nothing more is old.
 const PERIOD: Duration = Duration::from_secs(600);
 /// Receipts removed in one round. Each is a list of all receipts, so they are few; and each looks anew at what pools say, so
@@ -61,6 +64,7 @@ struct Batch<'a> {
 pub async fn run(
     api: KubeApi,
     retention: watch::Receiver<Option<Retention>>,
+    written: Receipts,
     pressure: PressureGauge,
     stop: CancellationToken,
 ) {
@@ -68,7 +72,7 @@ pub async fn run(
     while pause(wait, &stop).await {
         let current = *retention.borrow();
         let removed = match current {
-            Some(retention) => remove_old(&api, retention, &pressure, &stop).await,
+            Some(retention) => remove_old(&api, retention, &written, &pressure, &stop).await,
             None => 0,
         };
         wait = wait_after(removed);
@@ -96,6 +100,7 @@ async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
 pub async fn remove_old(
     api: &KubeApi,
     retention: Retention,
+    written: &Receipts,
     pressure: &PressureGauge,
     stop: &CancellationToken,
 ) -> usize {
@@ -115,7 +120,12 @@ pub async fn remove_old(
             return 0;
         }
     };
-    let old = old_receipts(&receipts, retention, clock::wall());
+    let now = clock::wall();
+    let ended = written.end_left_behind(&receipts, LedgerTime(now.as_millisecond()));
+    if ended > 0 {
+        tracing::info!(ended, "Requests waited under an earlier leader: their receipts are ended");
+    }
+    let old = old_receipts(&receipts, retention, now);
     let mut removed = 0_usize;
     for batch in batches(&old) {
         let objects = api.namespace::<GPULease>(batch.namespace);
@@ -249,8 +259,9 @@ mod tests {
         let stop = CancellationToken::new();
         let (api, token) = (FakeApi::silent().connect(), stop.clone());
         let retention = Retention { kept: 1, age_max_seconds: 1 };
-        let removing =
-            tokio::spawn(async move { remove_old(&api, retention, &PressureGauge::default(), &token).await });
+        let removing = tokio::spawn(async move {
+            remove_old(&api, retention, &Receipts::new(), &PressureGauge::default(), &token).await
+        });
         tokio::task::yield_now().await;
         stop.cancel();
         // The request itself would be given up after 10 s.

@@ -182,6 +182,21 @@ where
     }
 }
 
+/// Which object of its kind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    /// None of what belongs to the cluster.
+    namespace: Option<String>,
+    name: String,
+}
+
+/// Uids of all objects that were delivered and are not gone: a list shows only what is there.
+type Delivered = BTreeMap<Key, String>;
+
+fn key(object: &impl Resource) -> Key {
+    Key { namespace: object.namespace(), name: object.name_any() }
+}
+
 /// Follows one kind. Returns when it is time to stop.
 async fn follow<T, I>(api: &KubeApi, translate: T, sink: &Sink<I>, stop: &CancellationToken)
 where
@@ -190,8 +205,7 @@ where
 {
     let objects: Objects<DeserializeGuard<T::Object>> = api.cluster();
     let mut events = std::pin::pin!(objects.watch(watcher::Config::default()));
-    // Name and uid of everything that was delivered and is not gone: a list shows only what is there.
-    let mut known: BTreeMap<String, String> = BTreeMap::new();
+    let mut known = Delivered::new();
     let mut list: Vec<DeserializeGuard<T::Object>> = Vec::new();
     loop {
         let event = tokio::select! {
@@ -212,7 +226,7 @@ where
             Some(Ok(Event::InitDone)) => deliver_list(&translate, std::mem::take(&mut list), &mut known, sink).await,
             Some(Ok(Event::Apply(object))) => deliver(&translate, object, &mut known, sink).await,
             Some(Ok(Event::Delete(object))) => {
-                known.remove(&object.name_any());
+                known.remove(&key(&object));
                 sink.deliver(translate.gone(&object.name_any(), &object.uid().unwrap_or_default())).await
             }
             Some(Err(error)) => {
@@ -230,33 +244,32 @@ where
 async fn deliver<T, I>(
     translate: &T,
     object: DeserializeGuard<T::Object>,
-    known: &mut BTreeMap<String, String>,
+    known: &mut Delivered,
     sink: &Sink<I>,
 ) -> Result<(), BrokerGone>
 where
     T: Translate,
     I: From<StoreEvent>,
 {
-    known.insert(object.name_any(), object.uid().unwrap_or_default());
+    known.insert(key(&object), object.uid().unwrap_or_default());
     sink.deliver(translate.present(object)).await
 }
 
 async fn deliver_list<T, I>(
     translate: &T,
     list: Vec<DeserializeGuard<T::Object>>,
-    known: &mut BTreeMap<String, String>,
+    known: &mut Delivered,
     sink: &Sink<I>,
 ) -> Result<(), BrokerGone>
 where
     T: Translate,
     I: From<StoreEvent>,
 {
-    let listed: BTreeMap<String, String> =
-        list.iter().map(|object| (object.name_any(), object.uid().unwrap_or_default())).collect();
-    for (name, uid) in std::mem::take(known) {
+    let listed: Delivered = list.iter().map(|object| (key(object), object.uid().unwrap_or_default())).collect();
+    for (key, uid) in std::mem::take(known) {
         // An object of the same name with another uid is another object: the old one is gone.
-        if listed.get(&name) != Some(&uid) {
-            sink.deliver(translate.gone(&name, &uid)).await?;
+        if listed.get(&key) != Some(&uid) {
+            sink.deliver(translate.gone(&key.name, &uid)).await?;
         }
     }
     let (last, first): (Vec<_>, Vec<_>) = list.into_iter().partition(|object| translate.comes_last(&object.name_any()));
@@ -477,5 +490,44 @@ impl Translate for Grants {
 
     fn gone(&self, _name: &str, uid: &str) -> StoreEvent {
         StoreEvent::GrantGone { uid: uid.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space(namespace: &str, uid: &str) -> DeserializeGuard<Space> {
+        let mut space = Space::new("hello", spaceport_crds::SpaceSpec::default());
+        space.metadata.namespace = Some(namespace.to_owned());
+        space.metadata.uid = Some(uid.to_owned());
+        DeserializeGuard(Ok(space))
+    }
+
+    /// What the broker is told when everything is listed again: who is gone, and who is there.
+    async fn told_by_list(known: &mut Delivered, list: Vec<DeserializeGuard<Space>>) -> [String; 2] {
+        let (events, mut inbox) = mpsc::channel::<StoreEvent>(16);
+        let translate = Spaces { malformed: Malformed { metrics: Metrics::new() } };
+        assert!(deliver_list(&translate, list, known, &Sink { events }).await.is_ok());
+        let (mut gone, mut there) = (Vec::new(), Vec::new());
+        while let Ok(event) = inbox.try_recv() {
+            match event {
+                StoreEvent::SpaceGone { uid } => gone.push(uid),
+                StoreEvent::Space(seen) => there.push(seen.uid),
+                _ => {}
+            }
+        }
+        [gone.join(" "), there.join(" ")]
+    }
+
+    #[tokio::test]
+    async fn spaces_of_one_name_in_two_namespaces_are_two() {
+        let mut known = Delivered::new();
+        told_by_list(&mut known, vec![space("a", "1"), space("b", "2")]).await;
+        let again = told_by_list(&mut known, vec![space("a", "1"), space("b", "2")]).await;
+        assert_eq!(again, ["", "1 2"]);
+        // One has gone while the watch was cut, another is a new one.
+        let after = told_by_list(&mut known, vec![space("b", "3")]).await;
+        assert_eq!(after, ["1 2", "3"]);
     }
 }

@@ -50,7 +50,6 @@ fn row_over(shown: Option<&FunctionDuration>, learned: &Learned) -> FunctionDura
 fn is_same(one: &FunctionDuration, other: &FunctionDuration) -> bool {
     one.size == other.size && one.declared_milliseconds == other.declared_milliseconds
 }
-}
 
 /// One line for the column: `12s for 60s, 30s for 120s xlarge`; none if nothing is suggested.
 pub fn suggested(rows: &[FunctionDuration]) -> Option<String> {

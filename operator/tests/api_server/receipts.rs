@@ -194,12 +194,12 @@ async fn old_receipts_go_in_one_request_and_none_while_pages_are_hard_to_write()
     let (pressure, ended) = (PressureGauge::default(), CancellationToken::new());
     pressure.overloaded();
     ended.cancel();
-    assert_eq!(remove_old(&api, retention, &pressure, &ended).await, 0);
+    assert_eq!(remove_old(&api, retention, &receipts, &pressure, &ended).await, 0);
     assert_eq!(kept().await, (FINAL, 1));
 
     let metrics = Metrics::new();
     let counted = api.clone().counted_by(metrics.clone());
-    assert_eq!(remove_old(&counted, retention, &PressureGauge::default(), &stop).await, FINAL - 3);
+    assert_eq!(remove_old(&counted, retention, &receipts, &PressureGauge::default(), &stop).await, FINAL - 3);
     assert_eq!(kept().await, (3, 1), "an open one stays, however many there are");
     let text = metrics.encode().unwrap();
     let mutations: Vec<&str> = text.lines().filter(|line| line.starts_with("spaceport_api_mutations_total{")).collect();

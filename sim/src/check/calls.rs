@@ -59,7 +59,7 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }
-            Event::Left { ticket } => {
+            Event::Left { ticket, .. } => {
                 evidence(world, number, outcome, ticket)?;
                 world.seen_calls.promised.remove(ticket);
             }

@@ -79,6 +79,7 @@ fn client(answer: &Answer, has_token: bool) -> Result<Message, String> {
 fn quota(left_ms: u64, resets_in_ms: u64) -> Denial {
     Denial::QuotaExceeded {
         declared_ms: 50_000,
+        given_ms: None,
         weight: 1,
         needed_ms: 50_000,
         left_ms,
@@ -93,6 +94,7 @@ fn quota(left_ms: u64, resets_in_ms: u64) -> Denial {
 fn pending(left_ms: u64, frees_in_ms: u64) -> Denial {
     Denial::PendingOverquota {
         declared_ms: 30_000,
+        given_ms: None,
         weight: 2,
         needed_ms: 60_000,
         left_ms,

@@ -161,6 +161,7 @@ fn denial_is_shown_with_its_numbers_and_kept_until_the_next() {
     let row = DenialRow {
         denial: Denial::QuotaExceeded {
             declared_ms: 50_000,
+            given_ms: None,
             weight: 1,
             needed_ms: 50_000,
             left_ms: 45_000,

@@ -10,7 +10,7 @@ use spaceport_crds::{GPULease, GPULeaseSpec, Isolation, LeaseBoundaries, LeasePh
 
 use super::standing::Standing;
 use crate::fault::{self, Fault};
-use crate::ledger::convert::{outcome_reason, part_row, shortened, shortened_reason, size_text};
+use crate::ledger::convert::{outcome_reason, part_row, shortened, shortened_reason, size_of, size_text};
 use crate::ledger::display::seconds;
 
 /// Longest value of a label; names may be longer.
@@ -151,6 +151,38 @@ impl LeaseRecord {
             message: String::new(),
         });
         record
+    }
+
+    /// The end of a request that waited under an earlier leader, from its receipt alone: its lease was never held, so no page
+    /// knows of it. None if the receipt does not say what one of the ledger's says.
+    pub fn left_behind(receipt: &GPULease, now: LedgerTime) -> Option<Self> {
+        let spec = &receipt.spec;
+        let hold = Hold {
+            lease: LeaseId::new(&spec.lease),
+            space: SpaceKey::new(receipt.metadata.namespace.as_deref()?, &spec.space, &spec.space_uid),
+            parts: Vec::new(),
+            node: NodeName::new(spec.node.as_deref()?),
+            avoid: Vec::new(),
+            size: size_of(spec.size),
+            weight: u64::try_from(spec.weight).ok()?,
+            declared_ms: u64::try_from(spec.declared_milliseconds).ok()?,
+            epoch: Epoch(u64::try_from(spec.epoch).ok()?),
+            since: now,
+            after: None,
+            generation: spec.generation,
+            via: spec.via.clone(),
+            cookie: None,
+            shortened: None,
+        };
+        let record = Self::of_hold(&AccountName::new(&spec.account), &hold);
+        let timeline =
+            vec![Crossing { boundary: "Settled".to_owned(), at: now, detail: "used 0s, charged 0s".to_owned() }];
+        let message =
+            "the leader's term ended while the request waited; a caller who stayed has another lease since".to_owned();
+        let end = LeaseEnd { ending: Ending::Undelivered, used_ms: 0, charged_ms: 0, message };
+        let record = Self { progress: Progress::Queued, timeline, end: Some(end), ..record };
+        // It is written under its name, or not at all.
+        (receipt.metadata.name.as_deref() == Some(record.object_name().as_str())).then_some(record)
     }
 
     /// The phase that the receipt shows.
@@ -495,6 +527,22 @@ pub(super) mod tests {
         let spec = record.receipt().spec;
         assert_eq!(spec.timeline[1], "2027-01-15T08:00:09.123Z Settled: used 5s, charged 10s");
         assert!(spec.timeline[2].contains("Rebuilt: from the account's page"));
+    }
+
+    #[test]
+    fn what_waited_under_an_earlier_leader_ends_at_no_charge_and_keeps_its_lines() {
+        let queued = LeaseRecord { progress: Progress::Queued, ..LeaseRecord::of_hold(&bob(), &hold()) };
+        let found = queued.receipt();
+        let end = LeaseRecord::left_behind(&found, AT.plus(60_000)).unwrap();
+        assert!(end.is_complete());
+        assert_eq!((&end.lease, &end.account, &end.space), (&queued.lease, &queued.account, &queued.space));
+        let spec = merged(&found.spec, end.receipt().spec).unwrap();
+        assert_eq!((spec.phase, spec.outcome.as_deref()), (LeasePhase::Refunded, Some("Undelivered")));
+        assert_eq!((spec.charged_milliseconds, spec.epoch), (Some(0), 3));
+        let lines = ["2027-01-15T08:00:00.123Z Reserved", "2027-01-15T08:01:00.123Z Settled: used 0s, charged 0s"];
+        assert_eq!(spec.timeline, lines);
+        let renamed = GPULease { metadata: ObjectMeta { name: Some("x".to_owned()), ..found.metadata }, ..found };
+        assert_eq!(LeaseRecord::left_behind(&renamed, AT), None);
     }
 
     #[test]

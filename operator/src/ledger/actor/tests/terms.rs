@@ -192,3 +192,27 @@ async fn what_no_node_can_have_accepted_is_no_reason_for_a_later_term() {
     assert_eq!(story.order().await.epoch, 2);
     story.stop().await;
 }
+
+#[test]
+fn a_receipt_says_whose_fault_it_was_that_a_request_waits_no_longer() {
+    let (ending, message) = end_of_unserved(None, Departure::AgentRestarted);
+    assert_eq!(
+        (ending, message.as_str()),
+        (Ending::PlatformFault, "the node agent restarted while the request waited")
+    );
+    assert_eq!(end_of_unserved(None, Departure::CallerGone).0, Ending::Undelivered);
+    let denial = Denial::NoCapacity { size: Size::Large };
+    assert_eq!(end_of_unserved(Some(&denial), Departure::Refused), (Ending::Cancelled, human_message(&denial)));
+}
+
+#[tokio::test]
+async fn of_a_term_that_a_node_has_ended_nothing_more_is_written() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    let followed = LeaseId::new(&story.order().await.lease);
+    wait_for(|| story.receipts.latest(&followed)).await;
+    story.connect(40).await;
+    wait_for(|| Some(()).filter(|()| story.receipts.latest(&followed).is_none())).await;
+    story.stop().await;
+}

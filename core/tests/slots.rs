@@ -14,24 +14,30 @@ use spaceport_core::lease::{
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::CallerClass;
 use spaceport_core::quota::Allowance;
-use spaceport_core::slots::Card;
+use spaceport_core::slots::{Card, Occupancy, pick};
 
 const NODE: &str = "gpu-1";
 const REPORT: EndReport = EndReport { ending: Ending::Released, used_ms: 1_000 };
 
-/// Bob's term, and a node with so many cards of two slots.
+const BOB: &str = "bob";
+/// Writes of her page are answered when the story says so.
+const ANN: &str = "ann";
+
+/// A term of both, and a node with so many cards of two slots.
 struct Story {
     state: State,
     cards: Vec<Card>,
     seed: u128,
     tickets: u64,
+    unanswered: Vec<Command>,
 }
 
 impl Story {
     fn begin(cards: u32) -> Self {
         let cards = (0..cards).map(|index| Card { index, large_slots: 2, grantable: true, quarantined_slots: 0 });
         let cards: Vec<Card> = cards.collect();
-        let mut story = Self { state: State::new(Epoch(1), BTreeSet::new()), cards, seed: 0, tickets: 0 };
+        let state = State::new(Epoch(1), BTreeSet::new());
+        let mut story = Self { state, cards, seed: 0, tickets: 0, unanswered: Vec::new() };
         let allowance = Allowance {
             base_ms: 600_000,
             per_cookie_ms: None,
@@ -49,7 +55,10 @@ impl Story {
             deleting: false,
             conflict: None,
         };
-        story.tell(Command::AccountSeen { account: AccountName::new("bob"), page: Box::default(), policy });
+        for account in [BOB, ANN] {
+            let (account, policy) = (AccountName::new(account), policy.clone());
+            story.tell(Command::AccountSeen { account, page: Box::default(), policy });
+        }
         story.join(Vec::new());
         story
     }
@@ -72,7 +81,9 @@ impl Story {
             for effect in outcome.effects {
                 match effect {
                     Effect::Write { account, page } => {
-                        commands.push(Command::PageWritten { account, write_id: page.write_id.clone() });
+                        let late = account == AccountName::new(ANN);
+                        let answer = Command::PageWritten { account, write_id: page.write_id.clone() };
+                        if late { &mut self.unanswered } else { &mut commands }.push(answer);
                     }
                     Effect::Start(order) => orders.push(*order),
                     _ => {}
@@ -82,7 +93,17 @@ impl Story {
         orders
     }
 
+    /// Ann's writes are answered.
+    fn answer(&mut self) -> Vec<Order> {
+        let answers = std::mem::take(&mut self.unanswered);
+        answers.into_iter().flat_map(|answer| self.tell(answer)).collect()
+    }
+
     fn ask(&mut self, size: Size) -> Vec<Order> {
+        self.ask_as(BOB, size)
+    }
+
+    fn ask_as(&mut self, caller: &str, size: Size) -> Vec<Order> {
         self.tickets += 1;
         self.tell(Command::Request(Box::new(Request {
             cookie: None,
@@ -92,7 +113,7 @@ impl Story {
             revision: Revision::default(),
             size,
             declared_ms: 10_000,
-            caller: Ok(AccountName::new("bob")),
+            caller: Ok(AccountName::new(caller)),
             budget: None,
             presented: None,
         })))
@@ -155,7 +176,7 @@ fn a_lease_that_got_its_slot_and_ended_while_its_node_was_away_holds_it_until_th
         story.started(&waits, told);
         let phase = AgentPhase::Ended { report: REPORT, freed: false };
         story.join(vec![AgentLease {
-            account: Some(AccountName::new("bob")),
+            account: Some(AccountName::new(BOB)),
             lease: waits.clone(),
             size: Size::Large,
             slot: PickedSlot::Has(0),
@@ -172,13 +193,61 @@ fn a_lease_that_got_its_slot_and_ended_while_its_node_was_away_holds_it_until_th
 fn a_lease_whose_account_is_gone_tells_of_its_slot_too() {
     let (mut story, first, waits) = Story::follower(1);
     story.started(&waits, PickedSlot::Awaits(0));
-    story.tell(Command::AccountGone { account: AccountName::new("bob") });
+    story.tell(Command::AccountGone { account: AccountName::new(BOB) });
     story.free(&first);
     story.started(&waits, PickedSlot::Has(0));
     story.end(&waits);
     assert!(story.state.leases.contains_key(&waits), "it is known until its slot is clear");
     story.free(&waits);
     assert!(story.state.leases.is_empty());
+}
+
+/// Her whole card is promised first, and his order leaves first, for his page is written faster. A node puts a half on the
+/// card with the lowest number where it can: that was hers, and she was refused.
+#[test]
+fn an_order_that_overtakes_another_one_leaves_it_its_card() {
+    let mut story = Story::begin(2);
+    let [first, other, running] = [Size::Large, Size::Large, Size::Large].map(|size| story.lease(size));
+    for (lease, card) in [(&first, 0), (&other, 0), (&running, 1)] {
+        story.started(lease, PickedSlot::Has(card));
+    }
+    story.end(&other);
+    story.free(&other);
+    assert_eq!(story.ask_as(ANN, Size::Xlarge), [], "a half runs on each card");
+    assert_eq!(story.end(&first), [], "its card is hers, and her page is not written");
+    let half = story.ask(Size::Large);
+    let mut in_use = Occupancy::default();
+    in_use.add(0, 1);
+    in_use.add(1, 1);
+    assert_eq!(half.len(), 1);
+    assert_eq!(pick(&story.cards, &in_use, Size::Large, &half[0].avoid), Some(1), "{half:?}");
+    let whole = story.answer();
+    assert_eq!(whole.iter().map(|order| order.after.as_ref()).collect::<Vec<_>>(), [Some(&first)]);
+    assert!(whole[0].avoid.is_empty(), "nobody is before her any more");
+}
+
+/// It is meant for the card that is kept, and its node gives it another one if that is clear first. Who has to leave the kept
+/// card alone then found none.
+#[test]
+fn a_lease_under_way_to_the_kept_card_is_waited_for() {
+    let mut story = Story::begin(3);
+    for card in &mut story.cards {
+        card.large_slots = 1;
+    }
+    story.join(Vec::new());
+    let [first, second, third] = [Size::Large, Size::Large, Size::Large].map(|size| story.lease(size));
+    for (lease, card) in [(&first, 0), (&second, 1), (&third, 2)] {
+        story.started(lease, PickedSlot::Has(card));
+    }
+    story.ask_as(ANN, Size::Large);
+    assert_eq!(story.end(&first), [], "its card is hers, and her page is not written");
+    assert_eq!(story.ask(Size::Xlarge), [], "the card of the first one is kept for it");
+    assert_eq!(story.ask(Size::Large), []);
+    assert_eq!(story.end(&second), [], "her node may give her this card");
+    let hers = story.answer();
+    assert_eq!(hers.len(), 1);
+    let next = story.started(&hers[0].lease, PickedSlot::Awaits(0));
+    assert_eq!(next.iter().map(|order| order.after.as_ref()).collect::<Vec<_>>(), [Some(&second)]);
 }
 
 /// L17: it was sent to an earlier term of the same replica, and read in this one. What its agent was told since comes behind

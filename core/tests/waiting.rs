@@ -4,7 +4,9 @@
 
 use std::collections::BTreeSet;
 
-use spaceport_core::ids::{AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use spaceport_core::ids::{
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+};
 use spaceport_core::lease::{
     ANNOUNCED_MAX, Command, Departure, Effect, EndReport, Event, FreedAs, Moment, Order, Outcome, PickedSlot, Place,
     Policy, Priority, Request, SpaceSettings, State, step,
@@ -99,6 +101,7 @@ impl Story {
             ticket: ticket.clone(),
             node: node(),
             space: SpaceKey::new("n", space, space),
+            revision: Revision::default(),
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new(account)),

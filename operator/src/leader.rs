@@ -403,6 +403,7 @@ mod tests {
         let taken = settings("b").record(&renewed, wall(3));
         assert_eq!((taken.lease_transitions, &taken.acquire_time), (Some(2), &Some(MicroTime(wall(3)))));
     }
+
     #[tokio::test]
     async fn the_first_deadline_counts_from_when_the_lease_was_asked_for() {
         let lease = json!({"metadata": {"name": "operator", "resourceVersion": "1"}});

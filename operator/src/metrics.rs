@@ -395,10 +395,11 @@ mod tests {
         }
         assert!(text.ends_with("# EOF\n"), "as the format wants: {text}");
     }
+
     #[test]
     fn nothing_is_said_of_a_term_that_is_over() {
         let metrics = Metrics::new();
-        metrics.set_queued("gpu-1", 3);
+        metrics.set_queued("gpu-1", "Node", 3);
         metrics.set_nodes_without_pool(2);
         metrics.set_leases_in_doubt(1);
         metrics.waited(3, 2);

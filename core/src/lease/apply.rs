@@ -436,9 +436,10 @@ impl State {
         let Some(lease) = self.leases.get_mut(id) else { return };
         let space = lease.space.clone().filter(|_| lease.busy_space().is_some());
         match event {
-            Event::Ordered { at, limits, waits_ms, .. } => {
+            Event::Ordered { at, limits, waits_ms, avoid, .. } => {
                 (lease.stage, lease.sent) = (Stage::Ordered, *at);
                 (lease.limits, lease.waits_ms) = (*limits, *waits_ms);
+                lease.avoid.clone_from(avoid);
             }
             Event::Assigned { slot, .. } => {
                 lease.stage = lease.stage.max(Stage::Assigned);

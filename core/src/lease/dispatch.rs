@@ -8,7 +8,7 @@ use super::change::PageChange;
 use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::request::{Refusal, explained, frees_in, give_back};
-use super::state::{Account, Holder, Node, State};
+use super::state::{Account, Holder, Lease, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
 use crate::page::{CookieWindow, Hold};
 use crate::protocol::{Denial, UnauthenticatedReason};
@@ -161,9 +161,34 @@ fn reserve(
         Event::Reserved { lease: lease.clone(), waiting, after: slot.after, avoid: slot.avoid, at: at.steady },
     ];
     if state.has(Mutant::OrderEarly) {
-        events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0 });
+        events.push(Event::Ordered { lease, at: at.steady, limits, waits_ms: 0, avoid: Vec::new() });
     }
     events
+}
+
+/// Cards that an order avoids which leaves now: those of its hold, and those of leases that it overtakes, for the writes of
+/// their pages take longer. Its node gives slots in the order in which it gets the orders.
+pub(super) fn avoided(now: Steady, state: &State, id: &LeaseId, lease: &Lease) -> Vec<u32> {
+    let mut avoid = lease.avoid.clone();
+    let Some(node) = state.nodes.get(&lease.node) else { return avoid };
+    // What one account has reserved leaves in order. Where equals change places nobody's picture changes.
+    let of_another = |other: &LeaseId| state.leases.get(other).is_some_and(|other| other.account != lease.account);
+    let is_equal = |other: &Holder| (other.size, &other.avoid) == (lease.size, &lease.avoid);
+    let is_overtaken = |other: &Holder| {
+        other.sent.is_none() && other.number < lease.number && !is_equal(other) && of_another(&other.lease)
+    };
+    // Mostly nobody is: then the picture is not needed.
+    if !node.holders.iter().any(is_overtaken) {
+        return avoid;
+    }
+    let Some(Picture { under_way, .. }) = Picture::of(now, node) else { return avoid };
+    let own = under_way.iter().find(|(holder, _)| holder.lease == *id).map(|(_, card)| *card);
+    let overtaken = under_way.iter().filter(|(holder, _)| is_overtaken(holder)).map(|(_, card)| *card);
+    // Two halves of one card do not stand in each other's way.
+    avoid.extend(overtaken.filter(|card| Some(*card) != own));
+    avoid.sort_unstable();
+    avoid.dedup();
+    avoid
 }
 
 /// Room for one more lease.
@@ -197,11 +222,13 @@ impl<'a> Found<'a> {
     /// None if the picture of the node does not hold.
     fn on(now: Steady, node: &'a Node, reserved: bool) -> Option<Self> {
         let picture = Picture::of(now, node)?;
-        let xlarge = picture.slot(Size::Xlarge, |card| picture.is_open(card));
+        // Halves that were to wait for one to clear: if another card is clear first, they go there.
+        let xlarge = picture.slot(Size::Xlarge, |card| picture.is_open(card, |half, _| half.follows));
         // With room for a whole card nothing has to be kept.
         let kept = if reserved && xlarge.is_none() { picture.drains_first() } else { None };
         let is_kept = |card| kept.is_some_and(|(kept, _)| kept == card);
-        let large = picture.slot(Size::Large, |card| !is_kept(card));
+        // A half that is meant for the card that is kept can go elsewhere, and who avoids that card could not go there instead.
+        let large = picture.slot(Size::Large, |card| !is_kept(card) && picture.is_open(card, |_, card| is_kept(card)));
         let on_reserved = if kept.is_some() { picture.slot(Size::Large, is_kept) } else { None };
         Some(Self { now, node, kept, large, xlarge, on_reserved })
     }
@@ -272,15 +299,15 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
-    /// Halves that were to wait for one to clear, and of which the node has not said where they are or will be: if another card
-    /// was clear first, they went there. What each of them avoids.
-    halves_under_way: Vec<&'a [u32]>,
+    /// Leases of which the node has not said where they are or will be, and the card that each gets unless another one is
+    /// clear first.
+    under_way: Vec<(&'a Holder, u32)>,
 }
 
 impl<'a> Picture<'a> {
     fn of(now: Steady, node: &'a Node) -> Option<Self> {
-        let mut picture =
-            Self { now, node, uses: vec![CardUse::default(); node.cards.len()], halves_under_way: Vec::new() };
+        let uses = vec![CardUse::default(); node.cards.len()];
+        let mut picture = Self { now, node, uses, under_way: Vec::new() };
         for holder in &node.holders {
             match (holder.card, holder.awaits) {
                 (Some(card), _) => picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken }),
@@ -288,20 +315,16 @@ impl<'a> Picture<'a> {
                 (None, None) => {}
             }
         }
-        // In the order in which they were reserved.
+        // In the order in which they were reserved. An order that leaves earlier keeps off the cards of those before it.
         for holder in node.holders.iter().filter(|holder| holder.card.is_none() && holder.awaits.is_none()) {
-            if holder.follows && holder.size == Size::Large {
-                picture.halves_under_way.push(&holder.avoid);
-            }
             let allowed = |card| !holder.avoid.contains(&card);
             let now = picture.pick(holder.size, CardUse::now, allowed).filter(|_| holder.after.is_none());
-            match now {
-                Some(card) => picture.add(card, holder, Use::Taken),
-                None => {
-                    let card = picture.pick(holder.size, CardUse::soon, allowed)?;
-                    picture.add(card, holder, Use::Following);
-                }
-            }
+            let (card, how) = match now {
+                Some(card) => (card, Use::Taken),
+                None => (picture.pick(holder.size, CardUse::soon, allowed)?, Use::Following),
+            };
+            picture.add(card, holder, how);
+            picture.under_way.push((holder, card));
         }
         Some(picture)
     }
@@ -333,9 +356,10 @@ impl<'a> Picture<'a> {
         slots::pick_by(&self.node.cards, |place, _| self.uses.get(place).map_or(0, &used), size, allowed)
     }
 
-    /// A whole card that is clear, or will be, may be a half's by then, unless that half avoids it.
-    fn is_open(&self, card: u32) -> bool {
-        self.halves_under_way.iter().all(|avoided| avoided.contains(&card))
+    /// A card that is clear, or will be, may be one of these halves' by then, unless that half avoids it.
+    fn is_open(&self, card: u32, which: impl Fn(&Holder, u32) -> bool) -> bool {
+        let halves = self.under_way.iter().filter(|(holder, card)| holder.size == Size::Large && which(holder, *card));
+        halves.map(|(half, _)| half).all(|half| half.avoid.contains(&card))
     }
 
     /// The card that can be had as a whole first, and when it is surely free. Leases that begin on it meanwhile are over by

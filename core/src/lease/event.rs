@@ -123,8 +123,8 @@ pub enum Event {
     Reserved { lease: LeaseId, waiting: Arc<Waiting>, after: Option<LeaseId>, avoid: Vec<u32>, at: Steady },
     /// The hold is aborted.
     Unreserved { lease: LeaseId },
-    /// The hold is durable: the order leaves.
-    Ordered { lease: LeaseId, at: Steady, limits: Limits, waits_ms: u64 },
+    /// The hold is durable: the order leaves. It may avoid more than its hold does.
+    Ordered { lease: LeaseId, at: Steady, limits: Limits, waits_ms: u64, avoid: Vec<u32> },
     /// A lease of an earlier term, or one that only its node knows.
     Adopted {
         lease: LeaseId,

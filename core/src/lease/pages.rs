@@ -3,6 +3,7 @@
 use super::Moment;
 use super::change::PageChange;
 use super::command::{AgentLease, Policy};
+use super::dispatch;
 use super::event::{Departure, Event, TermEnd};
 use super::mutant::Mutant;
 use super::node;
@@ -273,6 +274,7 @@ fn order(at: Moment, state: &State, hold: &Hold, lease: &Lease) -> Vec<Event> {
         at: at.steady,
         limits: state.settings(&lease.node).limits,
         waits_ms: before.map_or(0, |before| before.limits.clear_limit_ms),
+        avoid: dispatch::avoided(at.steady, state, id, lease),
     }]
 }
 

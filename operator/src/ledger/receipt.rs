@@ -487,6 +487,7 @@ mod tests {
         assert_eq!(taken(&receipts, later, 8, Pace::EndsOnly), [""; 0]);
         assert_eq!(taken(&receipts, later, 8, Pace::Live), ["open"]);
     }
+
     #[test]
     fn what_lacks_only_its_last_boundaries_gives_its_place_to_others() {
         let receipts = Receipts::new();
@@ -499,7 +500,7 @@ mod tests {
         incomplete.timeline.push(assigned);
         receipts.record(incomplete, true).unwrap();
         let now = clock::monotonic() + Duration::from_secs(60);
-        let (written, _) = receipts.take_due(now, 1, Pace::EndsOnly).remove(0);
+        let (written, _) = receipts.take_due(now, 1, Pace::EndsOnly, &mut None).remove(0);
         receipts.finish(&written, &Outcome::Written { resource_version: "1".to_owned() }, now);
         assert_eq!(receipts.record(ended("other"), true), Err(ReceiptsFull));
         assert_eq!(taken(&receipts, now, 1, Pace::EndsOnly), [""; 0]);

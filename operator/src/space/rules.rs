@@ -12,13 +12,16 @@ use spaceport_crds::{GPUPool, GPUTier};
 
 use crate::ledger::seen::{PoolSeen, TierSeen};
 
+/// Objects of the cluster by their names.
+type ByName<T> = BTreeMap<String, T>;
+
 /// All objects of a kind that can be used, by name.
 #[derive(Debug)]
 pub struct Listed<T> {
     /// None until the first list is complete: judged by half of the tiers, a duration could seem legal.
-    all: Option<BTreeMap<String, T>>,
+    all: Option<ByName<T>>,
     /// The list that is being read.
-    next: BTreeMap<String, T>,
+    next: ByName<T>,
 }
 
 /// What is known at the moment.
@@ -94,7 +97,7 @@ impl Rules {
     }
 
     /// Tiers and pools by name, once both are known.
-    pub fn listed(&self) -> Option<(&BTreeMap<String, TierSeen>, &BTreeMap<String, PoolSeen>)> {
+    pub fn listed(&self) -> Option<(&ByName<TierSeen>, &ByName<PoolSeen>)> {
         self.tiers.all.as_ref().zip(self.pools.all.as_ref())
     }
 }

@@ -1,6 +1,6 @@
 //! When the controller looks at which Space.
 
-use spaceport_core::ids::Size;
+use spaceport_core::ids::{Revision, Size};
 use spaceport_core::queue::Learned;
 use spaceport_crds::SpaceSpec;
 
@@ -43,6 +43,7 @@ async fn a_space_that_is_missing_in_a_later_list_is_gone_with_what_was_learned_o
     let mut controller = controller(&FakeApi::default());
     listed(&mut controller, &["kept", "deleted"]);
     let learned = Learned {
+        revision: Revision::default(),
         size: Size::Large,
         declared_ms: 10_000,
         calls: 5,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Steady, Ticket};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, Steady, Ticket};
 use spaceport_core::lease::{Account, Event, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State};
 use spaceport_core::page::{Hold, Page};
 use spaceport_core::protocol::{CallerClass, Denial, wire};
@@ -27,13 +27,8 @@ pub struct CallsSeen {
     pub promised: BTreeMap<Ticket, Promise>,
     /// Leases by the token that their call began with, for each term: a new one counts anew (docs/status.md).
     pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
-    /// Reservations of each term whose order has not left, by node, in the order in which they were made.
-    pub reserved: BTreeMap<(Epoch, NodeName), Vec<LeaseId>>,
     /// When each hold was decided, by its broker's clock of intervals; until its order leaves.
     pub decided: BTreeMap<LeaseId, Steady>,
-    /// Nodes where an order left behind one that was reserved later: the broker's picture of such a node may be wrong
-    /// (docs/simulation.md, known gaps).
-    pub overtaken: BTreeSet<NodeName>,
 }
 
 /// What a waiting request was told.
@@ -84,8 +79,6 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                     world.seen_calls.promised.retain(|_, promise| promise.space != waiting.space.uid);
                 }
                 let Some(epoch) = world.state(number).map(|state| state.epoch) else { continue };
-                let reserved = world.seen_calls.reserved.entry((epoch, waiting.node.clone())).or_default();
-                reserved.push(lease.clone());
                 if let Some(root) = &waiting.root {
                     let leases = world.seen_calls.by_token.entry((epoch, root.clone())).or_default();
                     leases.insert(lease.clone());
@@ -203,16 +196,6 @@ pub fn soon(world: &mut World, order: &Order, now: Steady) -> Checked {
     let lease = &order.lease;
     Rule::L(9)
         .check(age_ms <= ORDER_AGE_MAX_MS, || format!("{lease} is ordered {age_ms} ms after its hold was decided"))
-}
-
-/// Writes of different accounts are acknowledged in any order, and so their orders leave.
-pub fn order_left(world: &mut World, order: &Order) {
-    let Some(reserved) = world.seen_calls.reserved.get_mut(&(order.epoch, order.node.clone())) else { return };
-    let Some(place) = reserved.iter().position(|lease| *lease == order.lease) else { return };
-    let open = |lease: &LeaseId| *lease != order.lease && !world.store.settled.contains_key(lease);
-    if reserved.drain(..=place).any(|lease| open(&lease)) {
-        world.seen_calls.overtaken.insert(order.node.clone());
-    }
 }
 
 /// A request is told its place: invariant 11, where nothing goes wrong the latest start is kept. Not of requests that wait

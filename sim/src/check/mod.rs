@@ -2,7 +2,7 @@
 //!
 //! | Rule | Looked at |
 //! | --- | --- |
-//! | 1, 3, 4, 5, L5, L12 | at every page that is written, [`pages`] |
+//! | 1, 3, 4, 5, L1, L5, L12 | at every page that is written, [`pages`] |
 //! | 2 | at every order, acknowledgement and receipt that leaves a broker, [`ledger`] |
 //! | 3, 12, 11, 10, L2, L3, L17, L18, L20 | at every command of a broker, [`ledger`] and [`calls`] |
 //! | 6, 7, 8, L8, L9 | at every step of a node, [`nodes`] |

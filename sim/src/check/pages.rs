@@ -37,7 +37,9 @@ pub fn audit(store: &mut Store, account: &AccountName, old: &Page, new: &Page, c
     outbox(store, old, new)?;
     rows(store, old, new)?;
     cover(old, new, coverage);
-    sums(old, new, charged_ms)
+    sums(old, new, charged_ms)?;
+    // Last, so that what breaks a rule of its own is seen as that.
+    new.sound().map_err(|unsound| Rule::L(1).broken(format!("{account}'s page: {unsound}")))
 }
 
 /// Invariant 1, at the revision that admits, and 3: no lease twice.

@@ -314,7 +314,6 @@ impl World {
             check::calls::soon(self, &order, now)?;
         }
         self.seen_calls.promised.remove(&order.ticket);
-        check::calls::order_left(self, &order);
         if order.after.is_some() {
             self.coverage.saw(Scenario::Handover);
         }

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
-use spaceport_core::ids::Size;
 use spaceport_core::protocol::UnauthenticatedReason;
 use spaceport_crds as crds;
 use spaceport_proto::nodelink as proto;

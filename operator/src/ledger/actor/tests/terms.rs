@@ -1,6 +1,6 @@
 //! How terms begin and end, and what is left of one.
 
-use spaceport_core::ids::Size;
+use spaceport_core::ids::{Revision, Size};
 use spaceport_core::queue::Learned;
 
 use super::*;
@@ -17,7 +17,7 @@ fn will(fate: TermFate) -> Memory {
 /// From when the term has begun until the broker knows that it does not lead any more.
 async fn step_down(story: &Story) {
     wait_for(|| (!story.metrics.encode().unwrap().contains("spaceport_epoch 0")).then_some(())).await;
-    story.metrics.set_queued("of-this-term", 1);
+    story.metrics.set_queued("of-this-term", "Node", 1);
     story.leading.send_replace(false);
     wait_for(|| (!story.metrics.encode().unwrap().contains("of-this-term")).then_some(())).await;
 }
@@ -86,6 +86,7 @@ async fn the_watch_may_show_a_term_before_its_write_is_answered() {
 async fn what_an_earlier_term_has_learned_is_not_shown_in_a_later_one() {
     let story = Story::begin(Memory::default()).await;
     let learned = Learned {
+        revision: Revision::default(),
         size: Size::Large,
         declared_ms: 10_000,
         calls: 5,
@@ -115,7 +116,7 @@ async fn a_leader_that_steps_down_grants_nothing_and_leads_again_in_a_later_term
     story.request(1, 10_000, "").await;
     let runs = story.order().await;
     assert_eq!(runs.epoch, 1);
-    story.metrics.set_queued(NODE, 1);
+    story.metrics.set_queued(NODE, "Node", 1);
     let followed = LeaseId::new(&runs.lease);
     wait_for(|| story.receipts.latest(&followed)).await;
 

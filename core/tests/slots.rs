@@ -245,7 +245,7 @@ fn a_lease_under_way_to_the_kept_card_is_waited_for() {
     assert_eq!(story.ask(Size::Large), []);
     assert_eq!(story.end(&second), [], "her node may give her this card");
     let hers = story.answer();
-    assert_eq!(hers.len(), 1);
+    assert_eq!(hers.len(), 1, "{hers:#?}");
     let next = story.started(&hers[0].lease, PickedSlot::Awaits(0));
     assert_eq!(next.iter().map(|order| order.after.as_ref()).collect::<Vec<_>>(), [Some(&second)]);
 }

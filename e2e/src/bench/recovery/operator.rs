@@ -287,7 +287,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!((now - began).abs() < 2.0, "{began} {now}");
-        assert_eq!(start_ticks("1 (a) b) S 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 4711 23"), None);
+        assert_eq!(start_ticks("1 (a) b) S 2 3 4"), None);
         let fields: Vec<String> = (3..=24).map(|field| field.to_string()).collect();
         assert_eq!(start_ticks(&format!("1 (a) b) {}", fields.join(" "))), Some(22));
     }

@@ -235,7 +235,10 @@ mod tests {
         fn stands(&mut self, ms: u64, position: u32) {
             self.goes_on(ms, |record| {
                 let at = record.timeline[0].at.plus(ms);
-                record.standing = Some(Standing::of(&place(position), at));
+                let mut place = place(position);
+                // The promise stays where it is.
+                place.latest_start_ms = place.latest_start_ms.map(|left| left.saturating_sub(ms));
+                record.standing = Some(Standing::of(&place, at));
             });
         }
 

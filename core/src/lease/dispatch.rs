@@ -171,12 +171,10 @@ fn reserve(
 pub(super) fn avoided(now: Steady, state: &State, id: &LeaseId, lease: &Lease) -> Vec<u32> {
     let mut avoid = lease.avoid.clone();
     let Some(node) = state.nodes.get(&lease.node) else { return avoid };
-    // What one account has reserved leaves in order. Where equals change places nobody's picture changes.
+    // What one account has reserved leaves in order.
     let of_another = |other: &LeaseId| state.leases.get(other).is_some_and(|other| other.account != lease.account);
-    let is_equal = |other: &Holder| (other.size, &other.avoid) == (lease.size, &lease.avoid);
-    let is_overtaken = |other: &Holder| {
-        other.sent.is_none() && other.number < lease.number && !is_equal(other) && of_another(&other.lease)
-    };
+    let is_overtaken =
+        |other: &Holder| other.sent.is_none() && other.number < lease.number && of_another(&other.lease);
     // Mostly nobody is: then the picture is not needed.
     if !node.holders.iter().any(is_overtaken) {
         return avoid;

@@ -173,8 +173,7 @@ pub(super) fn avoided(now: Steady, state: &State, id: &LeaseId, lease: &Lease) -
     let Some(node) = state.nodes.get(&lease.node) else { return avoid };
     // What one account has reserved leaves in order.
     let of_another = |other: &LeaseId| state.leases.get(other).is_some_and(|other| other.account != lease.account);
-    let is_overtaken =
-        |other: &Holder| other.sent.is_none() && other.number < lease.number && of_another(&other.lease);
+    let is_overtaken = |other: &Holder| other.sent.is_none() && other.number < lease.number && of_another(&other.lease);
     // Mostly nobody is: then the picture is not needed.
     if !node.holders.iter().any(is_overtaken) {
         return avoid;
@@ -227,7 +226,9 @@ impl<'a> Found<'a> {
         let is_kept = |card| kept.is_some_and(|(kept, _)| kept == card);
         // A half that is meant for the card that is kept can go elsewhere, and who avoids that card could not go there instead.
         let large = picture.slot(Size::Large, |card| !is_kept(card) && picture.is_open(card, |_, card| is_kept(card)));
-        let on_reserved = if kept.is_some() { picture.slot(Size::Large, is_kept) } else { None };
+        // Nor is that card promised while a half that was to wait for another one may find it clear first.
+        let is_ours = |card| is_kept(card) && picture.is_open(card, |half, _| half.follows);
+        let on_reserved = if kept.is_some() { picture.slot(Size::Large, is_ours) } else { None };
         Some(Self { now, node, kept, large, xlarge, on_reserved })
     }
 

@@ -65,11 +65,16 @@ pub fn taken(world: &World, node: &NodeName, lease: &LeaseId) -> Checked {
     }
 }
 
-/// A lease has its slot: L9, it was not given up while it waited.
+/// A lease has its slot: L9, it did not wait for it for longer than its order allows, and was not given up while it waited.
 ///
 /// # Errors
 /// What must not be.
 pub fn began(world: &World, lease: &LeaseId) -> Checked {
+    for agent in world.agents.values() {
+        let Some(held) = agent.leases.get(lease).filter(|held| held.waited) else { continue };
+        let (now, begin_by) = (agent.clock(world.now), held.begin_by);
+        Rule::L(9).check(now <= begin_by, || format!("{lease} began {} ms too late", now.saturating_sub(begin_by)))?;
+    }
     let closed = world.store.settled.get(lease);
     let given_up = closed.filter(|closed| matches!(closed.ending, Ending::Expired | Ending::Refused));
     given_up.map_or(Ok(()), |closed| {

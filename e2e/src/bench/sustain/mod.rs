@@ -412,7 +412,8 @@ mod tests {
             callers: 3,
             declared_s: DECLARED_S,
             warm_up_s: 0.1,
-            seconds: 0.5,
+            // The first call of each works for half a second of it.
+            seconds: 1.5,
         };
         let load: Load = here(SUSTAIN_LOAD, &plan).unwrap();
         assert_eq!(load.accounts.len(), 7);

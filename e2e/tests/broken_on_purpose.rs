@@ -32,7 +32,6 @@ const OPERATOR: &[Broken] = &[
         stories::malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
         "token of another Space is answered",
     ),
-    ("grant-from-memory", stories::without_an_api_server_leases_run_on_and_nothing_is_granted, "granted from memory"),
     ("receipts-forget-allowed", stories::a_receipt_tells_every_boundary_in_order, "Allowed is missing"),
     // Last: the schema refuses the receipts of such leases, so their accounts keep them unwritten for ever.
     ("charge-unallowed", stories::a_grant_that_nobody_uses_is_refunded, "no GPU, no charge"),

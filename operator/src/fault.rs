@@ -22,8 +22,6 @@ pub enum Fault {
     AcknowledgeEarly,
     /// Against invariant 12: receipts say half of what the page says.
     ReceiptsSayLess,
-    /// Against invariant 2: a lease begins before its hold is durable.
-    GrantFromMemory,
     /// The page does not show the last refusal.
     RefusalsLeaveNothing,
     /// Against invariant 10: a token is good for every Space.
@@ -51,7 +49,6 @@ pub fn is(fault: Fault) -> bool {
 pub fn in_ledger(state: State) -> State {
     match CHOSEN.get() {
         Some(Fault::ChargeDeclared) => state.with_mutant(Mutant::ChargeDeclared),
-        Some(Fault::GrantFromMemory) => state.with_mutant(Mutant::OrderEarly),
         Some(Fault::AcknowledgeEarly) => state.with_mutant(Mutant::AcknowledgeEarly),
         Some(Fault::ChargeUnallowed) => state.with_mutant(Mutant::ChargeUnallowed),
         _ => state,

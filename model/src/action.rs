@@ -7,8 +7,9 @@ use spaceport_core::page::Ending;
 use crate::api::Fate;
 use crate::bounds::{BROKERS, NODES};
 use crate::broker::Broker;
+use crate::cluster::{Cluster, stall};
 use crate::node::{Node, Order, Phase, ToBroker, ToNode, Told};
-use crate::world::{CallState, Cluster, World, accounts, stall};
+use crate::world::{CallState, World, accounts};
 
 /// One thing that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

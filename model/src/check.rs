@@ -7,8 +7,9 @@ use stateright::{Model, Property};
 use crate::action::Action;
 use crate::api::{Broken, Fate};
 use crate::broker::{Broker, Leading, PAUSE_MS};
+use crate::cluster::Cluster;
 use crate::node::{Phase, ToNode};
-use crate::world::{CallState, Cluster, World};
+use crate::world::{CallState, World};
 
 impl Model for Cluster {
     type State = World;

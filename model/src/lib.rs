@@ -6,6 +6,7 @@ pub mod api;
 pub mod bounds;
 pub mod broker;
 pub mod check;
+pub mod cluster;
 pub mod names;
 pub mod node;
 pub mod scenario;

@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use spaceport_model::action::Action;
 use spaceport_model::bounds::Bounds;
+use spaceport_model::cluster::Cluster;
 use spaceport_model::scenario;
-use spaceport_model::world::{Cluster, World};
+use spaceport_model::world::World;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
 
 /// Threads: the machines that run the tests have two cores.

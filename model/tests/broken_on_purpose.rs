@@ -2,8 +2,8 @@
 
 use spaceport_core::lease::{Mutant, State};
 use spaceport_model::bounds::{Bounds, Budget, Fault};
+use spaceport_model::cluster::Cluster;
 use spaceport_model::scenario::{call, calm};
-use spaceport_model::world::Cluster;
 use stateright::{Checker, Expectation, HasDiscoveries, Model};
 
 const NONE: Budget = Budget::NONE;

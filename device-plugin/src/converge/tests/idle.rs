@@ -1,4 +1,4 @@
-//! Frozen workers that must go although nobody needs their slot.
+//! Frozen workers: who gets them back, whom they make room for, and which must go although nobody needs their slot.
 
 use super::*;
 use crate::process_status::SignalSet;
@@ -14,6 +14,66 @@ fn pending(signal: libc::c_int) -> ProcessStatus {
 
 fn clears(steps: &[Step], id: u64) -> bool {
     steps.iter().any(|step| matches!(step, Step::Clear { worker, .. } if worker.cgroup_id == id))
+}
+
+#[test]
+fn the_same_function_gets_its_idle_worker_back_and_the_clock_runs_from_the_answer() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 1, None);
+    node.passes(50).starts("l2", ticket, LARGE);
+    let steps = node.seen();
+    let reuse = steps.iter().position(|step| matches!(step, Step::Reuse { .. }));
+    let answer = steps.iter().position(|step| matches!(step, Step::Answer { .. }));
+    assert!(reuse < answer, "thawed before it is answered: {steps:?}");
+    assert!(matches!(&steps[answer.unwrap()], Step::Answer { answer: Answer::Granted { idle: true, .. }, .. }));
+    node.passes(2_000).releases("l2", &app, false);
+    assert_eq!(Node::ended(&node.seen()), [("l2".to_owned(), link::EndKind::Released, 2_000)]);
+}
+
+#[test]
+fn another_function_of_the_same_app_does_not_get_the_idle_worker() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 2, None);
+    node.starts("l2", ticket, LARGE);
+    // The free half is taken; the idle worker keeps its own.
+    assert_eq!(node.granted(), (false, 1));
+}
+
+#[test]
+fn an_idle_worker_that_is_in_the_way_is_killed_and_waited_for() {
+    let (mut node, one, two) = (Node::with_cards(1), pod("one"), pod("two"));
+    node.runs("l1", &one, 1, LARGE).releases("l1", &one, false).seen();
+    let ticket = node.asks(&two, 1, Some(Size::Xlarge));
+    node.starts("l2", ticket, XLARGE);
+    let steps = node.seen();
+    assert!(steps.iter().any(|step| matches!(step, Step::Clear { worker, .. } if worker.cgroup_id == 1)));
+    assert!(steps.iter().any(|step| matches!(step, Step::Send(Message::Started(started)) if started.waiting)));
+    assert!(!steps.iter().any(|step| matches!(step, Step::Answer { .. })), "not before the memory is back");
+    node.happens(Event::Cleared { cgroup_id: 1 });
+    assert_eq!(node.granted(), (false, 2));
+}
+
+#[test]
+fn an_idle_worker_dead_before_its_reuse_costs_a_new_allow_and_restarts_the_clock() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 1, None);
+    node.starts("l2", ticket, LARGE).happens(Event::WorkerExited { cgroup_id: 1 });
+    node.passes(300).happens(Event::Tick).allows("l2", &app);
+    let steps = node.seen();
+    assert!(steps.contains(&Step::ReplyAllow { call: 3, reply: Ok(()) }), "{steps:?}");
+    node.passes(1_000).releases("l2", &app, false);
+    assert_eq!(Node::ended(&node.seen()), [("l2".to_owned(), link::EndKind::Released, 1_000)]);
+}
+
+#[test]
+fn an_idle_worker_that_dies_gives_its_slot_back() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).happens(Event::WorkerExited { cgroup_id: 1 });
+    node.happens(Event::Cleared { cgroup_id: 1 });
+    assert_eq!(node.machine.snapshot().book, Book::default());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The latest start that is promised to a request that has to wait (docs/rules.md, Queue; invariant 11).
 
-use crate::request::{Priority, Request, SLOTS_MAX};
+use crate::request::{Request, SLOTS_MAX};
 
 /// Limits in time around a lease (L8, L9), milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Standing {
     pub slots: u64,
     /// phi, percent.
     pub age_lane_percent: u64,
+    /// s: the floor of its class, percent.
+    pub floor_percent: u64,
 }
 
 // === impl HoldLimits ===
@@ -60,9 +62,9 @@ impl Standing {
     /// of the two other classes may have saved, and the fast start that makes up the last of it. One half is idle at
     /// most while a card is drained, hence C - 1. The last H_max is the drain itself, which a half too may have to sit
     /// out. Requests for whole cards pass one reservation, one after the other, whatever their class: B / 2.
-    pub fn latest_ms(&self, request: &Request, hold_ms: u64, priority: Priority) -> u64 {
+    pub fn latest_ms(&self, request: &Request, hold_ms: u64) -> u64 {
         let own = hold_ms * request.slots();
-        let lanes = (self.ahead_ms + own) * 10_000 / (self.age_lane_percent * priority.floor_percent());
+        let lanes = (self.ahead_ms + own) * 10_000 / (self.age_lane_percent * self.floor_percent);
         let shared = (self.held_ms + lanes + 6 * self.longest_hold_ms) / (self.slots - 1).max(1);
         let in_turn = if request.slots() == SLOTS_MAX { self.wholes_ms / SLOTS_MAX } else { 0 };
         shared + self.longest_hold_ms + in_turn

@@ -7,14 +7,13 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 
 use spaceport_core::ids::Size;
-use spaceport_core::queue::QueueBounds;
+use spaceport_core::queue::{LaneSettings, Priority, QueueBounds};
 
 use crate::admission::{Admission, Hold, Quota, Refusal};
 use crate::node::{Node, Running};
 use crate::policy::{Offer, Policy, PolicyName, Start};
 use crate::promise::{HoldLimits, Standing};
-use crate::request::{Priority, Request, Trace};
-use spaceport_core::queue::LaneSettings;
+use crate::request::{Request, Trace};
 
 /// What is replayed on, and by which rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +28,7 @@ pub struct Rules {
     pub quota: Quota,
     /// Bounds of the queue; None for no bounds.
     pub bounds: Option<QueueBounds>,
-    /// Parameters of two-lane; the promise of every policy is made with its `age_lane_percent`.
+    /// Parameters of two-lane; the promise of every policy is made with its shares of the age lane.
     pub lanes: LaneSettings,
 }
 
@@ -79,8 +78,8 @@ struct World<'a> {
 struct Site {
     node: Node,
     policy: Box<dyn Policy>,
-    /// Holds of those who wait, by class.
-    waiting_ms: [u64; Priority::COUNT],
+    /// Holds of those who wait, by class, lowest first.
+    waiting_ms: [u64; 3],
     /// Those of them that wait for a whole card.
     wholes_ms: u64,
 }
@@ -109,7 +108,7 @@ struct Open {
 impl Site {
     /// Somebody joined the queue, or left it if the hold is negative.
     const fn count(&mut self, priority: Priority, size: Size, hold_ms: i64) {
-        let waiting = &mut self.waiting_ms[priority.index()];
+        let waiting = &mut self.waiting_ms[priority as usize];
         *waiting = waiting.saturating_add_signed(hold_ms);
         if matches!(size, Size::Xlarge) {
             self.wholes_ms = self.wholes_ms.saturating_add_signed(hold_ms);
@@ -124,7 +123,7 @@ impl<'a> World<'a> {
         let site = || Site {
             node: Node::new(rules.cards),
             policy: policy.build(rules.lanes),
-            waiting_ms: [0; Priority::COUNT],
+            waiting_ms: [0; 3],
             wholes_ms: 0,
         };
         let longest = trace.requests.iter().map(|request| request.declared_ms).max().unwrap_or(0);
@@ -191,13 +190,14 @@ impl<'a> World<'a> {
         let hold_ms = self.rules.limits.hold_ms(request.declared_ms);
         let standing = Standing {
             held_ms: site.node.held_ms(now_ms),
-            ahead_ms: site.waiting_ms[priority.index()],
+            ahead_ms: site.waiting_ms[priority as usize],
             wholes_ms: site.wholes_ms,
             longest_hold_ms: self.longest_hold_ms,
             slots: site.node.slots(),
             age_lane_percent: self.rules.lanes.age_percent,
+            floor_percent: self.rules.lanes.floors[priority as usize],
         };
-        let promised_ms = standing.latest_ms(request, hold_ms, priority);
+        let promised_ms = standing.latest_ms(request, hold_ms);
         self.pending.insert(id, Pending { promised_ms, site: site_index, space });
         site.count(priority, request.size, (hold_ms * request.slots()).cast_signed());
         let known_ms = if self.foresight { request.served_ms() } else { request.declared_ms };

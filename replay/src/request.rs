@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use spaceport_core::ids::Size;
+use spaceport_core::queue::Priority;
 
 /// Most slots that one request takes: both halves of a card.
 pub const SLOTS_MAX: u64 = 2;
@@ -54,17 +55,6 @@ pub enum Tier {
     Pro,
     /// Paying by contract.
     Enterprise,
-}
-
-/// How the queue treats a tier: a class of its own in the age lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Priority {
-    /// Guests.
-    Low,
-    /// Tier free.
-    Medium,
-    /// Everyone else.
-    Highest,
 }
 
 // === impl Request ===
@@ -146,39 +136,6 @@ impl Tier {
             Self::Guest => Priority::Low,
             Self::Free => Priority::Medium,
             Self::Pro | Self::Enterprise => Priority::Highest,
-        }
-    }
-}
-
-// === impl Priority ===
-
-impl Priority {
-    /// How many there are.
-    pub const COUNT: usize = 3;
-
-    /// All of them, lowest first.
-    pub const ALL: [Self; Self::COUNT] = [Self::Low, Self::Medium, Self::Highest];
-
-    /// Position in arrays that hold something for each.
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
-    /// Divisor of the key in the fast lane.
-    pub const fn weight(self) -> u64 {
-        match self {
-            Self::Low => 1,
-            Self::Medium => 2,
-            Self::Highest => 4,
-        }
-    }
-
-    /// Share of the age lane that no other priority can take, percent.
-    pub const fn floor_percent(self) -> u64 {
-        match self {
-            Self::Low => 20,
-            Self::Medium => 30,
-            Self::Highest => 50,
         }
     }
 }

@@ -8,13 +8,12 @@ mod two_lane;
 
 use serde::Serialize;
 use spaceport_core::ids::Size;
-use spaceport_core::queue::LaneSettings;
+use spaceport_core::queue::{LaneSettings, Priority};
 
 pub use ordered::{Order, Ordered};
 pub use two_lane::TwoLane;
 
 use crate::node::Node;
-use crate::request::Priority;
 
 /// A request as its node's queue gets it.
 #[derive(Clone, Debug, PartialEq, Eq)]

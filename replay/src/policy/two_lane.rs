@@ -7,7 +7,6 @@ use spaceport_core::queue::{Choice, Fit, Function, History, Job, Lane, LaneSetti
 
 use super::{Offer, Policy, Start};
 use crate::node::Node;
-use crate::request::Priority;
 
 /// The policy.
 #[derive(Clone, Debug)]
@@ -59,18 +58,13 @@ impl TwoLane {
 impl Policy for TwoLane {
     fn arrive(&mut self, offer: Offer) {
         let expected_ms = function(&offer).map_or(offer.declared_ms, |function| self.history.expected_ms(&function));
-        let class = match offer.priority {
-            Priority::Low => spaceport_core::queue::Priority::Low,
-            Priority::Medium => spaceport_core::queue::Priority::Medium,
-            Priority::Highest => spaceport_core::queue::Priority::Highest,
-        };
         let slots = offer.size.weight();
         let place = offer.id as u64;
         self.lanes.insert(Job {
             place,
             size: offer.size,
-            class,
-            key: self.settings.key(class, expected_ms, slots, offer.used_percent, 100),
+            class: offer.priority,
+            key: self.settings.key(offer.priority, expected_ms, slots, offer.used_percent, 100),
             expected_ms,
             declared_ms: offer.declared_ms,
             held_ms: offer.hold_ms,

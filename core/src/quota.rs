@@ -536,6 +536,4 @@ pub fn fill(parts: &[Part], charged_ms: u64) -> impl Iterator<Item = (&Source, u
 }
 
 #[cfg(test)]
-mod guest_tests;
-#[cfg(test)]
 mod tests;

@@ -1,3 +1,7 @@
+//! What one account has left, reserves and pays. Here is the world of guests' tests too.
+
+mod guests;
+
 use super::*;
 use crate::ids::{Epoch, LeaseId, NodeName, SpaceKey};
 use crate::lease::change::PageChange;
@@ -34,10 +38,16 @@ fn payer<'a>(page: &'a Page, allowance: &'a Allowance, at: LedgerTime) -> Payer<
 
 fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, demand: Demand) {
     let admission = admit(payer(page, allowance, at), &demand, Queued::default(), FreesIn::default()).unwrap();
+    held(admission, lease, at, demand).make(page).unwrap();
+}
+
+/// The hold of a call that was admitted.
+fn held(admission: Admission, lease: &str, at: LedgerTime, demand: Demand) -> PageChange {
+    let Admission { window, parts, grants, cookie } = admission;
     let hold = Hold {
         lease: LeaseId::new(lease),
         space: SpaceKey::new("n", "s", "u"),
-        parts: admission.parts,
+        parts,
         node: NodeName::new("node"),
         avoid: Vec::new(),
         size: demand.size,
@@ -48,12 +58,10 @@ fn hold(page: &mut Page, lease: &str, allowance: &Allowance, at: LedgerTime, dem
         after: None,
         generation: 1,
         via: "token".into(),
-        cookie: None,
+        cookie: cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
         shortened: None,
     };
-    PageChange::Hold { hold: hold.into(), window: admission.window, grants: admission.grants, cookie: None }
-        .make(page)
-        .unwrap();
+    PageChange::Hold { hold: hold.into(), window, grants, cookie: cookie.map(Box::new) }
 }
 
 fn settle(page: &mut Page, lease: &str, at: LedgerTime, charged_ms: u64) {

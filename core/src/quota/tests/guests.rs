@@ -3,27 +3,13 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::ids::{Epoch, LeaseId, NodeName, SpaceKey};
-use crate::lease::change::{Misfit, PageChange};
-use crate::page::Ending;
+use crate::lease::change::Misfit;
 
-const NOW: LedgerTime = LedgerTime(1_000_000);
 const COOKIE_MS: u64 = 120_000;
 const PREFIX_MS: u64 = 600_000;
 
 fn guests() -> Allowance {
-    Allowance {
-        base_ms: PREFIX_MS,
-        per_cookie_ms: Some(COOKIE_MS),
-        longest_call_ms: 60_000,
-        runs_per_window: None,
-        generation: 1,
-        grants: Vec::new(),
-    }
-}
-
-fn demand(declared_ms: u64) -> Demand {
-    Demand { size: Size::Large, weight: 1, declared_ms, duration_factor_percent: 100, shortened: None }
+    Allowance { per_cookie_ms: Some(COOKIE_MS), longest_call_ms: 60_000, ..allowance(PREFIX_MS) }
 }
 
 fn ask(
@@ -35,41 +21,12 @@ fn ask(
 ) -> Result<Admission, Denial> {
     let cookie = CookieId::new(cookie);
     let payer = Payer { page, allowance, cookie: Some(&cookie), at };
-    admit(payer, &demand(declared_ms), Queued::default(), FreesIn { account_ms: 7, cookie_ms: 9 })
-}
-
-fn change(admission: Admission, lease: &str, at: LedgerTime, declared_ms: u64) -> PageChange {
-    let row = admission.cookie.unwrap();
-    let hold = Hold {
-        lease: LeaseId::new(lease),
-        space: SpaceKey::new("n", "s", "u"),
-        parts: admission.parts,
-        node: NodeName::new("node"),
-        avoid: Vec::new(),
-        size: Size::Large,
-        weight: 1,
-        declared_ms,
-        epoch: Epoch(1),
-        since: at,
-        after: None,
-        generation: 1,
-        via: "guest".into(),
-        cookie: Some(CookieWindow { cookie: row.cookie.clone(), start: row.start }),
-        shortened: None,
-    };
-    let (window, grants) = (admission.window, admission.grants);
-    PageChange::Hold { hold: hold.into(), window, grants, cookie: Some(Box::new(row)) }
+    admit(payer, &large(declared_ms), Queued::default(), FreesIn { account_ms: 7, cookie_ms: 9 })
 }
 
 fn hold(page: &mut Page, cookie: &str, lease: &str, at: LedgerTime, declared_ms: u64) {
     let admission = ask(page, cookie, at, &guests(), declared_ms).unwrap();
-    change(admission, lease, at, declared_ms).make(page).unwrap();
-}
-
-fn settle(page: &mut Page, lease: &str, at: LedgerTime, charged_ms: u64) {
-    let lease = LeaseId::new(lease);
-    let change = PageChange::Settle { lease, ending: Ending::Released, used_ms: charged_ms, charged_ms, at };
-    change.make(page).unwrap();
+    held(admission, lease, at, large(declared_ms)).make(page).unwrap();
 }
 
 fn charge(page: &mut Page, cookie: &str, at: LedgerTime, ms: u64) {
@@ -130,7 +87,7 @@ fn each_limit_refuses_with_its_own_numbers() {
 fn what_a_visitor_has_waiting_counts_for_itself_and_for_the_prefix() {
     let (page, guests, ann) = (Page::default(), guests(), CookieId::new("ann"));
     let payer = Payer { page: &page, allowance: &guests, cookie: Some(&ann), at: NOW };
-    let refused = |queued| admit(payer, &demand(60_000), queued, FreesIn { account_ms: 7, cookie_ms: 9 }).unwrap_err();
+    let refused = |queued| admit(payer, &large(60_000), queued, FreesIn { account_ms: 7, cookie_ms: 9 }).unwrap_err();
     let by = |denial| match denial {
         Denial::PendingOverquota { limiter, left_ms, frees_in_ms, .. } => (limiter, left_ms, frees_in_ms),
         other => panic!("{other:?}"),
@@ -178,18 +135,18 @@ fn runs_are_counted_for_each_visitor() {
 fn a_hold_beyond_its_visitors_row_does_not_fit_the_page() {
     let mut page = Page::default();
     let admission = ask(&page, "ann", NOW, &guests(), 60_000).unwrap();
-    let held = |lease: &str| change(admission.clone(), lease, NOW, 60_000);
-    held("a").make(&mut page).unwrap();
-    held("b").make(&mut page).unwrap();
+    let of = |lease: &str| held(admission.clone(), lease, NOW, large(60_000));
+    of("a").make(&mut page).unwrap();
+    of("b").make(&mut page).unwrap();
     let before = page.clone();
-    let third = held("c").make(&mut page).unwrap_err();
+    let third = of("c").make(&mut page).unwrap_err();
     assert_eq!(third, Misfit::OverCookie { lease: LeaseId::new("c"), sum_ms: 180_000, limit_ms: COOKIE_MS });
     assert_eq!(page, before, "nothing of a hold that does not fit is left");
     settle(&mut page, "a", NOW, 1);
     settle(&mut page, "b", NOW, 1);
     let (before, next_day) = (page.clone(), NOW.plus(WINDOW_MS));
     let admission = ask(&page, "bob", next_day, &guests(), 60_000).unwrap();
-    let PageChange::Hold { hold, window, grants, .. } = change(admission, "d", next_day, 60_000) else {
+    let PageChange::Hold { hold, window, grants, .. } = held(admission, "d", next_day, large(60_000)) else {
         unreachable!()
     };
     let without_row = PageChange::Hold { hold, window, grants, cookie: None };
@@ -234,7 +191,7 @@ proptest! {
                     let Ok(admission) = ask(&page, &cookie, now, &allowance, declared_ms) else { continue };
                     // The outbox may be full; the receipts are then written.
                     page.closed.clear();
-                    let made = change(admission, &number.to_string(), now, declared_ms).make(&mut page);
+                    let made = held(admission, &number.to_string(), now, large(declared_ms)).make(&mut page);
                     if page.holds.len() < crate::page::CLOSED_MAX {
                         prop_assert_eq!(&made, &Ok(()));
                     }

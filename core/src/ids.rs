@@ -1,18 +1,20 @@
 //! Names and numbers that travel through the whole system, each as a type of its own.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, hash_map};
 use std::fmt;
-use std::hash::{BuildHasherDefault, DefaultHasher, Hash};
+use std::hash::{BuildHasher as _, Hash, Hasher};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+use foldhash::fast::FixedState;
 use serde::{Deserialize, Serialize};
 
 /// A map that is looked into by name. The hasher has no random seed, so the same history gives the same map; names are made
 /// by the cluster, not by strangers who could choose them to collide. Its text is in the order of the names, so that two maps
 /// with the same entries have the same text, whatever their histories.
 #[derive(Clone, PartialEq, Eq)]
-pub struct ByName<K: Eq + Hash, V>(HashMap<K, V, BuildHasherDefault<DefaultHasher>>);
+pub struct ByName<K: Eq + Hash, V>(HashMap<K, V, FixedState>);
 
 impl<K: Eq + Hash, V> Default for ByName<K, V> {
     fn default() -> Self {
@@ -21,7 +23,7 @@ impl<K: Eq + Hash, V> Default for ByName<K, V> {
 }
 
 impl<K: Eq + Hash, V> Deref for ByName<K, V> {
-    type Target = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
+    type Target = HashMap<K, V, FixedState>;
 
     fn deref(&self) -> &Self::Target {
         &self.0
@@ -55,33 +57,58 @@ macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         ///
-        /// Cheap to clone: names travel through every command, event and row.
-        #[derive(Clone, Debug, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        /// Cheap to clone, and mostly compared without a look at the text: names travel through every command, event and
+        /// row.
+        #[derive(Clone, Serialize, Deserialize)]
         #[serde(from = "String", into = "String")]
-        #[allow(clippy::derived_hash_with_manual_eq)] // The same names are equal; the shared ones are found so at once.
-        pub struct $name(Arc<str>);
+        pub struct $name {
+            text: Arc<str>,
+            /// Follows from the text.
+            hash: u64,
+        }
 
         impl PartialEq for $name {
             fn eq(&self, other: &Self) -> bool {
-                Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+                self.hash == other.hash && (Arc::ptr_eq(&self.text, &other.text) || self.text == other.text)
+            }
+        }
+
+        impl Eq for $name {}
+
+        impl PartialOrd for $name {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
+
+        impl Ord for $name {
+            fn cmp(&self, other: &Self) -> Ordering {
+                self.text.cmp(&other.text)
+            }
+        }
+
+        impl Hash for $name {
+            fn hash<H: Hasher>(&self, hasher: &mut H) {
+                hasher.write_u64(self.hash);
             }
         }
 
         impl $name {
             /// Takes the name as it stands on the object it comes from.
             pub fn new(name: impl AsRef<str>) -> Self {
-                Self(Arc::from(name.as_ref()))
+                let name = name.as_ref();
+                Self { text: Arc::from(name), hash: FixedState::default().hash_one(name) }
             }
 
             /// The name as text.
             pub fn as_str(&self) -> &str {
-                &self.0
+                &self.text
             }
         }
 
         impl From<String> for $name {
             fn from(name: String) -> Self {
-                Self(name.into())
+                Self::new(name)
             }
         }
 
@@ -93,7 +120,13 @@ macro_rules! name_type {
 
         impl fmt::Display for $name {
             fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str(&self.0)
+                formatter.write_str(&self.text)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.debug_tuple(stringify!($name)).field(&&*self.text).finish()
             }
         }
     };
@@ -122,7 +155,7 @@ impl AccountName {
 
     /// The account of a Space's own calls, those without a token (docs/rules.md, tier `space`; the prefix is reserved, L4).
     pub fn of_space(uid: &str) -> Self {
-        Self(format!("space-{uid}").into())
+        Self::new(format!("space-{uid}"))
     }
 }
 

@@ -14,5 +14,5 @@ fn the_dependency_list_is_exactly_this() {
             dependencies.push(line.split(['.', ' ', '=']).next().unwrap_or_default());
         }
     }
-    assert_eq!(dependencies, ["form_urlencoded", "jiff", "serde", "serde_json", "thiserror"]);
+    assert_eq!(dependencies, ["foldhash", "form_urlencoded", "jiff", "serde", "serde_json", "thiserror"]);
 }

@@ -170,8 +170,14 @@ impl Demand {
 
     /// The largest declared duration of this size that the longest call allows (L19: only `large` is multiplied).
     const fn longest_declared_ms(&self, longest_call_ms: u64) -> u64 {
+        let percent = self.duration_factor_percent;
         match self.size {
-            Size::Large => longest_call_ms.saturating_mul(self.duration_factor_percent) / 100,
+            Size::Large => {
+                let multiplied_ms = longest_call_ms.saturating_mul(percent) / 100;
+                // What the client sends of exactly the longest call: rounded, it may be half a second more.
+                let sent_ms = Self::of_source(self.size, longest_call_ms / 1000, self.weight, percent).declared_ms;
+                if sent_ms > multiplied_ms { sent_ms } else { multiplied_ms }
+            }
             Size::Xlarge => longest_call_ms,
         }
     }

@@ -76,7 +76,8 @@ mod tests {
         assert_eq!(check(60, &large(300, 100)), Err(60));
         assert_eq!(check(60, &large(60, 150)), Ok(()), "both sides are multiplied (L19)");
         assert_eq!(check(60, &large(61, 150)), Err(60));
-        assert_eq!(check(45, &large(45, 150)), Err(44), "68 s are sent where 67.5 s are the limit");
+        assert_eq!(check(45, &large(45, 150)), Ok(()), "68 s are sent of 67.5 s, and 45 s are the limit");
+        assert_eq!(check(45, &large(46, 150)), Err(45));
         assert_eq!(check(90, &Demand::of_source(Size::Xlarge, 90, 2, 100)), Err(60), "the whole quota is worth 60 s");
         assert_eq!(check(60, &large(0, 100)), Err(60), "no time at all is illegal too");
         assert_eq!(check(0, &large(1, 100)), Err(0));

@@ -135,6 +135,11 @@ fn the_clients_factor_makes_no_default_call_illegal() {
     assert!(check_legal(payer(&Page::default(), &guest, NOW), &factor(large(90_001))).is_err());
     assert_eq!(check_legal(payer(&Page::default(), &guest, NOW), &factor(xlarge(60_000))), Ok(()));
     assert!(check_legal(payer(&Page::default(), &guest, NOW), &factor(xlarge(60_001))).is_err());
+    // Of 45 s it makes 67.5 s and sends 68 s.
+    let odd = Allowance { longest_call_ms: 45_000, ..allowance(120_000) };
+    assert_eq!(check_legal(payer(&Page::default(), &odd, NOW), &factor(large(68_000))), Ok(()));
+    let denial = check_legal(payer(&Page::default(), &odd, NOW), &factor(large(69_000)));
+    assert!(matches!(denial, Err(Denial::IllegalDuration { limit_ms: 68_000, .. })), "{denial:?}");
 }
 
 #[test]

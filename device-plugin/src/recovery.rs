@@ -56,7 +56,7 @@ pub fn recover(
             Known::default()
         }
     };
-    let shut = gate.close_all_but(&known.running).map_err(RecoveryError::Gate)?;
+    let shut = gate.close_all_but(&known.leases).map_err(RecoveryError::Gate)?;
     if shut > 0 {
         tracing::warn!(cgroups = shut, "The gate was shut for cgroups without a lease");
     }
@@ -70,7 +70,8 @@ pub fn recover(
 #[derive(Default)]
 struct Known {
     workers: BTreeSet<u64>,
-    running: HashSet<u64>,
+    /// Whose gate its lease opens or shuts.
+    leases: HashSet<u64>,
 }
 
 fn adopt(
@@ -92,13 +93,15 @@ fn adopt(
         .collect();
     let alive: BTreeSet<u64> =
         workers.iter().filter(|(_, worker)| hardware::is_alive(worker)).map(|(id, _)| *id).collect();
-    let mut running = HashSet::new();
+    let mut with_gate = HashSet::new();
     for lease in leases {
-        let (Phase::Running { .. }, Some(worker), Some(slot)) = (&lease.phase, &lease.worker, lease.slot) else {
-            continue;
-        };
-        if alive.contains(&worker.cgroup_id) {
-            running.insert(worker.cgroup_id);
+        let (Some(worker), Some(slot)) = (&lease.worker, lease.slot) else { continue };
+        if matches!(lease.phase, Phase::Closing { .. }) {
+            // Its gate counts how often the card was opened (N16); the machine shuts it at its first tick.
+            with_gate.insert(worker.cgroup_id);
+        }
+        if matches!(lease.phase, Phase::Running { .. }) && alive.contains(&worker.cgroup_id) {
+            with_gate.insert(worker.cgroup_id);
             // Usually open still, as the map is pinned; not if somebody unmounted bpffs.
             if !gate.is_open(worker.cgroup_id)? {
                 gate.open(worker.cgroup_id, &devices(slot.card))?;
@@ -106,7 +109,7 @@ fn adopt(
         }
     }
     // A half-done admission is rolled back by the machine, which has no worker for it: its cgroup counts as a stranger.
-    let known = Known { workers: workers.keys().copied().collect(), running };
+    let known = Known { workers: workers.keys().copied().collect(), leases: with_gate };
     tracing::info!(workers = known.workers.len(), alive = alive.len(), "Taking leases over from the checkpoint");
     machine.restore(now_ms, snapshot, &alive);
     Ok(known)

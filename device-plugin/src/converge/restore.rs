@@ -50,7 +50,9 @@ impl Machine {
             Phase::Closing { .. } => {
                 if let Some(worker) = lease.worker.clone() {
                     let caller = lease.caller.clone();
-                    self.steps.push_back(Step::CloseGate { lease: id.to_owned(), worker, caller });
+                    self.steps.push_back(Step::CloseGate { lease: id.to_owned(), worker: worker.clone(), caller });
+                    // It may be kept for reuse. Of one that is dead this says so, behind that decision.
+                    self.steps.push_back(Step::Watch { worker });
                 }
             }
             Phase::Running { reused, .. } if lives => {

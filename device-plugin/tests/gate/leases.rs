@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use spaceport_core::protocol::{AllowRefusal, Released, ScheduleQuery, Secret};
-use spaceport_device_plugin::checkpoint::Checkpoint;
+use spaceport_device_plugin::checkpoint::{Checkpoint, Found};
 use spaceport_device_plugin::clock::boottime_ms;
 use spaceport_device_plugin::converge::{Card, Event, IDLE_LOOK_MS, Machine, SpacePod};
 use spaceport_device_plugin::device_api::{Granted, PodBackend as _, ScheduleOutcome};
@@ -378,6 +378,31 @@ fn an_agent_that_restarts_takes_the_worker_over_and_keeps_its_deadline() {
     assert_eq!(ended.kind(), EndKind::Deadline);
     assert!((2_100..3_500).contains(&ended.used_ms), "counted from the recorded start: {}", ended.used_ms);
     assert_eq!(agent.freed("l1"), FreedKind::Free);
+    agent.stop();
+}
+
+#[test]
+fn a_lease_that_was_closing_when_its_agent_died_keeps_what_it_opened() {
+    let node = Node::new("closing");
+    let mut pod = node.pod("a");
+    let gpu = node.device("nvidia0", NVIDIA, 0);
+    let mut agent = Agent::start(&node);
+    agent.runs(&mut pod, "l1", &RELAXED);
+    assert_eq!(pod.worker().opens(&gpu), Denied::NoDevice);
+    let id = lease_cgroup(&pod, "l1").unwrap().id();
+    // What an agent leaves that dies between the release and the gate.
+    let checkpoint = Checkpoint::new(&agent.stop(), "this-boot".to_owned());
+    let Ok(Found::SameBoot(snapshot)) = checkpoint.read() else { panic!("no checkpoint of this boot") };
+    let mut machine = Machine::new("agent-that-dies".to_owned(), 7);
+    machine.restore(boottime_ms(), snapshot, &BTreeSet::from([id]));
+    let (pod_uid, token) = (pod.uid.clone(), "l1".to_owned());
+    machine.handle(boottime_ms(), Event::Release { call: 1, pod_uid, token, fail: true });
+    checkpoint.write(&machine.snapshot()).unwrap();
+
+    let mut agent = Agent::start(&node);
+    let ended = agent.ended("l1");
+    assert_eq!((ended.kind(), ended.device_opens), (EndKind::Failed, 1), "{}", ended.message);
+    assert!(!agent.gate.is_open(id).unwrap());
     agent.stop();
 }
 

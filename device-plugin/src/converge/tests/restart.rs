@@ -56,3 +56,26 @@ fn after_a_reboot_running_leases_are_platform_faults_and_ended_ones_keep_their_n
     assert!(ended.contains(&("l2".to_owned(), link::EndKind::PlatformFault, 0)), "{ended:?}");
     assert_eq!(machine.snapshot().book, Book::default());
 }
+
+#[test]
+fn a_worker_that_is_kept_by_a_new_agent_is_watched_in_its_next_lease_too() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).passes(1_000);
+    // The agent dies behind its checkpoint, before it has shut the gate.
+    let release = Event::Release { call: 9, pod_uid: "uid-app".to_owned(), token: "l1".to_owned(), fail: false };
+    node.machine.handle(node.now, release);
+    let snapshot = node.machine.snapshot();
+    node.machine = Machine::new("agent-1".to_owned(), 7);
+    node.machine.restore(node.now, snapshot, &BTreeSet::from([1]));
+    node.happens(Event::Inventory(vec![card(0)]));
+    let steps = node.seen();
+    assert_eq!(Node::ended(&steps), [("l1".to_owned(), link::EndKind::Released, 1_000)]);
+    let held = steps.iter().position(|step| matches!(step, Step::Hold { worker, .. } if worker.cgroup_id == 1));
+    let watched = steps.iter().position(|step| matches!(step, Step::Watch { worker } if worker.cgroup_id == 1));
+    assert!(held.is_some() && watched.is_some(), "{steps:?}");
+    // The same function calls again, and its worker dies in mid lease.
+    let ticket = node.asks(&app, 1, None);
+    node.starts("l2", ticket, LARGE).passes(2_000).happens(Event::WorkerExited { cgroup_id: 1 });
+    node.passes(5_000).happens(Event::Tick);
+    assert!(Node::ended(&node.seen()).contains(&("l2".to_owned(), link::EndKind::WorkerDied, 2_000)));
+}

@@ -373,7 +373,9 @@ def look(folder: Path, app_file: str) -> dict:
         if b"spaces" not in text or b"GPU" not in text:
             continue
         try:
-            found, of_file = scan(text, path.relative_to(folder).as_posix())
+            # A name that is not UTF-8 must not make the whole report one that cannot be read.
+            file = os.fsencode(path.relative_to(folder)).decode(errors="replace")
+            found, of_file = scan(text, file)
         except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
             unread += 1
             continue

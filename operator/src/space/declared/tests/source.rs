@@ -194,6 +194,17 @@ fn only_the_apps_own_files_are_read_and_none_can_stop_the_rest() {
 }
 
 #[test]
+fn a_file_whose_name_is_not_utf_8_is_read_with_the_others() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let long = "import spaces\n@spaces.GPU(duration=300)\ndef far():\n    pass\n";
+    let app = folder("name", &[("app.py", "import spaces\n@spaces.GPU\ndef near():\n    pass\n")]);
+    fs::write(app.join(std::ffi::OsStr::from_bytes(b"\xff.py")), long).unwrap();
+    let found = read(&app);
+    let far = found.functions.iter().find(|function| function.name == "far").unwrap();
+    assert_eq!((far.seconds, far.file.as_str(), found.functions.len()), (300, "?.py", 2));
+}
+
+#[test]
 fn what_has_no_room_is_counted_and_the_longest_stay() {
     let functions: String =
         (1..=300).map(|seconds| format!("@spaces.GPU(duration={seconds})\ndef function_{seconds}(): ...\n")).collect();

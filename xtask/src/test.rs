@@ -40,6 +40,11 @@ enum Class {
 }
 
 pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()> {
+    ensure!(
+        arguments.only.is_empty() || arguments.class == Some(Class::Crash),
+        "--only {:?} chooses places of the crash matrix; say `cargo xtask test crash --only …`",
+        arguments.only
+    );
     prerequisites::building(workspace)?;
     let wanted = |class| arguments.class.is_none_or(|only| only == class);
     let mut passed = 0;

@@ -27,16 +27,16 @@ pub enum Fault {
     VisitorsStay,
 }
 
-/// None unless the process was started with one.
+/// None unless the process was started with one, or told of one since.
 static CHOSEN: Chosen<Fault> = Chosen::none();
 
-/// Chooses for the life of the process.
+/// Chooses for the start of the process.
 #[cfg(feature = "faults")]
 pub fn choose(fault: Option<Fault>) {
     CHOSEN.choose(fault);
 }
 
-/// True if this fault was chosen.
+/// True if this fault is chosen.
 pub fn is(fault: Fault) -> bool {
     cfg!(feature = "faults") && CHOSEN.is(fault)
 }
@@ -96,7 +96,7 @@ impl Place {
 /// The admin endpoint's routes of a build for tests.
 pub fn routes() -> Routes {
     #[cfg(feature = "faults")]
-    return spaceport_shell::failpoint::routes(Place::NAMES);
+    return spaceport_shell::failpoint::routes(Place::NAMES).merge(spaceport_shell::fault::routes(&CHOSEN));
     #[cfg(not(feature = "faults"))]
     return Routes::new();
 }

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::admin::Admin;
 use crate::kubectl::{at, setting};
 use crate::stories::schedule;
 use crate::story::{CALLS, pids_of};
@@ -77,7 +78,8 @@ impl Part {
 }
 
 impl Replaced<'_> {
-    /// Installs the breakable build with this fault and waits until leases are granted again.
+    /// Installs the breakable build with this fault, which outlives a kill of the process, and waits until leases are
+    /// granted again.
     ///
     /// # Errors
     /// If it does not come up.
@@ -95,6 +97,24 @@ impl Replaced<'_> {
         let image = self.part.breakable_image()?;
         self.install(&image, &json!({ "name": FAULT, "$patch": "delete" }))
             .with_context(|| format!("{} as a build for tests", self.part.workload()))
+    }
+
+    /// Chooses this fault in the breakable build that is installed and waits until leases are granted. Ended with the process.
+    ///
+    /// # Errors
+    /// If it does not know the fault, or does not come to grant leases.
+    pub fn switch(&self, fault: &str) -> Result<()> {
+        let said = Admin::of(self.world, self.part)?.ask("PUT", &format!("/fault/{fault}"))?;
+        ensure!(said == format!("{fault}\n"), "{} does not know {fault}: {said}", self.part.program());
+        leases_are_granted(self.world).with_context(|| format!("{} with the fault {fault}", self.part.workload()))
+    }
+
+    /// # Errors
+    /// If this is not the fault any more that was chosen: the process has ended meanwhile.
+    pub fn is_still(&self, fault: &str) -> Result<()> {
+        let said = Admin::of(self.world, self.part)?.ask("GET", "/fault")?;
+        ensure!(said == format!("{fault}\n"), "{} began anew without {fault}: {said}", self.part.program());
+        Ok(())
     }
 
     /// Installs again what was there.

@@ -3,6 +3,7 @@
 //! Everything here goes the way a user goes. The cluster is found through two variables that `cargo xtask` sets:
 //! `SPACEPORT_KUBECTL` (the kubectl program) and `KUBECONFIG`.
 
+mod admin;
 pub mod bench;
 mod books;
 pub mod breakable;

@@ -18,6 +18,8 @@ pub enum Fault {
     ChargeDeclared,
     /// Against invariant 4: a lease that was never allowed pays what it declared.
     ChargeUnallowed,
+    /// Against invariant 2: leads on when its Lease cannot be renewed, and orders leave before their hold is durable.
+    GrantsFromMemory,
     /// Against L10: the node is told that an end is settled before that is durable.
     AcknowledgeEarly,
     /// Against invariant 12: receipts say half of what the page says.
@@ -30,36 +32,36 @@ pub enum Fault {
     ReceiptsForgetAllowed,
 }
 
-/// None unless the process was started with one.
+/// None unless the process was started with one, or told of one since.
 static CHOSEN: Chosen<Fault> = Chosen::none();
 
-/// Chooses for the life of the process.
+/// Chooses for the start of the process.
 #[cfg(feature = "faults")]
 pub fn choose(fault: Option<Fault>) {
     CHOSEN.choose(fault);
 }
 
-/// True if this fault was chosen.
+/// True if this fault is chosen.
 pub fn is(fault: Fault) -> bool {
     cfg!(feature = "faults") && CHOSEN.is(fault)
 }
 
-/// The ledger with the core's own fault, where that is the one chosen.
+/// Gives the ledger the core's own fault, where that is the one chosen.
 #[cfg(feature = "faults")]
-pub fn in_ledger(state: State) -> State {
-    match CHOSEN.get() {
-        Some(Fault::ChargeDeclared) => state.with_mutant(Mutant::ChargeDeclared),
-        Some(Fault::AcknowledgeEarly) => state.with_mutant(Mutant::AcknowledgeEarly),
-        Some(Fault::ChargeUnallowed) => state.with_mutant(Mutant::ChargeUnallowed),
-        _ => state,
-    }
+pub fn into_ledger(state: &mut State) {
+    state.set_mutant(match CHOSEN.get() {
+        Some(Fault::WholeCardsCountOnce) => Some(Mutant::WeightIgnored),
+        Some(Fault::GrantsFromMemory) => Some(Mutant::OrderEarly),
+        Some(Fault::ChargeDeclared) => Some(Mutant::ChargeDeclared),
+        Some(Fault::AcknowledgeEarly) => Some(Mutant::AcknowledgeEarly),
+        Some(Fault::ChargeUnallowed) => Some(Mutant::ChargeUnallowed),
+        _ => None,
+    });
 }
 
 /// No fault can be chosen in this build.
 #[cfg(not(feature = "faults"))]
-pub fn in_ledger(state: State) -> State {
-    state
-}
+pub const fn into_ledger(_: &mut State) {}
 
 /// Where the process can be made to stand still, in the order in which a lease passes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +118,7 @@ impl Place {
 /// The admin endpoint's routes of a build for tests.
 pub fn routes() -> Routes {
     #[cfg(feature = "faults")]
-    return spaceport_shell::failpoint::routes(Place::NAMES);
+    return spaceport_shell::failpoint::routes(Place::NAMES).merge(spaceport_shell::fault::routes(&CHOSEN));
     #[cfg(not(feature = "faults"))]
     return Routes::new();
 }

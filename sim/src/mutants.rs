@@ -26,6 +26,7 @@ pub const TABLE: &[Row] = &[
     ledger(Mutant::ChargeUnallowed, Invariant(4), &[], "who was never allowed pays what was declared"),
     ledger(Mutant::ChargeUnbounded, Invariant(5), &[], "a charge has no bound"),
     ledger(Mutant::ChargeDeclared, Invariant(5), &[], "a short use pays what was declared"),
+    ledger(Mutant::WeightIgnored, Invariant(5), &[], "a whole card counts once"),
     ledger(Mutant::FreeAtEnd, Invariant(6), &[], "a slot is free when its lease ends"),
     node(NodeFault::IgnoresEpoch, Invariant(7), "a node takes orders of any term from any broker"),
     node(NodeFault::ForgetsDeadline, Invariant(8), "a node kills nothing at its deadline"),

@@ -22,6 +22,8 @@ pub enum Mutant {
     ChargeUnbounded,
     /// Against invariant 5: the charge is what was declared, however short the use.
     ChargeDeclared,
+    /// Against invariant 5: every size weighs 1.
+    WeightIgnored,
     /// Against invariant 6: a slot counts as free when its lease ends, before the node says so.
     FreeAtEnd,
     /// Against invariant 10: the budget of a call is not looked at.

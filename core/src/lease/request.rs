@@ -191,7 +191,7 @@ fn check<'a>(
     let settings = state.settings(&request.node);
     let demand = Demand {
         size: request.size,
-        weight: settings.weight(request.size),
+        weight: if state.has(Mutant::WeightIgnored) { 1 } else { settings.weight(request.size) },
         declared_ms: request.declared_ms,
         duration_factor_percent: settings.duration_factor_percent,
         shortened: None,

@@ -289,6 +289,12 @@ impl State {
         Self { mutant: Some(mutant), ..self }
     }
 
+    /// The same for a ledger that is in use; none makes it right again.
+    #[cfg(feature = "mutants")]
+    pub const fn set_mutant(&mut self, mutant: Option<Mutant>) {
+        self.mutant = mutant;
+    }
+
     #[cfg(feature = "mutants")]
     pub(super) fn has(&self, mutant: Mutant) -> bool {
         self.mutant == Some(mutant)

@@ -121,7 +121,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         info!(epoch = term.epoch.0, accounts = known.accounts.len(), "The term begins");
         metrics.set_epoch(term.epoch.0);
         let mut actor = Actor {
-            state: fault::in_ledger(State::new(term.epoch, known.awaited())),
+            state: State::new(term.epoch, known.awaited()),
             begun: clock::monotonic(),
             store: store.clone(),
             receipts: receipts.clone(),
@@ -307,6 +307,7 @@ impl<P: Pages> Actor<P> {
 
     fn command(&mut self, command: Command) {
         let at = self.moment();
+        fault::into_ledger(&mut self.state);
         let outcome = step(&mut self.state, at, IdSeed(ulid::Ulid::generate().0), command);
         self.carry_out(at, outcome);
     }

@@ -13,7 +13,6 @@ use spaceport_crds::conditions::{ConditionStatus, GPUAccountCondition};
 use spaceport_crds::names::BREAK_GLASS_ANNOTATION;
 
 use super::convert::{PageError, page_of};
-use crate::fault::{self, Fault};
 
 /// A GPUAccount. Of an event whose `page` is not newer than what is known only the rest is taken (L2).
 #[derive(Clone, Debug, PartialEq)]
@@ -310,10 +309,7 @@ impl TryFrom<&crds::GPUPool> for PoolSeen {
             generation: pool.metadata.generation.unwrap_or(0),
             large_is_whole: spec.sizes.large == crds::LargeShare::Whole,
             large_weight: natural("weights.large", spec.weights.large)?,
-            xlarge_weight: match natural("weights.xlarge", spec.weights.xlarge)? {
-                _ if fault::is(Fault::WholeCardsCountOnce) => 1,
-                weight => weight,
-            },
+            xlarge_weight: natural("weights.xlarge", spec.weights.xlarge)?,
             queue_per_pool: natural("queue.perPool", spec.queue.per_pool)?,
             queue_per_space: natural("queue.perSpace", spec.queue.per_space)?,
             queue_per_account: natural("queue.perAccount", spec.queue.per_account)?,

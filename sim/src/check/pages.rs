@@ -64,7 +64,10 @@ fn admitted(store: &mut Store, account: &AccountName, old: &Page, new: &Page) ->
             within_tier(store, account, new, *start)?;
         }
         let ms: u64 = hold.parts.iter().map(|part| part.ms).sum();
-        let whole = hold.weight * hold.declared_ms;
+        // Every pool here has the chart's weights.
+        let (size, weight, due) = (hold.size, hold.weight, hold.size.weight());
+        Rule::Invariant(5).check(weight == due, || format!("{lease} is {size:?} and weighs {weight}, not {due}"))?;
+        let whole = weight * hold.declared_ms;
         Rule::Invariant(1).check(ms == whole, || format!("{lease} has reserved {ms} of {whole} ms"))?;
     }
     Ok(())

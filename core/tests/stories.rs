@@ -308,6 +308,9 @@ fn who_waits_is_told_where_it_stands_now_as_well_as_when_it_came() {
     story.now += 5_000;
     let later = story.state.standing(&places[0].ticket, Steady(story.now)).unwrap();
     assert_eq!(later.latest_start_ms, places[0].latest_start_ms.map(|ms| ms - 5_000), "the promise stays");
+    let over = Steady(story.now + later.latest_start_ms.unwrap() + 3_000);
+    let late = story.state.standing(&places[0].ticket, over).unwrap();
+    assert_eq!((late.latest_start_ms, late.late_ms, later.late_ms), (Some(0), 3_000, 0), "also when it is broken");
     story.end(&running.lease, Ending::Released, 1_000);
     assert_eq!(stands(&story), [Some(1), Some(2), None]);
 }

@@ -130,6 +130,8 @@ pub struct Place {
     pub eta_ms: u64,
     /// Longest wait for the node, whoever comes later (invariant 11); None while it waits for its account.
     pub latest_start_ms: Option<u64>,
+    /// How long ago that was, if it has passed; else 0. Milliseconds.
+    pub late_ms: u64,
     /// `(epoch, n)` of L17; of an earlier term if the request was presented again.
     pub place: (Epoch, u64),
     /// For the wording.
@@ -212,13 +214,15 @@ impl State {
 
 fn place(state: &State, waiting: &Waiting, now: Steady) -> Place {
     let (position, eta_ms) = promise::position(now, state, waiting);
+    let latest_start = waiting.promise.map(|promise| promise.latest_start());
     Place {
         ticket: waiting.ticket.clone(),
         node: waiting.node.clone(),
         waits_for: waiting.waits_for,
         position,
         eta_ms,
-        latest_start_ms: waiting.promise.map(|promise| promise.latest_start().since(now)),
+        latest_start_ms: latest_start.map(|latest| latest.since(now)),
+        late_ms: latest_start.map_or(0, |latest| now.since(latest)),
         place: parts_of(waiting.place),
         caller: waiting.caller,
     }

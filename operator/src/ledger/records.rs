@@ -344,6 +344,7 @@ mod tests {
             position,
             eta_ms: 1_000,
             latest_start_ms: Some(latest_start_ms),
+            late_ms: 0,
             place: (Epoch(1), number),
             caller: CallerClass::Regular,
         }

@@ -115,6 +115,7 @@ async fn a_receipt_has_a_place_for_as_long_as_its_lease_waits() {
         position: 3,
         eta_ms: 5_000,
         latest_start_ms: Some(70_000),
+        late_ms: 0,
         place: (Epoch(1), 1),
         caller: CallerClass::Regular,
     };

@@ -28,11 +28,14 @@ pub struct Standing {
 impl Standing {
     /// Of what its caller is told at `now`.
     pub fn of(place: &Place, now: LedgerTime) -> Self {
+        // A latest start that has passed stays where it was: nothing is written because it does (L21), and what was promised
+        // can be seen.
+        let counted_from = LedgerTime(now.0.saturating_sub_unsigned(place.late_ms));
         Self {
             waits_for: place.waits_for,
             position: place.position,
             expected: now.plus(place.eta_ms),
-            latest: place.latest_start_ms.map(|ms| now.plus(ms)),
+            latest: place.latest_start_ms.map(|ms| counted_from.plus(ms)),
             at: now,
         }
     }
@@ -128,6 +131,7 @@ pub(super) mod tests {
             position,
             eta_ms: 5_000,
             latest_start_ms: Some(70_000),
+            late_ms: 0,
             place: (Epoch(3), 1),
             caller: CallerClass::Regular,
         }
@@ -176,6 +180,18 @@ pub(super) mod tests {
         let account = later(0, parked(WaitsFor::Account));
         assert!(account.is_told_anew(&before));
         assert!(!later(0, Place { position: 9, ..parked(WaitsFor::Account) }).is_news(&account));
+    }
+
+    #[test]
+    fn a_promise_that_is_broken_is_no_news_and_stays_what_it_was() {
+        let before = Standing::of(&Place { latest_start_ms: Some(5_000), ..place(3) }, AT);
+        let broken = Place { latest_start_ms: Some(0), late_ms: 5_000, ..place(3) };
+        let later = Standing::of(&broken, AT.plus(10_000));
+        assert!(!later.is_news(&before));
+        let much_later = Standing::of(&Place { late_ms: 65_000, ..broken.clone() }, AT.plus(70_000));
+        assert!(!much_later.is_news(&before));
+        let moved = Standing::of(&Place { position: 2, ..broken }, AT.plus(10_000));
+        assert_eq!(moved.row().latest_start, before.row().latest_start, "who gets on is shown what was promised");
     }
 
     #[test]

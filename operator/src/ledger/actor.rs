@@ -335,16 +335,15 @@ impl<P: Pages> Actor<P> {
                 _ => None,
             });
             let (ending, message) = end_of_unserved(denial, *why);
-            let unserved = self.records.unserved(ticket, ending, message, at.wall);
+            let unserved = self.records.unserved(ticket, ending, message, at);
             self.unserved(unserved);
         }
     }
 
     fn unserved(&mut self, unserved: Option<Unserved>) {
-        match unserved {
-            Some(Unserved::End(record)) => self.receipt(*record),
-            Some(Unserved::Drop(lease)) => self.receipts.drop_unwritten(&lease),
-            None => {}
+        let Some(Unserved { record, is_short }) = unserved else { return };
+        if !(is_short && self.receipts.drop_unwritten(&record.lease)) {
+            self.receipt(record);
         }
     }
 
@@ -379,7 +378,7 @@ impl<P: Pages> Actor<P> {
             }
             Event::Unreserved { lease } => {
                 let message = "the reservation could not be written; nothing was granted".to_owned();
-                let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at.wall);
+                let unserved = self.records.unreserved(lease, Ending::Cancelled, message, at);
                 self.unserved(unserved);
             }
             Event::Ordered { lease, .. } => {

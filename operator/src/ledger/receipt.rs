@@ -134,13 +134,15 @@ impl Receipts {
         Ok(())
     }
 
-    /// Stops following a lease that never was: its hold failed to be written. A receipt that exists says `Queued` until
-    /// the request gets another lease or an end, so only leases without receipt may be dropped; others are kept.
-    pub fn drop_unwritten(&self, lease: &LeaseId) {
+    /// Stops following a lease that never was: its hold failed to be written, or its request left. False if it has a
+    /// receipt, or one is being written: that would say `Queued` for ever, so it needs an end.
+    pub fn drop_unwritten(&self, lease: &LeaseId) -> bool {
         let mut pending = self.lock();
-        if pending.get(lease).is_some_and(|pending| pending.is_unwritten()) {
+        let is_unwritten = pending.get(lease).is_none_or(Pending::is_unwritten);
+        if is_unwritten {
             pending.remove(lease);
         }
+        is_unwritten
     }
 
     /// A term begins, and with it new leases of those who wait.
@@ -422,6 +424,21 @@ mod tests {
         let later = clock::monotonic() + Duration::from_secs(60);
         assert_eq!(taken(&receipts, later, 2, Pace::Live), ["a", "b"]);
         assert_eq!(taken(&receipts, later, 8, Pace::Live), ["c", "d", "open"]);
+    }
+
+    #[test]
+    fn a_receipt_that_is_there_or_on_its_way_is_not_dropped() {
+        let receipts = Receipts::new();
+        let lease = LeaseId::new("a");
+        assert!(receipts.drop_unwritten(&lease), "it was never followed");
+        receipts.record(record("a", Progress::Queued), true).unwrap();
+        assert!(receipts.drop_unwritten(&lease) && receipts.latest(&lease).is_none());
+        receipts.record(record("a", Progress::Queued), true).unwrap();
+        let later = clock::monotonic() + Duration::from_secs(3);
+        let (record, _) = receipts.take_due(later, 1, Pace::Live, &mut None).remove(0);
+        assert!(!receipts.drop_unwritten(&lease), "it is being written");
+        receipts.finish(&record, &Outcome::Written { resource_version: "1".to_owned() }, later);
+        assert!(!receipts.drop_unwritten(&lease) && receipts.latest(&lease).is_some());
     }
 
     #[test]

@@ -41,13 +41,13 @@ const QUEUED_LINES_MAX: usize = 8;
 /// (docs/rules.md, Writes per lease).
 const RECEIPT_EXISTS_MS: u64 = 2_000;
 
-/// What to do with the receipt of a request that waits no longer.
+/// The end of a lease that never was: its request waits no longer, or its hold was not written.
 #[derive(Debug)]
-pub enum Unserved {
-    /// It may exist: write this end.
-    End(Box<LeaseRecord>),
-    /// It was never written.
-    Drop(LeaseId),
+pub struct Unserved {
+    /// For its receipt.
+    pub record: LeaseRecord,
+    /// It waited for so little time that it has no receipt: then it needs none.
+    pub is_short: bool,
 }
 
 /// The boundary that a waiting lease has crossed.
@@ -137,6 +137,7 @@ impl Records {
                 epoch,
                 generation: 0,
                 parts: Vec::new(),
+                arrived: Some(waiting.arrived),
                 timeline: Vec::new(),
                 end: None,
             };
@@ -146,27 +147,18 @@ impl Records {
     }
 
     /// A request was refused or left while it waited.
-    pub fn unserved(&mut self, ticket: &Ticket, ending: Ending, message: String, now: LedgerTime) -> Option<Unserved> {
+    pub fn unserved(&mut self, ticket: &Ticket, ending: Ending, message: String, at: Moment) -> Option<Unserved> {
         let lease = self.unfollow(ticket)?;
-        self.unreserved(&lease, ending, message, now)
+        self.unreserved(&lease, ending, message, at)
     }
 
     /// The lease never was: its hold was not written, or its request waits no longer.
-    pub fn unreserved(
-        &mut self,
-        lease: &LeaseId,
-        ending: Ending,
-        message: String,
-        now: LedgerTime,
-    ) -> Option<Unserved> {
+    pub fn unreserved(&mut self, lease: &LeaseId, ending: Ending, message: String, at: Moment) -> Option<Unserved> {
         let mut record = self.by_lease.remove(lease)?;
-        let requested = record.timeline.first().map_or(now, |crossing| crossing.at);
-        if now.since(requested) < RECEIPT_EXISTS_MS {
-            return Some(Unserved::Drop(lease.clone()));
-        }
-        cross(&mut record, "Settled", now, "used 0s, charged 0s".to_owned());
+        let is_short = record.arrived.is_some_and(|arrived| at.steady.since(arrived) < RECEIPT_EXISTS_MS);
+        cross(&mut record, "Settled", at.wall, "used 0s, charged 0s".to_owned());
         record.end = Some(LeaseEnd { ending, used_ms: 0, charged_ms: 0, message });
-        Some(Unserved::End(Box::new(record)))
+        Some(Unserved { record, is_short })
     }
 
     /// Forgets the records of leases that are over although not everything was heard of them: a lost node's.
@@ -395,6 +387,19 @@ mod tests {
     }
 
     #[test]
+    fn how_long_a_request_waited_does_not_depend_on_the_wall_clock() {
+        let left = |waited_ms, stepped_ms: i64| {
+            let mut records = Records::default();
+            comes(&mut records, 1, 0);
+            let at = Moment { wall: LedgerTime(BEGIN.0 + stepped_ms), steady: Steady(waited_ms) };
+            records.unserved(&ticket(1), Ending::Undelivered, String::new(), at).unwrap()
+        };
+        let stepped_back = left(10_000, -10_000);
+        assert!(!stepped_back.is_short && stepped_back.record.end.is_some(), "its receipt is there, and says Queued");
+        assert!(left(1_999, 3_600_000).is_short, "stepped forward");
+    }
+
+    #[test]
     fn who_waits_is_looked_at_again_and_who_waits_no_longer_is_not() {
         let mut records = Records::default();
         for number in 1..=3 {
@@ -408,7 +413,7 @@ mod tests {
         assert_eq!(looks(&mut records, 10_003), [3]);
         assert_eq!(looks(&mut records, 20_002), [0; 0]);
         records.reserved(&lease(1), &waiting(1), Epoch(1));
-        records.unserved(&ticket(2), Ending::Undelivered, String::new(), BEGIN.plus(20_000));
+        records.unserved(&ticket(2), Ending::Undelivered, String::new(), at(20_000));
         assert_eq!(looks(&mut records, 60_000), [3]);
         assert!(records.stands(&place(1, 1, 1), BEGIN).is_none());
         assert_eq!((records.looks.len(), records.by_ticket.len()), (1, 1));

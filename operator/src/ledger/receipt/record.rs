@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady};
 use spaceport_core::page::{Closed, Ending, Hold, Part, ShortenedBy};
 use spaceport_crds::gpu_lease::MAX_TIMELINE;
 use spaceport_crds::names::{ACCOUNT_LABEL, LEASE_LABEL, SPACE_LABEL};
@@ -53,6 +53,9 @@ pub struct LeaseRecord {
     pub generation: i64,
     /// Which sources it was taken from.
     pub parts: Vec<Part>,
+    /// When its request came; None if nobody saw it in this term. How long it waited is measured by this, for the clock of
+    /// its timeline may be stepped (L20).
+    pub arrived: Option<Steady>,
     /// The boundaries it has crossed, in any order.
     pub timeline: Vec<Crossing>,
     /// Its end, once it is on the page.
@@ -132,6 +135,7 @@ impl LeaseRecord {
             epoch: hold.epoch,
             generation: hold.generation,
             parts: hold.parts.clone(),
+            arrived: None,
             timeline: vec![Crossing { boundary: "Reserved".to_owned(), at: hold.since, detail: String::new() }],
             end: None,
         }

@@ -198,7 +198,9 @@ async fn begin<P: Pages>(
             _ => {}
         }
         if !leads {
-            trying = None;
+            // Another replica may have begun a later term meanwhile, which our watch need not have shown: ours would be below
+            // it (L6). The next one is above whatever is there.
+            (trying, begun) = (None, None);
         } else if begun.is_none() && trying.is_none() && known.unlisted.is_empty() {
             trying = Some(Box::pin(begin_while_leading(store, above.max(known.highest_epoch()))));
         }

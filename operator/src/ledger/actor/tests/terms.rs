@@ -73,6 +73,27 @@ async fn a_try_to_begin_a_term_ends_with_leading() {
 }
 
 #[tokio::test]
+async fn a_term_that_was_begun_before_leading_was_lost_is_not_served() {
+    let mut story = Story::before_its_term(Memory::default()).await;
+    let memory = story.memory.clone();
+    let begun = async |epoch: u64| {
+        wait_for(|| Some(()).filter(|()| memory.0.lock().unwrap().epoch == epoch)).await;
+    };
+    begun(1).await;
+    story.leading.send_replace(false);
+    tokio::task::yield_now().await;
+    // Another replica has led since. Our watch is late: it shows what we have written ourselves.
+    memory.0.lock().unwrap().epoch = 2;
+    story.leading.send_replace(true);
+    story.store(StoreEvent::Term(TermSeen { epoch: Epoch(1), write_id: "term-1".to_owned() })).await;
+    begun(3).await;
+    story.see_term(2).await;
+    story.connect(0).await;
+    assert_eq!(story.hear().await, Outgoing::Welcome(proto::Welcome { epoch: 3 }));
+    story.stop().await;
+}
+
+#[tokio::test]
 async fn the_watch_may_show_a_term_before_its_write_is_answered() {
     let mut story = Story::before_its_term(will(TermFate::AnsweredLater)).await;
     story.see_term(0).await;

@@ -11,8 +11,7 @@ mod schedule;
 mod standing;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime};
@@ -67,10 +66,16 @@ pub enum ReceiptEvent {
 #[derive(Clone)]
 pub struct Receipts {
     /// A std mutex: it is never held across an await.
-    pending: Arc<Mutex<HashMap<LeaseId, Pending>>>,
-    /// Epoch of the term that is served; 0: none.
-    term: Arc<AtomicU64>,
+    followed: Arc<Mutex<Followed>>,
     pressure: PressureGauge,
+}
+
+/// What the handles share.
+#[derive(Default)]
+struct Followed {
+    by_lease: HashMap<LeaseId, Pending>,
+    /// The term that is served; None between two. Beside the leases, so that none of a term gets in behind its end.
+    term: Option<Epoch>,
 }
 
 /// There are too many receipts to follow another. A record without end can be dropped; one with its end stays in the
@@ -105,8 +110,7 @@ impl Default for Receipts {
 impl Receipts {
     /// Nothing to write yet.
     pub fn new() -> Self {
-        let pending = Arc::new(Mutex::new(HashMap::new()));
-        Self { pending, term: Arc::new(AtomicU64::new(0)), pressure: PressureGauge::default() }
+        Self { followed: Arc::default(), pressure: PressureGauge::default() }
     }
 
     /// The same, which gives way while page writes are hard for the API server.
@@ -122,60 +126,60 @@ impl Receipts {
     /// [`ReceiptsFull`], if the lease is not followed yet.
     pub fn record(&self, record: LeaseRecord, live: bool) -> Result<(), ReceiptsFull> {
         let now = clock::monotonic();
-        let mut pending = self.lock();
-        if let Some(known) = pending.get_mut(&record.lease) {
+        let by_lease = &mut self.lock().by_lease;
+        if let Some(known) = by_lease.get_mut(&record.lease) {
             known.update(record, live, now);
             return Ok(());
         }
-        if pending.len() >= FOLLOWED_MAX {
+        if by_lease.len() >= FOLLOWED_MAX {
             return Err(ReceiptsFull);
         }
-        pending.insert(record.lease.clone(), Pending::new(record, live, now));
+        by_lease.insert(record.lease.clone(), Pending::new(record, live, now));
         Ok(())
     }
 
     /// Stops following a lease that never was: its hold failed to be written, or its request left. False if it has a
     /// receipt, or one is being written: that would say `Queued` for ever, so it needs an end.
     pub fn drop_unwritten(&self, lease: &LeaseId) -> bool {
-        let mut pending = self.lock();
-        let is_unwritten = pending.get(lease).is_none_or(Pending::is_unwritten);
+        let by_lease = &mut self.lock().by_lease;
+        let is_unwritten = by_lease.get(lease).is_none_or(Pending::is_unwritten);
         if is_unwritten {
-            pending.remove(lease);
+            by_lease.remove(lease);
         }
         is_unwritten
     }
 
     /// A term begins, and with it new leases of those who wait.
     pub fn begin(&self, term: Epoch) {
-        self.term.store(term.0, Ordering::Relaxed);
+        self.lock().term = Some(term);
     }
 
     /// The term is over: stops following every lease. Their rows stay in the outboxes, from where the next term offers them
     /// again (L10).
     pub fn forget(&self) {
-        self.term.store(0, Ordering::Relaxed);
-        self.lock().clear();
+        *self.lock() = Followed::default();
     }
 
     /// Ends the receipts of requests that waited in earlier terms: their leases were never held, so nobody else does. Those of
     /// this term are followed, and of an earlier one what has a hold or a row in an outbox. How many are ended; the others of
     /// very many are left to the next time.
     pub fn end_left_behind(&self, receipts: &[GPULease], now: LedgerTime) -> usize {
-        let term = i64::try_from(self.term.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+        let begun = clock::monotonic();
+        let mut followed = self.lock();
+        let Followed { by_lease, term: Some(term) } = &mut *followed else { return 0 };
+        let term = i64::try_from(term.0).unwrap_or(i64::MAX);
         let waited = receipts.iter().filter(|receipt| {
             let spec = &receipt.spec;
             spec.phase == LeasePhase::Queued && spec.epoch < term
         });
-        let begun = clock::monotonic();
-        let mut pending = self.lock();
         let mut ended = 0_usize;
         for receipt in waited {
-            if pending.len() >= LEFT_BEHIND_UP_TO {
+            if by_lease.len() >= LEFT_BEHIND_UP_TO {
                 break;
             }
             let record = LeaseRecord::left_behind(receipt, now);
-            if let Some(record) = record.filter(|record| !pending.contains_key(&record.lease)) {
-                pending.insert(record.lease.clone(), Pending::new(record, true, begun));
+            if let Some(record) = record.filter(|record| !by_lease.contains_key(&record.lease)) {
+                by_lease.insert(record.lease.clone(), Pending::new(record, true, begun));
                 ended = ended.saturating_add(1);
             }
         }
@@ -184,23 +188,23 @@ impl Receipts {
 
     /// Receipts whose end is not written yet.
     pub fn unwritten_ends(&self) -> usize {
-        self.lock().values().filter(|pending| pending.end_is_unwritten()).count()
+        self.lock().by_lease.values().filter(|pending| pending.end_is_unwritten()).count()
     }
 
     /// The newest state of a lease that is followed.
     #[cfg(test)]
     pub fn latest(&self, lease: &LeaseId) -> Option<LeaseRecord> {
-        self.lock().get(lease).map(|pending| pending.record().clone())
+        self.lock().by_lease.get(lease).map(|pending| pending.record().clone())
     }
 
     /// The newest states of all leases that are followed.
     #[cfg(test)]
     pub fn followed(&self) -> Vec<LeaseRecord> {
-        self.lock().values().map(|pending| pending.record().clone()).collect()
+        self.lock().by_lease.values().map(|pending| pending.record().clone()).collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseId, Pending>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Followed> {
+        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Up to `count` receipts that are due, marked as being written: ends before others, then who waits longest first. One
@@ -212,11 +216,11 @@ impl Receipts {
         pace: Pace,
         place_written: &mut Option<Instant>,
     ) -> Vec<(LeaseRecord, Option<Written>)> {
-        let mut pending = self.lock();
+        let by_lease = &mut self.lock().by_lease;
         // Under pressure that lasts: better a receipt without its last boundaries than an outbox that fills (L10).
-        let is_full = pending.len() >= FOLLOWED_MAX;
-        pending.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
-        let mut due: Vec<(News, Instant, &mut Pending)> = pending
+        let is_full = by_lease.len() >= FOLLOWED_MAX;
+        by_lease.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
+        let mut due: Vec<(News, Instant, &mut Pending)> = by_lease
             .values_mut()
             .filter_map(|pending| Some((pending.news(), pending.overdue_since(now, pace)?, pending)))
             .collect();
@@ -235,12 +239,12 @@ impl Receipts {
 
     /// Takes in how a write ended. True if the end of the lease is durable now and was not before.
     fn finish(&self, written: &LeaseRecord, outcome: &Outcome, now: Instant) -> bool {
-        let mut pending = self.lock();
-        let Some(known) = pending.get_mut(&written.lease) else { return false };
+        let by_lease = &mut self.lock().by_lease;
+        let Some(known) = by_lease.get_mut(&written.lease) else { return false };
         match outcome {
             Outcome::Written { resource_version } => known.succeeded(written, resource_version.clone(), now),
             Outcome::NoPlace => {
-                pending.remove(&written.lease);
+                by_lease.remove(&written.lease);
                 written.end.is_some()
             }
             Outcome::Failed(_) => {

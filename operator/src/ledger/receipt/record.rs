@@ -354,7 +354,8 @@ fn bounded(mut lines: Vec<String>) -> Vec<String> {
 }
 
 /// What to write where a receipt exists already, made by a writer that is gone: the newer state, with the lines and times
-/// of both. None if what is there is final, and so says everything that counts.
+/// of both. None if what is there is final, and so says everything that counts. What is final stays as it is (invariant 3,
+/// and the API server would refuse another phase or charge for ever): at most the return of its slot is added.
 pub fn merged(found: &GPULeaseSpec, mut ours: GPULeaseSpec) -> Option<GPULeaseSpec> {
     if found.phase.is_final() && ours.boundaries.freed.is_none() {
         return None;
@@ -388,6 +389,16 @@ pub fn merged(found: &GPULeaseSpec, mut ours: GPULeaseSpec) -> Option<GPULeaseSp
     }
     ours.isolation = ours.isolation.or(found.isolation);
     ours.message = ours.message.or_else(|| found.message.clone());
+    if found.phase.is_final() {
+        let end = found.clone();
+        ours.phase = end.phase;
+        (ours.used_milliseconds, ours.used) = (end.used_milliseconds, end.used);
+        (ours.charged_milliseconds, ours.charged) = (end.charged_milliseconds, end.charged);
+        ours.outcome = end.outcome;
+        ours.message = end.message.or(ours.message);
+        // Only a lease that waits has a place.
+        (ours.place, ours.waits) = (None, None);
+    }
     Some(ours)
 }
 
@@ -547,6 +558,19 @@ pub(super) mod tests {
         assert_eq!(spec.timeline, lines);
         let renamed = GPULease { metadata: ObjectMeta { name: Some("x".to_owned()), ..found.metadata }, ..found };
         assert_eq!(LeaseRecord::left_behind(&renamed, AT), None);
+    }
+
+    #[test]
+    fn what_is_final_only_learns_that_its_slot_is_back() {
+        let refunded = ended(LeaseRecord::of_hold(&bob(), &hold()), Ending::Undelivered, 0, 0).receipt().spec;
+        let mut record = ended(LeaseRecord::of_hold(&bob(), &hold()), Ending::Released, 5000, 10_000);
+        assert_eq!(merged(&refunded, record.receipt().spec), None);
+        record.timeline.push(crossing("Freed", 9000));
+        let spec = merged(&refunded, record.receipt().spec).unwrap();
+        assert_eq!((spec.phase, spec.outcome.as_deref()), (LeasePhase::Refunded, Some("Undelivered")));
+        assert_eq!((spec.charged_milliseconds, spec.charged.as_deref()), (Some(0), Some("0s")));
+        assert_eq!((spec.used_milliseconds, spec.used.as_deref()), (Some(0), Some("0s")));
+        assert!(spec.boundaries.freed.is_some());
     }
 
     #[test]

@@ -256,9 +256,9 @@ impl WriterParts {
         let write_receipts = receipt::run(receipts.clone(), api.clone(), metrics.clone(), events.clone(), term.clone());
         tasks.spawn_fallible("receipts", write_receipts);
         tasks.spawn("spaces", space::run(api.clone(), space.clone(), durations.clone(), term.clone()));
-        let remove_old =
+        let look_through_receipts =
             retention::run(api.clone(), retention.clone(), receipts.clone(), pressure.clone(), term.clone());
-        tasks.spawn("receipt retention", remove_old);
+        tasks.spawn("receipt retention", look_through_receipts);
         let early = tokio::select! {
             _ = leading.wait_for(|leads| !*leads) => None,
             ended = tasks.next() => ended,

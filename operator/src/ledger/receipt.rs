@@ -78,6 +78,15 @@ struct Followed {
     term: Option<Epoch>,
 }
 
+/// What becomes of the receipts that earlier leaders left behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// So many are being ended from now on.
+    pub ended: usize,
+    /// So many have to wait until fewer receipts are followed.
+    pub left: usize,
+}
+
 /// There are too many receipts to follow another. A record without end can be dropped; one with its end stays in the
 /// outbox and has to be offered again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -154,6 +163,11 @@ impl Receipts {
         self.lock().term = Some(term);
     }
 
+    /// The term that is served; None between two.
+    pub fn term(&self) -> Option<Epoch> {
+        self.lock().term
+    }
+
     /// The term is over: stops following every lease. Their rows stay in the outboxes, from where the next term offers them
     /// again (L10).
     pub fn forget(&self) {
@@ -161,29 +175,30 @@ impl Receipts {
     }
 
     /// Ends the receipts of requests that waited in earlier terms: their leases were never held, so nobody else does. Those of
-    /// this term are followed, and of an earlier one what has a hold or a row in an outbox. How many are ended; the others of
-    /// very many are left to the next time.
-    pub fn end_left_behind(&self, receipts: &[GPULease], now: LedgerTime) -> usize {
+    /// this term are followed, and of an earlier one what has a hold or a row in an outbox. Some of very many are left to the
+    /// next time. None while no term is served.
+    pub fn end_left_behind(&self, receipts: &[GPULease], now: LedgerTime) -> LeftBehind {
         let begun = clock::monotonic();
+        let mut found = LeftBehind::default();
         let mut followed = self.lock();
-        let Followed { by_lease, term: Some(term) } = &mut *followed else { return 0 };
+        let Followed { by_lease, term: Some(term) } = &mut *followed else { return found };
         let term = i64::try_from(term.0).unwrap_or(i64::MAX);
         let waited = receipts.iter().filter(|receipt| {
             let spec = &receipt.spec;
             spec.phase == LeasePhase::Queued && spec.epoch < term
         });
-        let mut ended = 0_usize;
-        for receipt in waited {
-            if by_lease.len() >= LEFT_BEHIND_UP_TO {
-                break;
+        for record in waited.filter_map(|receipt| LeaseRecord::left_behind(receipt, now)) {
+            if by_lease.contains_key(&record.lease) {
+                continue;
             }
-            let record = LeaseRecord::left_behind(receipt, now);
-            if let Some(record) = record.filter(|record| !by_lease.contains_key(&record.lease)) {
+            if by_lease.len() < LEFT_BEHIND_UP_TO {
                 by_lease.insert(record.lease.clone(), Pending::new(record, true, begun));
-                ended = ended.saturating_add(1);
+                found.ended = found.ended.saturating_add(1);
+            } else {
+                found.left = found.left.saturating_add(1);
             }
         }
-        ended
+        found
     }
 
     /// Receipts whose end is not written yet.
@@ -488,14 +503,15 @@ mod tests {
         let (_, ours) = of("ours", Progress::Queued, 4);
         let (found, now) = ([followed, left, runs, ours], LedgerTime(1_800_000_060_000));
         let receipts = Receipts::new();
-        assert_eq!(receipts.end_left_behind(&found, now), 0, "no term has begun");
+        let ended = |receipts: &Receipts| receipts.end_left_behind(&found, now).ended;
+        assert_eq!(ended(&receipts), 0, "no term has begun");
         receipts.begin(Epoch(4));
         receipts.record(waits, true).unwrap();
-        assert_eq!(receipts.end_left_behind(&found, now), 1);
+        assert_eq!(ended(&receipts), 1);
         assert!(receipts.latest(&LeaseId::new("left")).is_some_and(|record| record.end.is_some()));
-        assert_eq!(receipts.end_left_behind(&found, now), 0, "it is being written");
+        assert_eq!(ended(&receipts), 0, "it is being written");
         receipts.forget();
-        assert_eq!(receipts.end_left_behind(&found, now), 0, "the term is over");
+        assert_eq!(ended(&receipts), 0, "the term is over");
     }
 
     #[test]

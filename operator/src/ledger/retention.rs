@@ -1,13 +1,13 @@
-//! Removes old receipts, in batches: beyond the number kept for a Space, and beyond their age. Open ones stay, and those of
-//! requests that waited under an earlier leader are ended first. A batch is one request, and none is sent while page writes
-//! are hard for the API server.
+//! Looks through all receipts once in a while. Those of requests that waited under an earlier leader are ended. Old ones are
+//! removed, in batches: beyond the number kept for a Space, and beyond their age; open ones stay. A batch is one request, and
+//! none is sent while page writes are hard for the API server.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use kube::ResourceExt as _;
-use spaceport_core::ids::LedgerTime;
+use spaceport_core::ids::{Epoch, LedgerTime};
 use spaceport_crds::GPULease;
 use spaceport_crds::names::LEASE_LABEL;
 use spaceport_shell::error_chain;
@@ -15,15 +15,17 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::pressure::PressureGauge;
-use super::receipt::Receipts;
+use super::receipt::{LeftBehind, Receipts};
 use crate::clock;
 use crate::kubeapi::{KubeApi, pause};
 
-/// From the beginning of leading to the first round: by then all leases are known, and whoever still waits has another. A
-/// leader that leads for a few minutes removes something too.
+/// From the beginning of a term to its first round: by then all leases are known, and whoever still waits has another. A
+/// leader that leads for a few minutes removes something too. And from a round that could not do all to the next one.
 const FIRST_AFTER: Duration = Duration::from_secs(60);
 /// Time between two rounds when nothing more is old.
 const PERIOD: Duration = Duration::from_secs(600);
+/// How often it is looked whether a round is due, and whether another term has begun.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// Receipts removed in one round. Each is a list of all receipts, so they are few; and each looks anew at what pools say, so
 /// none lasts longer than two minutes.
 const ROUND_MAX: usize = 5000;
@@ -52,6 +54,22 @@ impl Retention {
     }
 }
 
+/// What a round did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Round {
+    /// Receipts that it removed.
+    pub removed: usize,
+    /// It has seen all receipts, and none of an earlier leader is left to the next one.
+    pub is_whole: bool,
+}
+
+/// When the rounds are. Pure.
+#[derive(Debug)]
+struct Rounds {
+    next: Instant,
+    term: Option<Epoch>,
+}
+
 /// Receipts that one request removes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Batch<'a> {
@@ -60,29 +78,55 @@ struct Batch<'a> {
     leases: Vec<&'a str>,
 }
 
-/// Removes receipts until `stop`. While no pool says how long they are kept, all are.
-pub async fn run(
-    api: KubeApi,
-    retention: watch::Receiver<Option<Retention>>,
-    written: Receipts,
-    pressure: PressureGauge,
-    stop: CancellationToken,
-) {
-    let mut wait = FIRST_AFTER;
-    while pause(wait, &stop).await {
-        let current = *retention.borrow();
-        let removed = match current {
-            Some(retention) => remove_old(&api, retention, &written, &pressure, &stop).await,
-            None => 0,
-        };
-        wait = wait_after(removed);
+// === impl Rounds ===
+
+impl Rounds {
+    /// Leading begins.
+    fn new(now: Instant) -> Self {
+        Self { next: now + FIRST_AFTER, term: None }
+    }
+
+    /// Whether it is time for a round. Each term has its own first one, however long it took to begin, and also one that
+    /// begins while we lead: what waited in the term before is to be ended.
+    fn is_due(&mut self, term: Option<Epoch>, now: Instant) -> bool {
+        if term.is_some() && term != self.term {
+            self.next = now + FIRST_AFTER;
+        }
+        self.term = term;
+        self.next <= now
+    }
+
+    fn ended(&mut self, round: Round, now: Instant) {
+        self.next = now + wait_after(round);
     }
 }
 
-/// The wait after a round that removed so many: none if it was about as many as it may, for then more are old. What is left
-/// of one that the API server refused waits. Pure.
-const fn wait_after(removed: usize) -> Duration {
-    if removed > ROUND_MAX / 2 { Duration::ZERO } else { PERIOD }
+/// Ends and removes receipts until `stop`. While no pool says how long they are kept, none is removed.
+pub async fn run(
+    api: KubeApi,
+    retention: watch::Receiver<Option<Retention>>,
+    receipts: Receipts,
+    pressure: PressureGauge,
+    stop: CancellationToken,
+) {
+    let mut rounds = Rounds::new(clock::monotonic());
+    while pause(LOOK_PERIOD, &stop).await {
+        if rounds.is_due(receipts.term(), clock::monotonic()) {
+            let current = *retention.borrow();
+            let round = round(&api, current, &receipts, &pressure, &stop).await;
+            rounds.ended(round, clock::monotonic());
+        }
+    }
+}
+
+/// The wait after a round: none if it removed about as many as it may, for then more are old. What is left of one that the
+/// API server refused waits. Pure.
+const fn wait_after(round: Round) -> Duration {
+    match round {
+        Round { removed, .. } if removed > ROUND_MAX / 2 => Duration::ZERO,
+        Round { is_whole: false, .. } => FIRST_AFTER,
+        Round { is_whole: true, .. } => PERIOD,
+    }
 }
 
 /// False if it is time to stop. Without a limit: receipts that stay too long cost less than what they would delay.
@@ -95,37 +139,36 @@ async fn is_calm(pressure: &PressureGauge, stop: &CancellationToken) -> bool {
     true
 }
 
-/// One round: says how many receipts were removed. Waits while page writes are hard for the API server, and for no longer
-/// than until `stop`.
-pub async fn remove_old(
+/// One round. Waits while page writes are hard for the API server, and for no longer than until `stop`.
+pub async fn round(
     api: &KubeApi,
-    retention: Retention,
-    written: &Receipts,
+    retention: Option<Retention>,
+    followed: &Receipts,
     pressure: &PressureGauge,
     stop: &CancellationToken,
-) -> usize {
+) -> Round {
     // A list of all receipts is a load as well.
     if !is_calm(pressure, stop).await {
-        return 0;
+        return Round::default();
     }
     let objects = api.cluster::<GPULease>();
     let listed = tokio::select! {
-        () = stop.cancelled() => return 0,
+        () = stop.cancelled() => return Round::default(),
         listed = objects.list(None) => listed,
     };
     let receipts = match listed {
         Ok(receipts) => receipts,
         Err(error) => {
             tracing::warn!(error = %error_chain(&error), "Cannot list receipts; old ones stay for now");
-            return 0;
+            return Round::default();
         }
     };
     let now = clock::wall();
-    let ended = written.end_left_behind(&receipts, LedgerTime(now.as_millisecond()));
-    if ended > 0 {
-        tracing::info!(ended, "Requests waited under an earlier leader: their receipts are ended");
+    let LeftBehind { ended, left } = followed.end_left_behind(&receipts, LedgerTime(now.as_millisecond()));
+    if ended > 0 || left > 0 {
+        tracing::info!(ended, left, "Requests waited under an earlier leader: their receipts are ended");
     }
-    let old = old_receipts(&receipts, retention, now);
+    let old = retention.map(|retention| old_receipts(&receipts, retention, now)).unwrap_or_default();
     let mut removed = 0_usize;
     for batch in batches(&old) {
         let objects = api.namespace::<GPULease>(batch.namespace);
@@ -149,7 +192,7 @@ pub async fn remove_old(
     if removed > 0 {
         tracing::info!(removed, left = old.len().saturating_sub(removed), "Removed old receipts");
     }
-    removed
+    Round { removed, is_whole: left == 0 }
 }
 
 /// The receipts to remove, oldest first. Pure.
@@ -192,10 +235,14 @@ fn batches<'a>(old: &[&'a GPULease]) -> Vec<Batch<'a>> {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use serde_json::{Value, json};
+    use spaceport_core::ids::LeaseId;
     use spaceport_crds::{GPULeaseSpec, LeasePhase};
 
     use super::*;
-    use crate::kubeapi::fake::FakeApi;
+    use crate::kubeapi::fake::{FakeApi, failure};
+
+    const STRICT: Retention = Retention { kept: 1, age_max_seconds: 1 };
 
     fn receipt(namespace: &str, name: &str, phase: LeasePhase, age_seconds: i64) -> GPULease {
         let mut receipt =
@@ -204,6 +251,22 @@ mod tests {
         receipt.metadata.labels = Some(BTreeMap::from([(LEASE_LABEL.to_owned(), format!("lease-{name}"))]));
         receipt.metadata.creation_timestamp = Some(Time(Timestamp::from_second(10_000 - age_seconds).unwrap()));
         receipt
+    }
+
+    /// Of a request that waited under the leader of term 3.
+    fn waited(lease: &str) -> GPULease {
+        let mut receipt = receipt("a", &format!("hello-{lease}"), LeasePhase::Queued, 900);
+        receipt.spec.lease = lease.to_owned();
+        receipt.spec.account = "bob".to_owned();
+        receipt.spec.node = Some("gpu-1".to_owned());
+        receipt.spec.epoch = 3;
+        receipt
+    }
+
+    fn list(receipts: &[GPULease]) -> (u16, Value) {
+        let list =
+            json!({"apiVersion": "spaceport.dev/v1alpha1", "kind": "GPULeaseList", "metadata": {}, "items": receipts});
+        (200, list)
     }
 
     fn removed(receipts: &[GPULease], retention: Retention) -> Vec<String> {
@@ -249,24 +312,68 @@ mod tests {
 
     #[test]
     fn a_round_that_had_enough_to_do_is_followed_by_another() {
-        assert_eq!(wait_after(ROUND_MAX), Duration::ZERO);
-        assert_eq!(wait_after(ROUND_MAX - BATCH_MAX), Duration::ZERO, "some were gone already");
-        assert_eq!((wait_after(3), wait_after(0)), (PERIOD, PERIOD));
+        let wait = |removed, is_whole| wait_after(Round { removed, is_whole });
+        assert_eq!(wait(ROUND_MAX, true), Duration::ZERO);
+        assert_eq!(wait(ROUND_MAX - BATCH_MAX, false), Duration::ZERO, "some were gone already");
+        assert_eq!((wait(3, true), wait(0, true)), (PERIOD, PERIOD));
+        assert_eq!((wait(3, false), wait(0, false)), (FIRST_AFTER, FIRST_AFTER), "it could not do all");
+    }
+
+    #[tokio::test]
+    async fn what_waited_under_an_earlier_leader_is_ended_a_minute_after_each_term_begins() {
+        let fake = FakeApi::answering([list(&[waited("a")]), list(&[waited("a")])]);
+        let (api, receipts, stop) = (fake.connect(), Receipts::new(), CancellationToken::new());
+        // No pool says how long receipts are kept.
+        let look = async || round(&api, None, &receipts, &PressureGauge::default(), &stop).await;
+        let begin = clock::monotonic();
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        let mut rounds = Rounds::new(begin);
+        assert!(rounds.is_due(receipts.term(), after(60)), "the term takes long to begin");
+        rounds.ended(look().await, after(60));
+        assert!(receipts.followed().is_empty());
+        receipts.begin(Epoch(4));
+        assert!(!rounds.is_due(receipts.term(), after(70)), "those who stayed come back first");
+        assert!(!rounds.is_due(receipts.term(), after(129)));
+        assert!(rounds.is_due(receipts.term(), after(130)));
+        rounds.ended(look().await, after(130));
+        assert!(receipts.latest(&LeaseId::new("a")).is_some_and(|record| record.end.is_some()));
+        assert!(!rounds.is_due(receipts.term(), after(729)) && rounds.is_due(receipts.term(), after(730)));
+
+        // A node is ahead: another term begins while we lead.
+        rounds.ended(Round { removed: 0, is_whole: true }, after(730));
+        receipts.forget();
+        assert!(!rounds.is_due(receipts.term(), after(740)));
+        receipts.begin(Epoch(9));
+        assert!(!rounds.is_due(receipts.term(), after(741)));
+        assert!(rounds.is_due(receipts.term(), after(801)));
+    }
+
+    #[tokio::test]
+    async fn a_round_that_cannot_do_all_is_followed_by_another_soon() {
+        let many: Vec<GPULease> = (0..5_000).map(|number| waited(&number.to_string())).collect();
+        let fake = FakeApi::answering([list(&many), failure(500, "InternalError")]);
+        let (api, receipts, stop) = (fake.connect(), Receipts::new(), CancellationToken::new());
+        receipts.begin(Epoch(4));
+        let look = async || round(&api, None, &receipts, &PressureGauge::default(), &stop).await;
+        let partly = look().await;
+        assert!((1..many.len()).contains(&receipts.unwritten_ends()), "open leases keep their room");
+        assert_eq!(partly, Round { removed: 0, is_whole: false });
+        assert_eq!(look().await, Round::default(), "the list failed");
+        assert_eq!(wait_after(partly), FIRST_AFTER);
     }
 
     #[tokio::test]
     async fn a_list_that_is_not_answered_does_not_outlive_the_term() {
         let stop = CancellationToken::new();
         let (api, token) = (FakeApi::silent().connect(), stop.clone());
-        let retention = Retention { kept: 1, age_max_seconds: 1 };
         let removing = tokio::spawn(async move {
-            remove_old(&api, retention, &Receipts::new(), &PressureGauge::default(), &token).await
+            round(&api, Some(STRICT), &Receipts::new(), &PressureGauge::default(), &token).await
         });
         tokio::task::yield_now().await;
         stop.cancel();
         // The request itself would be given up after 10 s.
-        let removed = tokio::time::timeout(Duration::from_secs(5), removing).await;
-        assert_eq!(removed.expect("it ends at once").unwrap(), 0);
+        let ended = tokio::time::timeout(Duration::from_secs(5), removing).await;
+        assert_eq!(ended.expect("it ends at once").unwrap(), Round::default());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use spaceport_operator::ledger::pressure::PressureGauge;
 use spaceport_operator::ledger::receipt::{
     self, Crossing, LeaseEnd, LeaseRecord, Progress, ReceiptEvent, Receipts, Standing,
 };
-use spaceport_operator::ledger::retention::{Retention, remove_old};
+use spaceport_operator::ledger::retention::{self, Retention};
 use spaceport_operator::metrics::Metrics;
 use spaceport_shell::error_chain;
 use tokio::sync::mpsc;
@@ -192,16 +192,17 @@ async fn old_receipts_go_in_one_request_and_none_while_pages_are_hard_to_write()
         (left.len() - open, open)
     };
 
-    let retention = Retention { kept: KEPT, age_max_seconds: 3600 };
+    let limits = Some(Retention { kept: KEPT, age_max_seconds: 3600 });
     let (pressure, ended) = (PressureGauge::default(), CancellationToken::new());
     pressure.overloaded();
     ended.cancel();
-    assert_eq!(remove_old(&api, retention, &receipts, &pressure, &ended).await, 0);
+    assert_eq!(retention::round(&api, limits, &receipts, &pressure, &ended).await.removed, 0);
     assert_eq!(kept().await, (FINAL, 1));
 
     let metrics = Metrics::new();
     let counted = api.clone().counted_by(metrics.clone());
-    assert_eq!(remove_old(&counted, retention, &receipts, &PressureGauge::default(), &stop).await, FINAL - KEPT);
+    let round = retention::round(&counted, limits, &receipts, &PressureGauge::default(), &stop).await;
+    assert_eq!((round.removed, round.is_whole), (FINAL - KEPT, true));
     assert_eq!(kept().await, (KEPT, 1), "an open one stays, however many there are");
     let text = metrics.encode().unwrap();
     let mutations: Vec<&str> = text.lines().filter(|line| line.starts_with("spaceport_api_mutations_total{")).collect();

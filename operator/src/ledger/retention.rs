@@ -363,6 +363,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn while_pages_are_hard_to_write_nothing_is_asked() {
+        let fake = FakeApi::answering([list(&[])]);
+        let (api, pressure, stop) = (fake.connect(), PressureGauge::default(), CancellationToken::new());
+        pressure.overloaded();
+        let token = stop.clone();
+        let mut waiting =
+            tokio::spawn(async move { round(&api, Some(STRICT), &Receipts::new(), &pressure, &token).await });
+        // An answer would be here at once, and the round be over.
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut waiting).await;
+        assert!(early.is_err() && fake.asked().is_empty(), "{early:?}");
+        stop.cancel();
+        let late = tokio::time::timeout(Duration::from_secs(5), waiting).await;
+        assert_eq!(late.expect("it ends at once").unwrap(), Round::default());
+    }
+
+    #[tokio::test]
     async fn a_list_that_is_not_answered_does_not_outlive_the_term() {
         let stop = CancellationToken::new();
         let (api, token) = (FakeApi::silent().connect(), stop.clone());

@@ -1,7 +1,7 @@
 //! How long the calls of a function really run. Prediction orders, declaration kills: what is learned here decides who goes
 //! first, never how long anybody may run.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -59,8 +59,6 @@ pub struct Function {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
     functions: ByName<Function, Samples>,
-    /// The same in order, so that those of a Space are together.
-    by_space: BTreeSet<Function>,
     /// By the number of their last call.
     by_use: BTreeMap<u64, Function>,
     calls: u64,
@@ -79,7 +77,6 @@ impl History {
         self.calls += 1;
         if !self.functions.contains_key(function) {
             self.functions.insert(function.clone(), Samples::default());
-            self.by_space.insert(function.clone());
         }
         let Some(samples) = self.functions.get_mut(function) else { return };
         if samples.used_ms.len() >= SAMPLES_MAX {
@@ -93,7 +90,6 @@ impl History {
             && let Some((_, forgotten)) = self.by_use.pop_first()
         {
             self.functions.remove(&forgotten);
-            self.by_space.remove(&forgotten);
         }
     }
 
@@ -116,14 +112,10 @@ impl History {
         self.functions.get(function).and_then(|samples| samples.learned(function).suggested_ms)
     }
 
-    /// All functions of a Space of which enough is known to tell, by revision, size and declared duration.
-    pub fn of_space(&self, space_uid: &str) -> Vec<Learned> {
-        let revision = Revision::default();
-        let first = Function { space_uid: space_uid.to_owned(), revision, size: Size::Large, declared_ms: 0 };
-        let functions = self.by_space.range(first..).take_while(|function| function.space_uid == space_uid);
-        let known = functions.filter_map(|function| Some((function, self.functions.get(function)?)));
-        let known = known.filter(|(_, samples)| samples.used_ms.len() >= SAMPLES_MIN);
-        known.map(|(function, samples)| samples.learned(function)).collect()
+    /// What is known of a function, if it is enough to tell.
+    pub fn learned(&self, function: &Function) -> Option<Learned> {
+        let samples = self.functions.get(function).filter(|samples| samples.used_ms.len() >= SAMPLES_MIN)?;
+        Some(samples.learned(function))
     }
 }
 
@@ -186,8 +178,8 @@ mod tests {
         (0..SUGGEST_MIN).for_each(|_| history.learn(&new, 8_000));
         assert_eq!((history.expected_ms(&new), history.suggested_ms(&new)), (8_000, Some(12_000)));
         assert_eq!(history.expected_ms(&function(60_000)), 2_000, "who returns to the old one finds it again");
-        let revisions = history.of_space("u").iter().map(|learned| learned.revision).collect::<Vec<_>>();
-        assert_eq!(revisions, [Revision(1), Revision(2)]);
+        let revision = |function: &Function| history.learned(function).map(|learned| learned.revision);
+        assert_eq!([&function(60_000), &new].map(revision), [Some(Revision(1)), Some(Revision(2))]);
     }
 
     #[test]
@@ -204,7 +196,7 @@ mod tests {
     #[test]
     fn what_would_have_been_enough_is_suggested_once_enough_is_known() {
         let mut history = History::default();
-        let learned = |history: &History| history.of_space("u").first().copied();
+        let learned = |history: &History| history.learned(&function(60_000));
         (1..=4).for_each(|_| history.learn(&function(60_000), 2_000));
         assert_eq!(learned(&history), None, "of four calls nothing is told");
         (5..=19).for_each(|_| history.learn(&function(60_000), 2_000));
@@ -217,8 +209,7 @@ mod tests {
         assert_eq!(history.suggested_ms(&function(12_000)), None, "another function");
         (0..SAMPLES_MAX).for_each(|_| history.learn(&function(10_000), 9_000));
         assert_eq!(history.suggested_ms(&function(10_000)), None, "never more than is declared");
-        history.learn(&Function { space_uid: "v".to_owned(), ..function(1) }, 1);
-        assert_eq!(history.of_space("u").len(), 2);
+        assert_eq!(history.learned(&Function { space_uid: "v".to_owned(), ..function(60_000) }), None);
     }
 
     #[test]

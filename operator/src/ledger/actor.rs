@@ -15,6 +15,7 @@ use spaceport_core::lease::{
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
+use spaceport_core::queue::Function;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
@@ -388,23 +389,27 @@ impl<P: Pages> Actor<P> {
                 self.note_hold(lease, at.wall);
             }
             Event::Adopted { lease, account: Some(_), .. } => self.note_hold(lease, at.wall),
-            Event::Changed { change: PageChange::Settle { ending, .. }, .. } => {
+            Event::Changed { change: PageChange::Settle { lease, ending, .. }, .. } => {
                 Place::SettleDecided.reached();
                 self.metrics.lease_ended(convert::outcome_reason(*ending).as_str());
+                self.note_learned(lease);
             }
-            Event::Settled { account, lease } => self.note_settled(account, lease),
             Event::Denied { denial, .. } => self.metrics.denied(denial.kind()),
             _ => {}
         }
     }
 
-    /// What was learned of the functions of its Space.
-    fn note_settled(&self, account: &AccountName, lease: &LeaseId) {
-        let closed = self.state.accounts.get(account).map(|found| &found.durable.closed);
-        let row = closed.and_then(|closed| closed.iter().find(|closed| closed.hold.lease == *lease));
-        if let Some(row) = row {
-            let uid = &row.hold.space.uid;
-            self.durations.put(uid, self.state.history.of_space(uid));
+    /// What was learned of its function. Of one only, for this is done at every end.
+    fn note_learned(&self, lease: &LeaseId) {
+        let Some(waiting) = self.state.leases.get(lease).and_then(|found| found.request.as_ref()) else { return };
+        let function = Function {
+            space_uid: waiting.space.uid.clone(),
+            revision: waiting.revision,
+            size: waiting.demand.size,
+            declared_ms: waiting.demand.asked_ms(),
+        };
+        if let Some(learned) = self.state.history.learned(&function) {
+            self.durations.put(&function.space_uid, learned);
         }
     }
 

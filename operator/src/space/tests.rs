@@ -53,7 +53,7 @@ async fn a_space_that_is_missing_in_a_later_list_is_gone_with_what_was_learned_o
         suggested_ms: None,
     };
     for name in ["kept", "deleted"] {
-        controller.durations.put(&format!("uid-{name}"), vec![learned]);
+        controller.durations.put(&format!("uid-{name}"), learned);
     }
     controller.take(Change::ListBegins);
     controller.take(shown("kept"));

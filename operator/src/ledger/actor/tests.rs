@@ -435,6 +435,21 @@ async fn a_first_call_makes_its_account_and_is_charged_to_it() {
 }
 
 #[tokio::test]
+async fn what_is_learned_of_a_function_is_left_to_those_who_show_it() {
+    let mut story = Story::begin(Memory::default()).await;
+    story.join(Vec::new()).await;
+    for ticket in 1..=6 {
+        story.request(ticket, 10_000, "").await;
+        let order = story.order().await;
+        story.run_lease(&order.lease, 1_000).await;
+    }
+    let learned = story.durations.get("space-uid").unwrap();
+    assert_eq!((learned.len(), learned[0].revision.0), (1, 7));
+    assert_eq!((learned[0].calls, learned[0].declared_ms, learned[0].p50_ms), (6, 10_000, 1_000));
+    story.stop().await;
+}
+
+#[tokio::test]
 async fn a_refusal_carries_its_numbers_and_is_remembered() {
     let mut story = Story::begin(Memory::default()).await;
     story.join(Vec::new()).await;

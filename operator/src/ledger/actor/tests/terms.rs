@@ -116,7 +116,7 @@ async fn what_an_earlier_term_has_learned_is_not_shown_in_a_later_one() {
         max_ms: 1_000,
         suggested_ms: None,
     };
-    story.durations.put("space-uid", vec![learned]);
+    story.durations.put("space-uid", learned);
     step_down(&story).await;
     assert_eq!(story.durations.get("space-uid"), None);
     story.stop().await;

@@ -39,7 +39,7 @@ pub struct LeaseRecord {
     pub progress: Progress,
     /// Where it stands in its queue, or stood last.
     pub standing: Option<Standing>,
-    /// The node, once there is a hold.
+    /// The node: that of its pod while it waits, and the same once there is a hold.
     pub node: Option<NodeName>,
     /// The card, once the node has picked it.
     pub card: Option<GivenCard>,

@@ -329,8 +329,10 @@ impl Controller {
             let uids: BTreeSet<&str> = self.spaces.values().filter_map(|space| space.metadata.uid.as_deref()).collect();
             self.durations.keep(|uid| uids.contains(uid));
         }
+        // Also those that wait for a deadline, which may be half an hour away: a lost event must not cost that. Who waits after
+        // a failure waits no longer than this anyway.
         for key in self.spaces.keys() {
-            self.due.entry(key.clone()).or_insert(now);
+            self.due.insert(key.clone(), now);
         }
     }
 

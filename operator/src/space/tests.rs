@@ -68,6 +68,16 @@ async fn a_space_that_is_missing_in_a_later_list_is_gone_with_what_was_learned_o
 }
 
 #[tokio::test]
+async fn every_space_is_looked_at_once_in_a_while_also_one_that_waits_for_a_deadline() {
+    let mut controller = controller(&FakeApi::default());
+    listed(&mut controller, &["waits"]);
+    let (waits, deadline) = (("demo".to_owned(), "waits".to_owned()), clock::monotonic() + Duration::from_secs(1800));
+    controller.due.insert(waits.clone(), deadline);
+    controller.everything();
+    assert!(controller.due[&waits] <= clock::monotonic());
+}
+
+#[tokio::test]
 async fn a_reconcile_that_is_not_answered_does_not_outlive_the_term() {
     let fake = FakeApi::silent();
     let mut controller = controller(&fake);

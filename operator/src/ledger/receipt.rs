@@ -10,7 +10,7 @@ mod record;
 mod schedule;
 mod standing;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,12 @@ const LEFT_BEHIND_UP_TO: usize = FOLLOWED_MAX / 8;
 /// Writes at the same time: enough for hundreds a second, few beside the 64 page writes that callers wait for. Not fewer
 /// under pressure: an outbox that fills would pause its account (L10).
 const WRITES_AT_ONCE: usize = 8;
-/// How often it is looked for receipts that are due. Nobody waits for a receipt; this bounds the work of looking.
+/// How often it is looked through all that are followed for receipts that are due. Nobody waits for a receipt; this bounds
+/// the work of looking.
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
+/// Receipts that one look finds at most, so that no newer end waits behind more than these; with more of them due, the next
+/// look follows when they are begun. Some eight times what is written at once.
+const FOUND_MAX: usize = 64;
 /// Time between two writes that say nothing but where a lease stands in its queue: 20 a second, whoever many wait, are a small
 /// part of what the API server writes of leases that begin and end at such a time.
 const PLACES_APART: Duration = Duration::from_millis(50);
@@ -68,6 +72,23 @@ pub struct Receipts {
     /// A std mutex: it is never held across an await.
     followed: Arc<Mutex<Followed>>,
     pressure: PressureGauge,
+}
+
+/// What the last look has found. Looking costs far more than a write: there are thousands of open leases that have nothing
+/// to be written.
+#[derive(Debug, Default)]
+struct Found {
+    /// When that was.
+    at: Option<Instant>,
+    /// Receipts that were due then: ends before others, then who waits longest first. What is written of one is what is
+    /// known of it when its write begins.
+    due: VecDeque<LeaseId>,
+    /// More than these were due.
+    is_part: bool,
+    /// Receipts whose end was not written yet.
+    unwritten_ends: usize,
+    /// When the last write began that said nothing but where a lease stands.
+    place_written: Option<Instant>,
 }
 
 /// What the handles share.
@@ -202,6 +223,7 @@ impl Receipts {
     }
 
     /// Receipts whose end is not written yet.
+    #[cfg(test)]
     pub fn unwritten_ends(&self) -> usize {
         self.lock().by_lease.values().filter(|pending| pending.end_is_unwritten()).count()
     }
@@ -222,34 +244,32 @@ impl Receipts {
         self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Up to `count` receipts that are due, marked as being written: ends before others, then who waits longest first. One
-    /// of them at most has nothing to say but its place, and none so soon after the last one, at `place_written`.
+    /// Up to `count` receipts that are due, marked as being written: of those that the last look has found, or of a new
+    /// one.
     fn take_due(
         &self,
         now: Instant,
         count: usize,
         pace: Pace,
-        place_written: &mut Option<Instant>,
+        found: &mut Found,
     ) -> Vec<(LeaseRecord, Option<Written>)> {
         let by_lease = &mut self.lock().by_lease;
-        // Under pressure that lasts: better a receipt without its last boundaries than an outbox that fills (L10).
-        let is_full = by_lease.len() >= FOLLOWED_MAX;
-        by_lease.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
-        let mut due: Vec<(News, Instant, &mut Pending)> = by_lease
-            .values_mut()
-            .filter_map(|pending| Some((pending.news(), pending.overdue_since(now, pace)?, pending)))
-            .collect();
-        due.sort_by_key(|(news, since, _)| (*news, *since));
-        let mut may_write = |news: News| {
-            let may =
-                news != News::Place || place_written.is_none_or(|at| now.saturating_duration_since(at) >= PLACES_APART);
-            if may && news == News::Place {
-                *place_written = Some(now);
+        if found.rests(now).is_zero() {
+            look(by_lease, now, pace, found);
+        }
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            if found.due.is_empty() && found.is_part {
+                look(by_lease, now, pace, found);
             }
-            may
-        };
-        let due = due.into_iter().filter(|(news, _, _)| may_write(*news));
-        due.take(count).map(|(_, _, pending)| pending.begin()).collect()
+            let Some(lease) = found.due.pop_front() else { break };
+            // It may have got on since, or be over.
+            let Some(pending) = by_lease.get_mut(&lease) else { continue };
+            if pending.overdue_since(now, pace).is_some() && found.may_write(pending.news(), now) {
+                taken.push(pending.begin());
+            }
+        }
+        taken
     }
 
     /// Takes in how a write ended. True if the end of the lease is durable now and was not before.
@@ -270,6 +290,57 @@ impl Receipts {
     }
 }
 
+// === impl Found ===
+
+impl Found {
+    /// How long it is until the next look, if what was found lasts so long.
+    fn rests(&self, now: Instant) -> Duration {
+        self.at.map_or(Duration::ZERO, |at| LOOK_PERIOD.saturating_sub(now.saturating_duration_since(at)))
+    }
+
+    /// A write that says nothing but a place does not begin so soon after the last one.
+    fn may_write(&mut self, news: News, now: Instant) -> bool {
+        if news != News::Place {
+            return true;
+        }
+        let may = self.place_written.is_none_or(|at| now.saturating_duration_since(at) >= PLACES_APART);
+        if may {
+            self.place_written = Some(now);
+        }
+        may
+    }
+}
+
+/// Looks for receipts that are due, and stops following those of which nothing more is to be written.
+fn look(by_lease: &mut HashMap<LeaseId, Pending>, now: Instant, pace: Pace, found: &mut Found) {
+    // Under pressure that lasts: better a receipt without its last boundaries than an outbox that fills (L10).
+    let is_full = by_lease.len() >= FOLLOWED_MAX;
+    by_lease.retain(|_, pending| !(pending.is_over(now) || (is_full && pending.can_be_spared())));
+    found.at = Some(now);
+    found.unwritten_ends = 0;
+    let mut due: Vec<(News, Instant, &LeaseId)> = Vec::new();
+    // The next look comes no sooner than another place may be written: one is enough.
+    let mut place: Option<(Instant, &LeaseId)> = None;
+    for (lease, pending) in by_lease.iter() {
+        found.unwritten_ends += usize::from(pending.end_is_unwritten());
+        let Some(since) = pending.overdue_since(now, pace) else { continue };
+        match pending.news() {
+            News::Place if place.is_some_and(|(longest, _)| longest <= since) => {}
+            News::Place => place = Some((since, lease)),
+            news => due.push((news, since, lease)),
+        }
+    }
+    let order = |(news, since, _): &(News, Instant, &LeaseId)| (*news, *since);
+    found.is_part = due.len() > FOUND_MAX;
+    if found.is_part {
+        due.select_nth_unstable_by_key(FOUND_MAX, order);
+        due.truncate(FOUND_MAX);
+    }
+    due.sort_unstable_by_key(order);
+    let place = place.map(|(_, lease)| lease).filter(|_| !found.is_part);
+    found.due = due.into_iter().map(|(_, _, lease)| lease).chain(place).cloned().collect();
+}
+
 /// Writes what is due until `stop`. What is not written then is found again in the outbox at the next start (L10).
 ///
 /// # Errors
@@ -285,14 +356,14 @@ where
     I: From<ReceiptEvent> + Send + 'static,
 {
     let mut writes: JoinSet<(LeaseRecord, Outcome)> = JoinSet::new();
-    let mut place_written = None;
+    let mut found = Found::default();
     loop {
         let room = WRITES_AT_ONCE.saturating_sub(writes.len());
         let now = clock::monotonic();
         let is_high = receipts.pressure.is_high(now);
         metrics.set_write_pressure(is_high);
         let pace = if is_high { Pace::EndsOnly } else { Pace::Live };
-        for (record, written) in receipts.take_due(now, room, pace, &mut place_written) {
+        for (record, written) in receipts.take_due(now, room, pace, &mut found) {
             let api = api.clone();
             writes.spawn(async move {
                 let objects = api.namespace::<GPULease>(&record.space.namespace);
@@ -300,7 +371,7 @@ where
                 (record, outcome)
             });
         }
-        metrics.set_receipts_pending(receipts.unwritten_ends());
+        metrics.set_receipts_pending(found.unwritten_ends);
         tokio::select! {
             Some(ended) = writes.join_next() => {
                 let (record, outcome) = ended.map_err(ReceiptWriteDied)?;
@@ -308,7 +379,7 @@ where
                     return Ok(());
                 }
             }
-            waited = pause(LOOK_PERIOD, &stop) => if !waited { return Ok(()) },
+            waited = pause(found.rests(now), &stop) => if !waited { return Ok(()) },
         }
     }
 }
@@ -429,7 +500,7 @@ mod tests {
     }
 
     fn taken(receipts: &Receipts, now: Instant, count: usize, pace: Pace) -> Vec<String> {
-        let due = receipts.take_due(now, count, pace, &mut None);
+        let due = receipts.take_due(now, count, pace, &mut Found::default());
         due.into_iter().map(|(record, _)| record.lease.to_string()).collect()
     }
 
@@ -446,6 +517,44 @@ mod tests {
     }
 
     #[test]
+    fn what_a_look_has_found_is_written_as_it_is_when_its_write_begins() {
+        let receipts = Receipts::new();
+        for lease in ["a", "b", "c", "d"] {
+            receipts.record(record(lease, Progress::Queued), true).unwrap();
+        }
+        let begin = clock::monotonic() + Duration::from_secs(60);
+        let mut found = Found::default();
+        let mut taken = |ms, count| {
+            let due = receipts.take_due(begin + Duration::from_millis(ms), count, Pace::Live, &mut found);
+            due.iter().map(|(record, _)| (record.lease.to_string(), record.phase())).collect::<Vec<_>>()
+        };
+        assert_eq!(taken(0, 1), [("a".to_owned(), LeasePhase::Queued)]);
+        receipts.record(record("b", Progress::Running), true).unwrap();
+        receipts.record(ended("c"), true).unwrap();
+        receipts.drop_unwritten(&LeaseId::new("d"));
+        receipts.record(ended("e"), true).unwrap();
+        let as_now = [("b".to_owned(), LeasePhase::Running), ("c".to_owned(), LeasePhase::Settled)];
+        assert_eq!(taken(10, 8), as_now, "one write each");
+        assert_eq!(taken(49, 8), [], "who comes later waits for the next look");
+        assert_eq!(taken(50, 8), [("e".to_owned(), LeasePhase::Settled)]);
+    }
+
+    #[test]
+    fn a_look_that_finds_very_many_is_followed_by_another_when_they_are_begun() {
+        let receipts = Receipts::new();
+        for index in 0..FOUND_MAX + 3 {
+            receipts.record(ended(&format!("r{index}")), true).unwrap();
+        }
+        receipts.record(record("open", Progress::Running), true).unwrap();
+        let now = clock::monotonic() + Duration::from_secs(60);
+        let mut found = Found::default();
+        let mut taken = |count| receipts.take_due(now, count, Pace::Live, &mut found).len();
+        assert_eq!((taken(8), taken(FOUND_MAX - 8), taken(0)), (8, FOUND_MAX - 8, 0));
+        assert_eq!((taken(2), taken(8), taken(8)), (2, 2, 0), "the last end, and what only shows a lease");
+        assert_eq!(found.unwritten_ends, FOUND_MAX + 3, "they are only begun");
+    }
+
+    #[test]
     fn a_receipt_that_is_there_or_on_its_way_is_not_dropped() {
         let receipts = Receipts::new();
         let lease = LeaseId::new("a");
@@ -454,7 +563,7 @@ mod tests {
         assert!(receipts.drop_unwritten(&lease) && receipts.latest(&lease).is_none());
         receipts.record(record("a", Progress::Queued), true).unwrap();
         let later = clock::monotonic() + Duration::from_secs(3);
-        let (record, _) = receipts.take_due(later, 1, Pace::Live, &mut None).remove(0);
+        let (record, _) = receipts.take_due(later, 1, Pace::Live, &mut Found::default()).remove(0);
         assert!(!receipts.drop_unwritten(&lease), "it is being written");
         receipts.finish(&record, &Outcome::Written { resource_version: "1".to_owned() }, later);
         assert!(!receipts.drop_unwritten(&lease) && receipts.latest(&lease).is_some());
@@ -473,17 +582,18 @@ mod tests {
         for lease in ["a", "b", "c"] {
             receipts.record(waits(lease, 2), true).unwrap();
         }
-        for (record, _) in receipts.take_due(begin + Duration::from_secs(3), 8, Pace::Live, &mut None) {
-            written(&record, begin + Duration::from_secs(3));
+        let created = begin + Duration::from_secs(3);
+        for (record, _) in receipts.take_due(created, 8, Pace::Live, &mut Found::default()) {
+            written(&record, created);
         }
         for lease in ["a", "b", "c"] {
             receipts.record(waits(lease, 1), true).unwrap();
         }
         receipts.record(ended("end"), true).unwrap();
-        let mut place_written = None;
+        let mut found = Found::default();
         let mut taken = |ms| {
             let now = begin + Duration::from_secs(60) + Duration::from_millis(ms);
-            let due = receipts.take_due(now, 8, Pace::Live, &mut place_written);
+            let due = receipts.take_due(now, 8, Pace::Live, &mut found);
             due.iter().map(|(record, _)| record.lease.as_str().len()).collect::<Vec<_>>()
         };
         assert_eq!(taken(0), [3, 1], "the end first, and one place");
@@ -537,7 +647,7 @@ mod tests {
         incomplete.timeline.push(assigned);
         receipts.record(incomplete, true).unwrap();
         let now = clock::monotonic() + Duration::from_secs(60);
-        let (written, _) = receipts.take_due(now, 1, Pace::EndsOnly, &mut None).remove(0);
+        let (written, _) = receipts.take_due(now, 1, Pace::EndsOnly, &mut Found::default()).remove(0);
         receipts.finish(&written, &Outcome::Written { resource_version: "1".to_owned() }, now);
         assert_eq!(receipts.record(ended("other"), true), Err(ReceiptsFull));
         assert_eq!(taken(&receipts, now, 1, Pace::EndsOnly), [""; 0]);

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use spaceport_core::ids::{
-    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket, WorkerKey,
 };
 use spaceport_core::lease::{
     Command, Effect, EndReport, FreedAs, Moment, NodeSettings, Order, Outcome, PickedSlot, Policy, Priority, Request,
@@ -196,6 +196,7 @@ impl Bench {
             node: node(at),
             space: SpaceKey::new("demo", format!("space-{space}"), format!("00000000-0000-0000-0000-{space:012}")),
             revision: Revision::default(),
+            worker: WorkerKey::new(format!("00000000-0000-0000-{at:04}-{space:012}"), "0123456789abcdef", 1),
             size,
             declared_ms,
             caller: Ok(account),
@@ -212,7 +213,7 @@ impl Bench {
         }
         let used_ms = declared_ms * (30 + self.draw(60)) / 100;
         let report = EndReport { ending: Ending::Released, used_ms };
-        self.next.push_back(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+        self.next.push_back(Command::Ended { node: node.clone(), lease: lease.clone(), report, kept: false });
         self.next.push_back(Command::Freed { node, lease, how: FreedAs::Free });
     }
 }
@@ -271,7 +272,7 @@ fn main() {
         let agent_instance = format!("instance-{index}");
         bench.step(Command::NodeHello { node: node.clone(), agent_instance, highest_epoch: Epoch(0) });
         let cards = (0..CARDS).map(card).collect();
-        bench.step(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new() });
+        bench.step(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new(), idle: Vec::new() });
     }
     while bench.state.queue.len() < QUEUED {
         bench.request();

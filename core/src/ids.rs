@@ -211,6 +211,45 @@ impl Deref for SpaceKey {
     }
 }
 
+/// Whose calls one worker can serve, one after the other (L16): those of one function in one container. Cheap to clone, like
+/// a name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WorkerKey(Arc<WorkerNames>);
+
+/// What a function in a container is called.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerNames {
+    /// uid of the pod.
+    pub pod_uid: String,
+    /// Id of the container; another one after a restart of it.
+    pub container: String,
+    /// CPython `id()` of the function; another one after a restart of the app.
+    pub task: u64,
+}
+
+impl WorkerKey {
+    /// Longest uid of a pod or id of a container, bytes: both are below 100.
+    const NAME_MAX: usize = 128;
+
+    /// None where a name is empty or too long: such a function has no workers.
+    pub fn new(pod_uid: impl Into<String>, container: impl Into<String>, task: u64) -> Option<Self> {
+        let (pod_uid, container) = (pod_uid.into(), container.into());
+        let is_name = |name: &String| (1..=Self::NAME_MAX).contains(&name.len());
+        let names = is_name(&pod_uid) && is_name(&container);
+        names.then(|| Self(Arc::new(WorkerNames { pod_uid, container, task })))
+    }
+}
+
+impl Deref for WorkerKey {
+    type Target = WorkerNames;
+
+    fn deref(&self) -> &WorkerNames {
+        &self.0
+    }
+}
+
 /// Which version of its app a pod runs, as the Space controller wrote it on the pod: one that is made anew of the same
 /// version has the same. 0 where it is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -349,6 +388,16 @@ mod tests {
         assert_eq!((revision.0, revision.to_string().as_str()), (0x00c4_f2a1_9b7e_55d3, "00c4f2a19b7e55d3"));
         for text in ["", "c4f2", "+0c4f2a19b7e55d3", "00c4f2a19b7e55d3a", "zzzzzzzzzzzzzzzz"] {
             assert_eq!(Revision::of(text), Revision::default(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_function_without_a_pod_or_a_container_has_no_workers() {
+        let key = WorkerKey::new("pod", "container", 7).expect("it has both");
+        assert_eq!((key.pod_uid.as_str(), key.container.as_str(), key.task), ("pod", "container", 7));
+        let long = "x".repeat(WorkerKey::NAME_MAX + 1);
+        for (pod_uid, container) in [("", "c"), ("p", ""), (long.as_str(), "c"), ("p", long.as_str())] {
+            assert_eq!(WorkerKey::new(pod_uid, container, 7), None, "{pod_uid:?} {container:?}");
         }
     }
 

@@ -81,7 +81,7 @@ impl Story {
         let cards = (0..4).map(|index| Card { index, large_slots: 2, grantable: true, quarantined_slots: 0 }).collect();
         let node = NodeName::new(NODE);
         story.tell(Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch: Epoch(0) });
-        story.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new() });
+        story.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new(), idle: Vec::new() });
         story
     }
 
@@ -127,6 +127,7 @@ impl Story {
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", who.space),
             revision: self.revision,
+            worker: None,
             size: Size::Large,
             declared_ms,
             caller: Ok(AccountName::new(who.account)),
@@ -141,7 +142,7 @@ impl Story {
         let (node, lease) = (NodeName::new(NODE), order.lease.clone());
         self.tell(Command::Started { node: node.clone(), lease: lease.clone(), slot: PickedSlot::Has(0) });
         let report = EndReport { ending, used_ms };
-        let mut effects = self.tell(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+        let mut effects = self.tell(Command::Ended { node: node.clone(), lease: lease.clone(), report, kept: false });
         effects.extend(self.tell(Command::Freed { node, lease, how: FreedAs::Free }));
         effects
     }

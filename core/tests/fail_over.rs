@@ -61,7 +61,7 @@ impl Term {
         let (node, epoch) = (NodeName::new(NODE), self.state.epoch);
         let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
         self.tell(Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch: Epoch(0) });
-        self.tell(Command::NodeJoined { node, epoch, cards, leases })
+        self.tell(Command::NodeJoined { node, epoch, cards, leases, idle: Vec::new() })
     }
 
     fn tell(&mut self, command: Command) -> Vec<Effect> {
@@ -116,6 +116,7 @@ impl Term {
             node,
             space,
             revision: Revision::default(),
+            worker: None,
             size,
             declared_ms: DECLARED_MS,
             caller,
@@ -132,7 +133,7 @@ impl Term {
     }
 
     fn end(&mut self, lease: &LeaseId) -> Vec<Effect> {
-        self.tell(Command::Ended { node: NodeName::new(NODE), lease: lease.clone(), report: REPORT })
+        self.tell(Command::Ended { node: NodeName::new(NODE), lease: lease.clone(), report: REPORT, kept: false })
     }
 
     fn free(&mut self, lease: &LeaseId) -> Vec<Effect> {

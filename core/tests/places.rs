@@ -51,6 +51,7 @@ fn request(number: u64, account: &str, presented: Option<Presented>) -> Request 
         node: NodeName::new(NODE),
         space: SpaceKey::new("n", "s", "u"),
         revision: Revision::default(),
+        worker: None,
         size: Size::Large,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(account)),
@@ -72,7 +73,7 @@ impl Term {
         let cards = vec![Card { index: 0, large_slots: 1, grantable: true, quarantined_slots: 0 }];
         let (node, highest_epoch) = (NodeName::new(NODE), Epoch(0));
         term.tell(Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch });
-        term.tell(Command::NodeJoined { node, epoch: Epoch(epoch), cards, leases: Vec::new() });
+        term.tell(Command::NodeJoined { node, epoch: Epoch(epoch), cards, leases: Vec::new(), idle: Vec::new() });
         term.ask(request(1_000 + epoch, "pro", None));
         let lease = term.order().expect("the slot is free").lease;
         (term, lease)
@@ -134,7 +135,7 @@ impl Term {
     fn next_after(&mut self, lease: &LeaseId) -> Option<(LeaseId, u64)> {
         let (node, report) = (NodeName::new(NODE), EndReport { ending: Ending::Released, used_ms: 10_000 });
         self.tell(Command::Started { node: node.clone(), lease: lease.clone(), slot: PickedSlot::Has(0) });
-        self.tell(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+        self.tell(Command::Ended { node: node.clone(), lease: lease.clone(), report, kept: false });
         self.tell(Command::Freed { node, lease: lease.clone(), how: FreedAs::Free });
         self.order().map(|order| (order.lease, order.ticket.number))
     }

@@ -68,7 +68,7 @@ impl Story {
         self.tell(Command::NodeDisconnected { node: node.clone() });
         let hello = Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch: Epoch(0) };
         self.tell(hello);
-        self.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases });
+        self.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases, idle: Vec::new() });
     }
 
     fn tell(&mut self, command: Command) -> Vec<Order> {
@@ -111,6 +111,7 @@ impl Story {
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", "u"),
             revision: Revision::default(),
+            worker: None,
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new(caller)),
@@ -130,7 +131,7 @@ impl Story {
     }
 
     fn end(&mut self, lease: &LeaseId) -> Vec<Order> {
-        self.tell(Command::Ended { node: NodeName::new(NODE), lease: lease.clone(), report: REPORT })
+        self.tell(Command::Ended { node: NodeName::new(NODE), lease: lease.clone(), report: REPORT, kept: false })
     }
 
     fn free(&mut self, lease: &LeaseId) -> Vec<Order> {

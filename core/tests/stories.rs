@@ -56,7 +56,7 @@ impl Story {
         let cards = (0..cards).map(|index| Card { index, large_slots: 2, grantable: true, quarantined_slots: 0 });
         let (node, cards) = (NodeName::new(NODE), cards.collect());
         story.tell(Command::NodeHello { node: node.clone(), agent_instance: "a".into(), highest_epoch: Epoch(0) });
-        story.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new() });
+        story.tell(Command::NodeJoined { node, epoch: Epoch(1), cards, leases: Vec::new(), idle: Vec::new() });
         story
     }
 
@@ -97,6 +97,7 @@ impl Story {
             node: NodeName::new(NODE),
             space: SpaceKey::new("n", "s", "u"),
             revision: Revision::default(),
+            worker: None,
             size,
             declared_ms,
             caller: Ok(AccountName::new(account)),
@@ -112,7 +113,7 @@ impl Story {
 
     fn end(&mut self, lease: &LeaseId, ending: Ending, used_ms: u64) -> Vec<Effect> {
         let (node, lease) = (NodeName::new(NODE), lease.clone());
-        self.tell(Command::Ended { node, lease, report: EndReport { ending, used_ms } })
+        self.tell(Command::Ended { node, lease, report: EndReport { ending, used_ms }, kept: false })
     }
 
     fn free(&mut self, lease: &LeaseId) -> Vec<Effect> {
@@ -221,14 +222,14 @@ fn a_slot_that_still_clears_when_its_node_is_back_is_not_free() {
     story.started(&first, 0);
     let node = || NodeName::new(NODE);
     let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
-    story.tell_unanswered(Command::Ended { node: node(), lease: first.clone(), report });
+    story.tell_unanswered(Command::Ended { node: node(), lease: first.clone(), report, kept: false });
     story.tell(Command::NodeDisconnected { node: node() });
     story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
     let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
     let phase = AgentPhase::Ended { report, freed: false };
     let account = Some(AccountName::new(BOB));
     let lease = AgentLease { lease: first.clone(), account, size: Size::Xlarge, slot: PickedSlot::Has(0), phase };
-    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: vec![lease] });
+    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: vec![lease], idle: Vec::new() });
     assert_eq!(order(&story.ask("carol", Size::Xlarge, 10_000)).after, Some(first));
 }
 
@@ -240,7 +241,8 @@ fn hand_over() -> (Story, Vec<(AccountName, String)>) {
     story.started(&first.lease, 0);
     assert!(matches!(story.ask("carol", Size::Xlarge, 10_000)[..], [Effect::Queue(_)]));
     let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
-    let written = story.tell_unanswered(Command::Ended { node: NodeName::new(NODE), lease: first.lease, report });
+    let written =
+        story.tell_unanswered(Command::Ended { node: NodeName::new(NODE), lease: first.lease, report, kept: false });
     (story, written)
 }
 
@@ -326,7 +328,7 @@ fn a_refused_order_is_tried_again_and_not_for_ever() {
             continue;
         }
         assert!(!effects.iter().any(|effect| matches!(effect, Effect::Start(_))), "not before the node is heard");
-        let again = order(&story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: None })).lease;
+        let again = order(&story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: None, idle: None })).lease;
         assert_ne!(again, lease, "an id is used once");
         lease = again;
     }
@@ -607,6 +609,7 @@ fn the_promised_start_counts_a_lease_whose_hold_is_on_its_way() {
         node: NodeName::new(NODE),
         space: SpaceKey::new("n", "s", "u"),
         revision: Revision::default(),
+        worker: None,
         size: Size::Xlarge,
         declared_ms: 10_000,
         caller: Ok(AccountName::new(BOB)),
@@ -638,7 +641,7 @@ fn a_call_whose_order_is_under_way_when_its_account_goes_is_answered() {
 fn without_a_healthy_card_of_that_size_there_is_no_queue() {
     let mut story = Story::begin(1, 600_000, 9);
     let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 1 }];
-    story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: Some(cards) });
+    story.tell(Command::Heartbeat { node: NodeName::new(NODE), cards: Some(cards), idle: None });
     assert_eq!(denial(&story.ask(BOB, Size::Xlarge, 10_000)), Some(Denial::NoCapacity { size: Size::Xlarge }));
     order(&story.ask(BOB, Size::Large, 10_000));
     assert_eq!(denial(&story.ask(BOB, Size::Large, 10_000)), None);

@@ -42,7 +42,7 @@ impl Story {
         let state = State::new(Epoch(1), BTreeSet::new());
         let mut story = Self { state, now: 0, seed: 0, tickets: 0, events: Vec::new(), effects: Vec::new() };
         story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(0) });
-        story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: Vec::new() });
+        story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: Vec::new(), idle: Vec::new() });
         story
     }
 
@@ -102,6 +102,7 @@ impl Story {
             node: node(),
             space: SpaceKey::new("n", space, space),
             revision: Revision::default(),
+            worker: None,
             size,
             declared_ms: 10_000,
             caller: Ok(AccountName::new(account)),
@@ -135,7 +136,7 @@ impl Story {
 
     fn ends(&mut self, lease: &LeaseId) {
         let report = EndReport { ending: Ending::Released, used_ms: 1_000 };
-        self.tell(Command::Ended { node: node(), lease: lease.clone(), report });
+        self.tell(Command::Ended { node: node(), lease: lease.clone(), report, kept: false });
         self.tell(Command::Freed { node: node(), lease: lease.clone(), how: FreedAs::Free });
     }
 
@@ -241,7 +242,7 @@ fn a_node_that_loses_slots_is_told_in_portions() {
         story.ask(&format!("space-{}", call % spaces), Size::Large);
     }
     story.effects.clear();
-    story.tell(Command::Heartbeat { node: node(), cards: Some(vec![card(0, 2)]) });
+    story.tell(Command::Heartbeat { node: node(), cards: Some(vec![card(0, 2)]), idle: None });
     let mut told = vec![story.places().len()];
     for _ in 0..3 {
         story.tell(Command::Tick);
@@ -266,7 +267,7 @@ fn a_promise_does_not_survive_the_slot_it_counted_on() {
     let ordered = story.order();
     assert_eq!(ordered.ticket, ticket);
     story.events.clear();
-    story.tell(Command::Heartbeat { node: node(), cards: Some(vec![card(0, 1)]) });
+    story.tell(Command::Heartbeat { node: node(), cards: Some(vec![card(0, 1)]), idle: None });
     story.tell(Command::Refused { node: node(), lease: ordered.lease });
     let again = story.events.iter().find_map(|event| if let Event::Queued(again) = event { Some(again) } else { None });
     assert_eq!(again.map(|again| (&again.ticket, again.promise)), Some((&ticket, None)));
@@ -281,7 +282,7 @@ fn a_node_that_comes_back_with_fewer_slots_is_told_anew() {
     story.tell(Command::NodeDisconnected { node: node() });
     story.tell(Command::NodeHello { node: node(), agent_instance: "a".into(), highest_epoch: Epoch(1) });
     let cards = vec![card(0, 1)];
-    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: Vec::new() });
+    story.tell(Command::NodeJoined { node: node(), epoch: Epoch(1), cards, leases: Vec::new(), idle: Vec::new() });
     assert!(story.events.iter().any(|event| matches!(event, Event::PromisesWithdrawn { .. })));
 }
 

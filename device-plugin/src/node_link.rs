@@ -331,7 +331,7 @@ impl Link {
                 () = stuck.cancelled() => return Err(SessionError::Stuck),
                 // Nothing but Hello is expected before the term is joined.
                 _ = heartbeat.tick(), if welcomed => {
-                    put(&sender, Message::Heartbeat(Heartbeat { inventory_changed: false, cards: Vec::new() }))?;
+                    put(&sender, Message::Heartbeat(Heartbeat::default()))?;
                 }
             }
         }

@@ -57,7 +57,7 @@ fn goes_on(page: Page, ids: u128) {
         // Some report that they ended, of the others nothing is heard.
         if number % 2 == 0 {
             let report = EndReport { ending: Ending::Released, used_ms: 1234 };
-            ledger.command(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+            ledger.command(Command::Ended { node: node.clone(), lease: lease.clone(), report, kept: false });
             ledger.command(Command::Freed { node, lease, how: FreedAs::Free });
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use spaceport_core::ids::{
-    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket, WorkerKey,
 };
 use spaceport_core::lease::{Command, Effect, Moment, Order, Policy, Priority, Request, State, step};
 use spaceport_core::page::{Page, Source, Unsound};
@@ -56,7 +56,7 @@ impl Ledger {
         let agent_instance = AGENT.to_owned();
         ledger.command(Command::NodeHello { node: node.clone(), agent_instance, highest_epoch: Epoch(0) });
         let card = Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 };
-        ledger.command(Command::NodeJoined { node, epoch, cards: vec![card], leases: Vec::new() });
+        ledger.command(Command::NodeJoined { node, epoch, cards: vec![card], leases: Vec::new(), idle: Vec::new() });
         ledger
     }
 
@@ -99,6 +99,8 @@ impl Ledger {
             node: NodeName::new(NODE),
             space,
             revision: Revision::default(),
+            // One function, so that a worker that the node says it keeps serves its next call.
+            worker: WorkerKey::new("pod", "container", 1),
             size,
             declared_ms,
             caller: Ok(AccountName::new(ACCOUNT)),

@@ -137,6 +137,7 @@ fn life(lease: &str) -> Vec<reports::Message> {
             message: "the function returned".to_owned(),
             boundaries: vec![boundary("Released")],
             card: 0,
+            kept: false,
         }),
         reports::Message::Freed(link::Freed {
             lease,
@@ -265,8 +266,23 @@ fn report_stories() -> Vec<(&'static str, Vec<reports::Message>)> {
         declared_ms: 60_000,
         ..link::Request::default()
     };
-    let joined = link::Joined { epoch: 7, cards: vec![card.clone()], leases: vec![known] };
-    let heartbeat = link::Heartbeat { inventory_changed: true, cards: vec![card] };
+    let idle = link::IdleWorker {
+        pod_uid: "pod".to_owned(),
+        container: "container".to_owned(),
+        task_id: 1,
+        card: 0,
+        size: link::Size::Large.into(),
+        leaving: false,
+    };
+    let (cards, leases) = (vec![card.clone()], vec![known]);
+    let joined = link::Joined { epoch: 7, cards, leases, idle: vec![idle.clone()] };
+    let heartbeat = link::Heartbeat { inventory_changed: true, cards: vec![card], ..link::Heartbeat::default() };
+    let kept = Message::Ended(link::Ended { kept: true, ..end.clone() });
+    let keeps = |idle| Message::Heartbeat(link::Heartbeat { idle_changed: true, idle, ..link::Heartbeat::default() });
+    let leaving = link::IdleWorker { leaving: true, ..idle.clone() };
+    let lists = [vec![idle.clone()], vec![leaving], Vec::new()].map(keeps);
+    let reuse = [started.clone(), running.clone(), kept].into_iter().chain(lists).collect();
+    let nameless = link::IdleWorker { pod_uid: String::new(), ..idle };
     let refused = link::Refused { lease, reason: "no free large slot".to_owned() };
     vec![
         ("good-life", vec![started, running, ended, freed]),
@@ -275,6 +291,8 @@ fn report_stories() -> Vec<(&'static str, Vec<reports::Message>)> {
             "good-requests",
             vec![Message::Request(request), Message::Dequeue(link::Dequeue { ticket: 3 }), Message::Refused(refused)],
         ),
+        ("good-kept", reuse),
+        ("bad-nameless", vec![keeps(vec![nameless])]),
         ("bad-kindless", vec![Message::Ended(link::Ended { lease: "x".to_owned(), ..link::Ended::default() })]),
     ]
 }

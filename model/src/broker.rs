@@ -329,6 +329,8 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             epoch: Epoch(*epoch),
             cards: vec![Card { index: 0, large_slots: 1, grantable: true, quarantined_slots: 0 }],
             leases: leases.iter().map(|lease| agent_lease(lease, calls)).collect(),
+            // Its workers end with their leases.
+            idle: Vec::new(),
         },
         ToBroker::Request { call, start } => Command::Request(Box::new(Request {
             cookie: None,
@@ -336,6 +338,7 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
             node: name,
             space: SpaceKey::new("model", "space", "space"),
             revision: Revision::default(),
+            worker: None,
             size: Size::Large,
             declared_ms: DECLARED_MS,
             caller: Ok(names::account(calls[usize::from(*call)].account)),
@@ -353,10 +356,11 @@ pub fn command(node: usize, message: &ToBroker, calls: &[Call]) -> Command {
         ToBroker::Refused { lease } => Command::Refused { node: name, lease: names::lease(*lease) },
         ToBroker::Running { lease } => Command::Running { node: name, lease: names::lease(*lease) },
         ToBroker::Ended { lease, ending, used_ms } => {
-            Command::Ended { node: name, lease: names::lease(*lease), report: report(*ending, *used_ms) }
+            let (lease, report) = (names::lease(*lease), report(*ending, *used_ms));
+            Command::Ended { node: name, lease, report, kept: false }
         }
         ToBroker::Freed { lease } => Command::Freed { node: name, lease: names::lease(*lease), how: FreedAs::Free },
-        ToBroker::Heartbeat => Command::Heartbeat { node: name, cards: None },
+        ToBroker::Heartbeat => Command::Heartbeat { node: name, cards: None, idle: None },
     }
 }
 

@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size, Ticket};
-use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place, Request};
+use spaceport_core::lease::{
+    AgentLease, AgentPhase, Command, EndReport, FreedAs, IdleWorker, Order, PickedSlot, Place, Request,
+};
 use spaceport_core::page::Ending;
 use spaceport_core::slots::{Card, Occupancy, pick};
 
 use crate::broken::NodeFault;
 use crate::links::LinkId;
+use idle::{Idle, Spot};
 
+pub mod idle;
 pub mod reports;
 pub mod waiting;
 
@@ -144,6 +148,8 @@ pub enum Notice {
     GaveUp(Ticket),
     /// A waiting lease began on another card than the one its predecessor had.
     Swapped(LeaseId),
+    /// The worker that was kept of this lease has to go.
+    Evicted(LeaseId),
 }
 
 /// A node and its agent.
@@ -164,6 +170,14 @@ pub struct Agent {
     pub tickets: BTreeMap<Ticket, Asked>,
     /// Leases that the broker has not forgotten.
     pub leases: BTreeMap<LeaseId, Held>,
+    /// Workers that are kept, in the order of their cards.
+    pub idle: Vec<Idle>,
+    /// Workers that were kept and have not given their slots back, by the lease that each was of.
+    pub evicted: BTreeMap<LeaseId, (u32, Size)>,
+    /// Workers are kept although others wait: these go first only where their keys are no better than equal.
+    pub keeps_eagerly: bool,
+    /// The kept workers that the leader was told of last.
+    idle_told: Vec<IdleWorker>,
     /// What it says to the leader.
     pub sends: Vec<Command>,
     /// What it did.
@@ -193,6 +207,10 @@ impl Agent {
             cards: (0..).zip(cards).map(card).collect(),
             tickets: BTreeMap::new(),
             leases: BTreeMap::new(),
+            idle: Vec::new(),
+            evicted: BTreeMap::new(),
+            keeps_eagerly: false,
+            idle_told: Vec::new(),
             sends: Vec::new(),
             notices: Vec::new(),
             arrivals: 0,
@@ -232,7 +250,9 @@ impl Agent {
         self.leader = Some(link);
         let leases = self.leases.values().map(told).collect();
         let (node, cards) = (self.name.clone(), self.cards.clone());
-        self.send(Command::NodeJoined { node, epoch, cards, leases });
+        self.idle_told = self.idle_list();
+        let idle = self.idle_told.clone();
+        self.send(Command::NodeJoined { node, epoch, cards, leases, idle });
         self.present_all(now);
         self.repeat();
         true
@@ -265,13 +285,17 @@ impl Agent {
         self.leases.get(lease).is_some_and(|held| !matches!(held.phase, Phase::Ended { .. }))
     }
 
-    /// Slots in use or not clear: what the hardware shows.
+    /// Slots in use, kept or not clear: what the hardware shows.
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy::default();
         for held in self.leases.values().filter(|held| !matches!(held.phase, Phase::Ended { freed: true, .. })) {
             if let Some(card) = held.card {
                 occupancy.add(card, self.slots_of(card, held.order.size));
             }
+        }
+        let idle = self.idle.iter().map(|idle| (idle.card, idle.size));
+        for (card, size) in idle.chain(self.evicted.values().copied()) {
+            occupancy.add(card, self.slots_of(card, size));
         }
         occupancy
     }
@@ -290,17 +314,24 @@ impl Agent {
                     _ => {}
                 }
             }
+            let evicted = self.evicted.values().filter(|(evicted, _)| *evicted == card.index);
+            clearing += evicted.map(|(_, size)| card.slots_of(*size)).sum::<u32>();
             occupancy.add(card.index, taken + if now { clearing.max(reserved) } else { reserved });
         }
         occupancy
     }
 
-    /// The card for a lease, none of those that it is to avoid (L7): one with a clear slot, else one with a slot that clears;
-    /// true if it is clear.
-    fn place(&self, order: &Order, but: Option<&LeaseId>) -> Option<(u32, bool)> {
-        let at_once = pick(&self.cards, &self.spoken_for(true, but), order.size, &order.avoid);
-        let later = || pick(&self.cards, &self.spoken_for(false, but), order.size, &order.avoid);
-        at_once.map(|card| (card, true)).or_else(|| later().map(|card| (card, false)))
+    /// The card for a lease, none of those that it is to avoid (L7): that of its own worker, else one with a clear slot, else one
+    /// whose worker goes, else one with a slot that clears.
+    fn place(&self, order: &Order, request: &Request, but: Option<&LeaseId>) -> Option<(u32, Spot)> {
+        let (now, later) = (self.spoken_for(true, but), self.spoken_for(false, but));
+        let mut beside_idle = now.clone();
+        self.idle.iter().for_each(|idle| beside_idle.add(idle.card, self.slots_of(idle.card, idle.size)));
+        let pick = |occupancy: &Occupancy| pick(&self.cards, occupancy, order.size, &order.avoid);
+        let own = self.own_idle(order, request).map(|card| (card, Spot::Own));
+        own.or_else(|| pick(&beside_idle).map(|card| (card, Spot::Clear)))
+            .or_else(|| pick(&now).map(|card| (card, Spot::Evicts)))
+            .or_else(|| pick(&later).map(|card| (card, Spot::Clears)))
     }
 
     fn slots_of(&self, card: u32, size: Size) -> u32 {
@@ -351,20 +382,23 @@ impl Agent {
         if self.leases.contains_key(&order.lease) {
             return;
         }
-        if !self.tickets.contains_key(&order.ticket) {
+        let Some(asked) = self.tickets.get(&order.ticket) else {
             self.notices.push(Notice::CallerGone(lease()));
             return self.refuse(order.lease);
-        }
-        let place = self.place(&order, None);
+        };
+        let place = self.place(&order, &asked.request, None);
         if place.is_none() && !self.is_pending(order.after.as_ref()) {
             self.notices.push(Notice::NoSlot { lease: lease() });
             return self.refuse(order.lease);
         }
         let (id, ticket) = (lease(), order.ticket.clone());
         let Some(asked) = self.tickets.remove(&ticket) else { return };
-        let card = place.filter(|(_, clear)| *clear).map(|(card, _)| card);
-        let reserved = place.filter(|(_, clear)| !*clear).map(|(card, _)| card);
-        let phase = if card.is_some() { Phase::Assigned { since: now } } else { Phase::Waiting };
+        if let Some((card, spot)) = place {
+            self.take(card, spot, &order, &asked.request);
+        }
+        let card = place.filter(|(_, spot)| spot.is_clear()).map(|(card, _)| card);
+        let reserved = place.filter(|(_, spot)| !spot.is_clear()).map(|(card, _)| card);
+        let phase = place.map_or(Phase::Waiting, |(_, spot)| spot.phase(now));
         let (request, arrival, told) = (asked.request, self.arrivals, asked.told);
         let begin_by = stamp + order.limits.order_ttl_ms + order.wait_ms;
         self.arrivals += 1;
@@ -387,8 +421,10 @@ impl Agent {
         self.notices.push(Notice::Taken(id.clone(), ticket));
         self.tell_slot(&id);
         if card.is_some() {
+            self.tell_reuse(&id);
             self.notices.push(Notice::Began(id));
         }
+        self.tell_idle();
     }
 
     fn is_pending(&self, after: Option<&LeaseId>) -> bool {
@@ -412,16 +448,6 @@ impl Agent {
         let (node, lease) = (self.name.clone(), lease.clone());
         self.send(Command::Running { node, lease });
         true
-    }
-
-    /// An idle worker serves the lease: its clock starts at once (L16).
-    pub fn reuse(&mut self, lease: &LeaseId, now: u64) {
-        let Some(held) = self.leases.get_mut(lease) else { return };
-        if matches!(held.phase, Phase::Assigned { .. }) {
-            held.phase = Phase::Running { since: now, reused: true };
-            let (node, lease) = (self.name.clone(), lease.clone());
-            self.send(Command::Running { node, lease });
-        }
     }
 
     /// Ends what passed its limits, at the limit itself, as a timer would: invariant 8, whatever became of everyone else.

@@ -83,6 +83,8 @@ scenarios! {
     BackAfterReboot = "node back after a reboot with leases",
     BackWithoutCheckpoint = "node back without its checkpoint, with leases",
     ReusedWorker = "idle worker reused",
+    PreferredForWorker = "request preferred among equal keys because its worker is kept",
+    IdleEvicted = "idle worker made room or ended",
     IdleWorkerDead = "idle worker dead before its reuse",
     RetriedCall = "call made again after a cut stream",
     RepeatedReport = "report arrived twice",

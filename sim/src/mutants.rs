@@ -42,6 +42,7 @@ pub const TABLE: &[Row] = &[
     ledger(Mutant::ExpireAtOnce, L(9), &[], "a silent node's lease expires at once"),
     ledger(Mutant::PresentLimits, L(9), &[], "a lease is held to the limits its pool has now"),
     node(NodeFault::WaitsForEver, L(9), "a lease waits on its node for as long as its slot takes"),
+    ledger(Mutant::IdleUnheard, L(16), &[], "what a node says of the workers that it keeps is not heard"),
     ledger(Mutant::ForgetsPlaces, L(17), &[], "a place that an earlier leader told is not looked at"),
     ledger(Mutant::TimeGoesBack, L(20), &[], "a settlement is dated by the wall clock"),
     ledger(Mutant::Stateful, Replay, &[], "applying counts its calls"),

@@ -45,6 +45,9 @@ pub struct Plan {
     pub queue: QueueBounds,
     /// Longest undisturbed way of a message, milliseconds.
     pub latency_ms: u64,
+    /// Nodes keep workers also where others wait, who may be preferred for theirs then. The agent does not, but a broker has
+    /// to do with what nodes do.
+    pub keeps_eagerly: bool,
     /// Faults.
     pub weather: Weather,
     /// What is wrong on purpose.
@@ -117,6 +120,7 @@ impl Plan {
             declared_max_ms: random.between(5_000, 30_000),
             queue: queue(&mut random),
             latency_ms: random.between(2, 40),
+            keeps_eagerly: seed.is_multiple_of(2),
             weather,
             broken: None,
         }

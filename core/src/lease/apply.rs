@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::change::{Misfit, PageChange, Urgency};
 use super::event::Event;
 use super::mutant::Mutant;
-use super::state::{Account, Batch, Lease, RootUse, SlotUse, Stage, State, Stranger};
-use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Steady};
+use super::state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger};
+use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, Steady};
 use crate::page::Page;
 use crate::queue::Lane;
+use crate::slots;
 
 impl State {
     /// Makes one event so. An event that does not fit is refused and leaves the state as it was.
@@ -118,10 +119,11 @@ impl State {
             Event::NodeHello { node, agent_instance } => {
                 self.nodes.entry(node.clone()).or_default().agent_instance.clone_from(agent_instance);
             }
-            Event::NodeJoined { node, cards, confirm_by } => {
+            Event::NodeJoined { node, cards, idle, confirm_by } => {
                 let known = self.nodes.entry(node.clone()).or_default();
                 (known.joined, known.rests, known.silent_since) = (true, false, None);
                 known.cards.clone_from(cards);
+                known.idle.clone_from(idle);
                 self.awaited.remove(node);
                 self.unconfirm(node, *confirm_by);
             }
@@ -129,6 +131,19 @@ impl State {
                 if let Some(known) = self.nodes.get_mut(node) {
                     known.cards.clone_from(cards);
                     known.rests = false;
+                }
+            }
+            Event::IdleTaken { node, idle } => {
+                if let Some(known) = self.nodes.get_mut(node) {
+                    known.idle.clone_from(idle);
+                }
+            }
+            Event::WorkerKept { node, idle } => {
+                // A node has room for so many; its next list has the rest, if there is one.
+                let has_room =
+                    |known: &&mut Node| (known.idle.len() as u64) < slots::capacity(&known.cards, Size::Large);
+                if let Some(known) = self.nodes.get_mut(node).filter(has_room) {
+                    known.idle.push(idle.clone());
                 }
             }
             Event::NodeLost { node, at } => self.lose_node(node, *at),
@@ -170,6 +185,8 @@ impl State {
     fn lose_node(&mut self, node: &NodeName, at: Steady) {
         let Some(known) = self.nodes.get_mut(node) else { return };
         (known.joined, known.rests, known.silent_since) = (false, false, Some(at));
+        // What it keeps it says anew when it joins again.
+        known.idle.clear();
         self.unconfirm(node, at.plus(super::expiry::DISCONNECTED_QUEUE_MS));
         // It tells of them again when it joins again.
         self.strangers.retain(|_, stranger| stranger.node != *node);

@@ -1,6 +1,8 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket};
+use crate::ids::{
+    AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket, WorkerKey,
+};
 use crate::page::{Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
 use crate::queue::{LaneSettings, Presented, Priority, QueueBounds};
@@ -58,13 +60,17 @@ pub enum Command {
         cards: Vec<Card>,
         /// Every lease it still knows.
         leases: Vec<AgentLease>,
+        /// Every worker that it keeps, in the order of their slots.
+        idle: Vec<IdleWorker>,
     },
-    /// The node lives; with cards if they changed.
+    /// The node lives; with cards or kept workers if they changed.
     Heartbeat {
         /// Its name.
         node: NodeName,
         /// All its cards.
         cards: Option<Vec<Card>>,
+        /// Every worker that it keeps, in the order of their slots.
+        idle: Option<Vec<IdleWorker>>,
     },
     /// The session ended.
     NodeDisconnected {
@@ -109,6 +115,8 @@ pub enum Command {
         lease: LeaseId,
         /// How, and how much.
         report: EndReport,
+        /// Its worker is kept for reuse, so its slot can be had at once (L16). `Freed` follows all the same.
+        kept: bool,
     },
     /// The slot came back, or did not (L11).
     Freed {
@@ -327,6 +335,8 @@ pub struct Request {
     pub space: SpaceKey,
     /// The version of the Space's app that the pod runs.
     pub revision: Revision,
+    /// Whose calls a worker must have served that can serve this one again; None if that is not known.
+    pub worker: Option<WorkerKey>,
     /// Size asked for.
     pub size: Size,
     /// Longest run asked for, unweighted.
@@ -367,6 +377,17 @@ pub struct AgentLease {
     pub slot: PickedSlot,
     /// Where it stands.
     pub phase: AgentPhase,
+}
+
+/// A worker that its node keeps frozen for the next call of its own function. It makes room for anybody else (L16).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdleWorker {
+    /// Whose calls it serves; None: nobody's any more, it has to go and its slot clears.
+    pub worker: Option<WorkerKey>,
+    /// On which card.
+    pub card: u32,
+    /// Size of its slot: it serves calls of this size.
+    pub size: Size,
 }
 
 /// The slot of a lease, as far as its node has picked one (L7, L14).

@@ -39,8 +39,8 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::NodeHello { node, agent_instance, .. } => node::hello(at, state, node, agent_instance),
         // The node speaks of another term: it has not accepted this one.
         Command::NodeJoined { epoch, .. } if epoch != state.epoch => Vec::new(),
-        Command::NodeJoined { node, cards, leases, .. } => node::joined(at, state, node, cards, leases),
-        Command::Heartbeat { node, cards } => node::heartbeat(state, node, cards),
+        Command::NodeJoined { node, cards, leases, idle, .. } => node::joined(at, state, node, cards, leases, idle),
+        Command::Heartbeat { node, cards, idle } => node::heartbeat(state, node, cards, idle),
         Command::NodeDisconnected { node } => node::disconnected(at, state, node),
 
         Command::Request(request) => request::request(at, state, *request),
@@ -49,7 +49,7 @@ pub fn decide(at: Moment, state: &State, command: Command) -> Vec<Event> {
         Command::Started { node, lease, slot } => report::started(state, &node, lease, slot),
         Command::Refused { node, lease } => report::refused(at, state, &node, &lease),
         Command::Running { node, lease } => report::running(state, &node, lease),
-        Command::Ended { node, lease, report } => report::ended(at, state, &node, &lease, report),
+        Command::Ended { node, lease, report, kept } => report::ended(at, state, &node, &lease, report, kept),
         Command::Freed { node, lease, how } => report::freed(state, &node, lease, how),
 
         Command::ClockJudged { off_ms } if off_ms == state.clock_off_ms => Vec::new(),

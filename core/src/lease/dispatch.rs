@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::change::PageChange;
+use super::command::IdleWorker;
 use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::request::{Refusal, explained, frees_in, give_back};
@@ -36,7 +37,9 @@ pub fn dispatch(at: Moment, ids: &mut IdSeed, state: &State, name: &NodeName) ->
     }
     // The broker's picture of the node is old, or nobody could start: it is looked again when the node has said more.
     let Some(found) = Found::on(at.steady, node, lanes.reserved().is_some()) else { return Vec::new() };
-    match lanes.next(&found.room()) {
+    let own = |idle: &&IdleWorker| state.queue.ready_for(name, idle.worker.as_ref()?, idle.size);
+    let kept: Vec<u64> = found.idle.iter().filter_map(own).collect();
+    match lanes.next(&found.room(), &kept) {
         None => Vec::new(),
         Some(Choice::Reserve { place, lane }) => {
             let kept = |waiting: &Arc<Waiting>| {
@@ -213,6 +216,8 @@ struct Found<'a> {
     xlarge: Option<Opening>,
     /// A half on the card that is kept.
     on_reserved: Option<Opening>,
+    /// Workers that a call of their own function would find there (L16).
+    idle: Vec<&'a IdleWorker>,
 }
 
 impl<'a> Found<'a> {
@@ -229,7 +234,10 @@ impl<'a> Found<'a> {
         // Nor is that card promised while a half that was to wait for another one may find it clear first.
         let is_ours = |card| is_kept(card) && picture.is_open(card, |half, _| half.follows);
         let on_reserved = if kept.is_some() { picture.slot(Size::Large, is_ours) } else { None };
-        Some(Self { now, node, kept, large, xlarge, on_reserved })
+        // A half goes to the card that is kept for somebody else only where there is no other, see `of`.
+        let (to_kept, mut idle) = (large.is_none(), picture.idle);
+        idle.retain(|idle| idle.size == Size::Xlarge || is_kept(idle.card) == to_kept);
+        Some(Self { now, node, kept, large, xlarge, on_reserved, idle })
     }
 
     fn room(&self) -> Room {
@@ -265,6 +273,8 @@ struct CardUse {
     clearing: u32,
     /// Slots of leases that will get one that clears.
     following: u32,
+    /// Slots of workers that are kept: as good as free (L16).
+    idle: u32,
     /// When all of them have surely given it back.
     drained: Steady,
 }
@@ -283,6 +293,11 @@ impl CardUse {
         self.taken.saturating_add(self.clearing.max(self.following))
     }
 
+    /// What is in use or kept.
+    fn beside_idle(&self) -> u32 {
+        self.now().saturating_add(self.idle)
+    }
+
     /// What will be in use when all that clears is free.
     const fn soon(&self) -> u32 {
         self.taken.saturating_add(self.following)
@@ -298,6 +313,8 @@ struct Picture<'a> {
     node: &'a Node,
     /// In the order of the node's cards.
     uses: Vec<CardUse>,
+    /// Workers that are kept, and that no order takes or ends.
+    idle: Vec<&'a IdleWorker>,
     /// Leases of which the node has not said where they are or will be, and the card that each gets unless another one is
     /// clear first.
     under_way: Vec<(&'a Holder, u32)>,
@@ -306,7 +323,7 @@ struct Picture<'a> {
 impl<'a> Picture<'a> {
     fn of(now: Steady, node: &'a Node) -> Option<Self> {
         let uses = vec![CardUse::default(); node.cards.len()];
-        let mut picture = Self { now, node, uses, under_way: Vec::new() };
+        let mut picture = Self { now, node, uses, idle: Vec::new(), under_way: Vec::new() };
         for holder in &node.holders {
             match (holder.card, holder.awaits) {
                 (Some(card), _) => picture.add(card, holder, if holder.clearing { Use::Clearing } else { Use::Taken }),
@@ -314,13 +331,18 @@ impl<'a> Picture<'a> {
                 (None, None) => {}
             }
         }
+        // Those first that clear: how much they leave for the others.
+        let (leaving, kept): (Vec<_>, Vec<_>) = node.idle.iter().partition(|idle| idle.worker.is_none());
+        leaving.into_iter().chain(kept).for_each(|idle| picture.keep(idle));
         // In the order in which they were reserved. An order that leaves earlier keeps off the cards of those before it.
         for holder in node.holders.iter().filter(|holder| holder.card.is_none() && holder.awaits.is_none()) {
-            let allowed = |card| !holder.avoid.contains(&card);
-            let now = picture.pick(holder.size, CardUse::now, allowed).filter(|_| holder.after.is_none());
+            let now = if holder.after.is_none() { picture.pick_now(holder) } else { None };
             let (card, how) = match now {
                 Some(card) => (card, Use::Taken),
-                None => (picture.pick(holder.size, CardUse::soon, allowed)?, Use::Following),
+                None => {
+                    let allowed = |card| !holder.avoid.contains(&card);
+                    (picture.pick(holder.size, CardUse::soon, allowed)?, Use::Following)
+                }
             };
             picture.add(card, holder, how);
             picture.under_way.push((holder, card));
@@ -331,7 +353,8 @@ impl<'a> Picture<'a> {
     fn add(&mut self, card: u32, holder: &Holder, how: Use) {
         // A card that is gone from the inventory has no slots to give.
         let Some(place) = self.place_of(card) else { return };
-        let (card, card_use) = (&self.node.cards[place], &mut self.uses[place]);
+        let node = self.node;
+        let (card, card_use) = (&node.cards[place], &mut self.uses[place]);
         let slots = card.slots_of(holder.size);
         card_use.drained = card_use.drained.max(holder.drained_by(self.now));
         let used = match how {
@@ -340,6 +363,52 @@ impl<'a> Picture<'a> {
             Use::Following => &mut card_use.following,
         };
         *used = used.saturating_add(slots);
+        // Workers that are kept make room: the first of the card, for its node gives its slots in their order.
+        while self.uses[place].beside_idle() > card.large_slots.saturating_sub(card.quarantined_slots) {
+            let Some(first) = self.idle.iter().position(|idle| idle.card == card.index) else { break };
+            self.take_idle(first);
+        }
+    }
+
+    /// Counts a worker that is kept, or clears because it has to go. One that is kept where there is no slot for it, as its
+    /// node says, is none: the node gains nothing by it.
+    fn keep(&mut self, idle: &'a IdleWorker) {
+        let Some(place) = self.place_of(idle.card) else { return };
+        let card = &self.node.cards[place];
+        let slots = card.slots_of(idle.size);
+        let card_use = &mut self.uses[place];
+        if idle.worker.is_none() {
+            card_use.clearing = card_use.clearing.saturating_add(slots);
+            return;
+        }
+        let used = card_use.beside_idle().saturating_add(card.quarantined_slots);
+        if card.fits(idle.size) && used.saturating_add(slots) <= card.large_slots {
+            card_use.idle += slots;
+            self.idle.push(idle);
+        }
+    }
+
+    /// A worker is not kept any more: a lease has it, or its slot.
+    fn take_idle(&mut self, index: usize) -> u32 {
+        let idle = self.idle.remove(index);
+        if let Some(place) = self.place_of(idle.card) {
+            let slots = self.node.cards[place].slots_of(idle.size);
+            self.uses[place].idle = self.uses[place].idle.saturating_sub(slots);
+        }
+        idle.card
+    }
+
+    /// Where the node puts an order that comes now, if it has a slot that is clear or kept: with its own worker, else where
+    /// no worker has to go, else anywhere.
+    fn pick_now(&mut self, holder: &Holder) -> Option<u32> {
+        let allowed = |card: u32| !holder.avoid.contains(&card);
+        let is_own = |idle: &IdleWorker| idle.worker == holder.worker && idle.size == holder.size;
+        let own = self.idle.iter().position(|idle| is_own(idle) && allowed(idle.card));
+        if let Some(own) = own {
+            return Some(self.take_idle(own));
+        }
+        let beside_idle = self.pick(holder.size, CardUse::beside_idle, allowed);
+        beside_idle.or_else(|| self.pick(holder.size, CardUse::now, allowed))
     }
 
     /// Where a card is in the inventory: mostly where its index says.

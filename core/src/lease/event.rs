@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::change::PageChange;
-use super::command::{AgentLease, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
+use super::command::{AgentLease, IdleWorker, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
 use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
@@ -174,9 +174,13 @@ pub enum Event {
     /// An agent began a session.
     NodeHello { node: NodeName, agent_instance: String },
     /// It accepted the term.
-    NodeJoined { node: NodeName, cards: Vec<Card>, confirm_by: Steady },
+    NodeJoined { node: NodeName, cards: Vec<Card>, idle: Vec<IdleWorker>, confirm_by: Steady },
     /// Its cards changed.
     InventoryTaken { node: NodeName, cards: Vec<Card> },
+    /// It keeps these workers, and no others.
+    IdleTaken { node: NodeName, idle: Vec<IdleWorker> },
+    /// It keeps this one too.
+    WorkerKept { node: NodeName, idle: IdleWorker },
     /// Its session is gone.
     NodeLost { node: NodeName, at: Steady },
     /// No orders until it is heard again.

@@ -37,8 +37,8 @@ pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
 pub use command::{
-    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, Limits, NodeSettings, PickedSlot, Policy, Request,
-    SpaceSettings,
+    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, IdleWorker, Limits, NodeSettings, PickedSlot, Policy,
+    Request, SpaceSettings,
 };
 pub use decide::decide;
 pub use dispatch::dispatch;
@@ -158,6 +158,7 @@ fn stir(state: &State, event: &Event, stirred: &mut BTreeSet<NodeName>) {
         Event::SpaceConfigured { space, .. } => stirred.extend(state.queue.parked_for_space(space).cloned()),
         Event::NodeConfigured { node, .. }
         | Event::InventoryTaken { node, .. }
+        | Event::IdleTaken { node, .. }
         | Event::NodeHeard { node }
         | Event::Adopted { node, .. } => {
             stirred.insert(node.clone());

@@ -30,6 +30,8 @@ pub enum Mutant {
     BudgetIgnored,
     /// Against invariant 11: a request whose order failed is forgotten.
     ForgetsReturned,
+    /// Against L16: what nodes say of the workers that they keep is not heard.
+    IdleUnheard,
     /// Against L17: a place that was told in an earlier term is not looked at.
     ForgetsPlaces,
     /// Against invariant 12: a request that dies leaves no row.

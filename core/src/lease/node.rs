@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Moment;
-use super::command::{AgentLease, AgentPhase};
+use super::command::{AgentLease, AgentPhase, IdleWorker};
 use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::report;
@@ -46,10 +46,12 @@ pub(super) fn joined(
     node: NodeName,
     cards: Vec<Card>,
     leases: Vec<AgentLease>,
+    idle: Vec<IdleWorker>,
 ) -> Vec<Event> {
     let confirm_by = at.steady.plus(CONFIRM_MS);
     let withdrawn = withdrawn(state, &node, &cards);
-    let mut events = vec![Event::NodeJoined { node: node.clone(), cards, confirm_by }];
+    let idle = if state.has(Mutant::IdleUnheard) { Vec::new() } else { idle };
+    let mut events = vec![Event::NodeJoined { node: node.clone(), cards, idle, confirm_by }];
     let on_node: BTreeMap<LeaseId, AgentLease> = leases.into_iter().map(|lease| (lease.lease.clone(), lease)).collect();
     for (id, lease) in state.leases_on(&node) {
         if !on_node.contains_key(id) {
@@ -123,7 +125,7 @@ fn both(at: Moment, state: &State, node: &NodeName, known: &Lease, lease: &Agent
             }
         }
         AgentPhase::Ended { report, freed } => {
-            let mut ended = report::ended(at, state, node, &lease.lease, *report);
+            let mut ended = report::ended(at, state, node, &lease.lease, *report, false);
             if !*freed {
                 // It has got its slot, whatever it waited for when it was heard of last, and that is not clear.
                 ended.iter_mut().for_each(|event| {
@@ -207,16 +209,25 @@ pub(super) fn found(at: Moment, state: &State) -> Vec<Event> {
     events
 }
 
-pub(super) fn heartbeat(state: &State, node: NodeName, cards: Option<Vec<Card>>) -> Vec<Event> {
+pub(super) fn heartbeat(
+    state: &State,
+    node: NodeName,
+    cards: Option<Vec<Card>>,
+    idle: Option<Vec<IdleWorker>>,
+) -> Vec<Event> {
     let Some(known) = state.nodes.get(&node).filter(|known| known.joined) else { return Vec::new() };
+    let idle = idle.filter(|idle| *idle != known.idle && !state.has(Mutant::IdleUnheard));
+    let mut events: Vec<Event> = idle.map(|idle| Event::IdleTaken { node: node.clone(), idle }).into_iter().collect();
     match cards {
         Some(cards) if cards != known.cards => {
             let withdrawn = withdrawn(state, &node, &cards);
-            std::iter::once(Event::InventoryTaken { node, cards }).chain(withdrawn).collect()
+            events.push(Event::InventoryTaken { node, cards });
+            events.extend(withdrawn);
         }
-        _ if known.rests => vec![Event::NodeHeard { node }],
-        _ => Vec::new(),
+        _ if known.rests => events.push(Event::NodeHeard { node }),
+        _ => {}
     }
+    events
 }
 
 pub(super) fn disconnected(at: Moment, state: &State, node: NodeName) -> Vec<Event> {

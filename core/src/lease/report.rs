@@ -2,7 +2,7 @@
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{AgentLease, AgentPhase, EndReport, FreedAs, PickedSlot};
+use super::command::{AgentLease, AgentPhase, EndReport, FreedAs, IdleWorker, PickedSlot};
 use super::event::Event;
 use super::mutant::Mutant;
 use super::request;
@@ -41,10 +41,25 @@ pub(super) fn started(state: &State, node: &NodeName, lease: LeaseId, slot: Pick
     match find(state, node, &lease) {
         // Of one whose account is gone its slot counts still.
         Some(found) if found.is_open() || (found.account.is_none() && found.slot == SlotUse::Taken) => {
-            vec![Event::Assigned { lease, slot }, Event::NodeHeard { node: node.clone() }]
+            let taken = taken(state, node, found, slot);
+            let events = [Event::Assigned { lease, slot }, Event::NodeHeard { node: node.clone() }];
+            events.into_iter().chain(taken).collect()
         }
         _ => Vec::new(),
     }
+}
+
+/// A lease has found its own worker, which is kept no longer. The node's list says so a moment later; in between its card
+/// would be thought to have room for one more, or, were that list sent first, this lease be expected elsewhere.
+fn taken(state: &State, name: &NodeName, lease: &Lease, slot: PickedSlot) -> Option<Event> {
+    let (node, card) = (state.nodes.get(name)?, slot.has()?);
+    let worker = lease.request.as_ref()?.worker.as_ref()?;
+    let is_own =
+        |idle: &IdleWorker| idle.worker.as_ref() == Some(worker) && idle.card == card && idle.size == lease.size;
+    let own = node.idle.iter().position(is_own)?;
+    let mut idle = node.idle.clone();
+    idle.remove(own);
+    Some(Event::IdleTaken { node: name.clone(), idle })
 }
 
 pub(super) fn running(state: &State, node: &NodeName, lease: LeaseId) -> Vec<Event> {
@@ -71,7 +86,15 @@ pub(super) fn refused(at: Moment, state: &State, node: &NodeName, lease: &LeaseI
     events
 }
 
-pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId, report: EndReport) -> Vec<Event> {
+/// `kept`: its worker is kept for reuse, and its slot is free with that (L16).
+pub(super) fn ended(
+    at: Moment,
+    state: &State,
+    node: &NodeName,
+    lease: &LeaseId,
+    report: EndReport,
+    kept: bool,
+) -> Vec<Event> {
     if let Some(stranger) = state.stranger(node, lease) {
         return stranger_ended(state, node, stranger, report);
     }
@@ -79,16 +102,18 @@ pub(super) fn ended(at: Moment, state: &State, node: &NodeName, lease: &LeaseId,
         // Unknown or settled long ago: nothing changes, and the node may forget it (L10).
         return vec![acknowledged(node, lease, true, false)];
     };
+    let kept = kept && !state.has(Mutant::IdleUnheard);
+    let slot = if kept { SlotUse::Free } else { clearing(found) };
     match (&found.account, found.stage) {
-        (None, _) => {
-            let slot = clearing(found);
-            vec![Event::Ended { lease: lease.clone(), slot }, acknowledged(node, lease, true, false)]
-        }
+        (None, _) => vec![Event::Ended { lease: lease.clone(), slot }, acknowledged(node, lease, true, false)],
         (Some(_), Stage::Settled) => vec![acknowledged(node, lease, true, false)],
         // It is acknowledged when it is durable (invariant 2). A hold that is not durable no node can know of.
         (Some(_), Stage::Settling | Stage::Reserving) => Vec::new(),
         (Some(_), Stage::Ordered | Stage::Assigned | Stage::Running) => {
-            let mut events = settle(at, state, lease, report, clearing(found));
+            let mut events = settle(at, state, lease, report, slot);
+            // Told with its end, for at that the next one is chosen.
+            let idle = if kept && !events.is_empty() { worker_of(found) } else { None };
+            events.extend(idle.map(|idle| Event::WorkerKept { node: node.clone(), idle }));
             if state.has(Mutant::AcknowledgeEarly) {
                 events.push(acknowledged(node, lease, true, false));
             }
@@ -106,6 +131,12 @@ fn stranger_ended(state: &State, node: &NodeName, stranger: &AgentLease, report:
     let known = state.leases.get(&stranger.lease);
     events.extend(known.map(|known| Event::Ended { lease: stranger.lease.clone(), slot: clearing(known) }));
     events
+}
+
+/// The worker of a lease that ran. Of one of an earlier term its function is not known; the next list of its node has it.
+fn worker_of(lease: &Lease) -> Option<IdleWorker> {
+    let worker = lease.request.as_ref()?.worker.clone()?;
+    Some(IdleWorker { worker: Some(worker), card: lease.card?, size: lease.size })
 }
 
 /// What an ended lease does to its slot until `Freed` comes: one that still waits for its slot (L14) has none. One that got

@@ -83,6 +83,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 account: name,
                 space: request.space,
                 revision: request.revision,
+                worker: request.worker,
                 demand,
                 turn,
                 caller: account.policy.caller,

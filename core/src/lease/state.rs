@@ -5,13 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::change::{PageChange, Urgency};
-use super::command::{AgentLease, Limits, NodeSettings, Policy};
+use super::command::{AgentLease, IdleWorker, Limits, NodeSettings, Policy};
 use super::event::TermEnd;
 use super::mutant::Mutant;
 use super::policies::Policies;
 use super::schedule::{Schedule, Scheduled};
 use super::spaces::SpaceUse;
-use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket};
+use crate::ids::{
+    AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket, WorkerKey,
+};
 use crate::page::{CLOSED_MAX, Hold, Page};
 use crate::queue::{History, Lane, Queue, Waiting, place_of};
 use crate::quota::Allowance;
@@ -126,6 +128,8 @@ pub struct Node {
     pub agent_instance: String,
     /// Its cards, as it said last.
     pub cards: Vec<Card>,
+    /// The workers that it keeps, as it said last in this session (L16).
+    pub idle: Vec<IdleWorker>,
     /// Leases on it.
     pub leases: BTreeSet<LeaseId>,
     /// Those of them that use a slot, by their numbers.
@@ -204,6 +208,8 @@ pub(super) struct Holder {
     pub after: Option<LeaseId>,
     pub follows: bool,
     pub avoid: Vec<u32>,
+    /// Whose kept worker it would get.
+    pub worker: Option<WorkerKey>,
     /// When its order left; None if it has not.
     pub sent: Option<Steady>,
     /// How long it can hold its slot from then on, milliseconds.
@@ -454,6 +460,7 @@ impl Lease {
             after: self.after.clone(),
             follows: self.follows,
             avoid: self.avoid.clone(),
+            worker: self.request.as_ref().and_then(|request| request.worker.clone()),
             sent: (self.stage != Stage::Reserving).then_some(self.sent),
             longest_ms: self.longest_ms(),
             declared_ms: self.declared_ms,

@@ -27,6 +27,11 @@ pub const BACKFILL_LOOK_MAX: usize = 64;
 /// What is best in replays of demand in the shape of real demand (docs/figures).
 pub const RESERVE_PERCENT: u64 = 70;
 
+/// Keys that are larger than the smallest one by no more than this part of it, a fifth, count as equal where a worker is kept:
+/// what a call is expected to take is known no better than that, and a worker that is there saves a start of CUDA and the
+/// transfer of the weights.
+pub const EQUAL_KEY_PART: u64 = 5;
+
 /// Credit is kept in hundredths of a millisecond, so that shares lose nothing that matters.
 const CREDIT_UNITS: u64 = 100;
 
@@ -324,7 +329,11 @@ impl Lanes {
     }
 
     /// What is to be done with this room. None: nothing, until there is more of it or somebody else comes.
-    pub fn next(&self, room: &Room) -> Option<Choice> {
+    ///
+    /// `kept` are the places of those who would find a worker of their own there: by key each comes before those whose key is
+    /// as good as equal ([`EQUAL_KEY_PART`]). That is an order among starts by key, each of which the age lane earns its
+    /// share of, so it moves no latest start; and no card is kept for another one by it.
+    pub fn next(&self, room: &Room, kept: &[u64]) -> Option<Choice> {
         let reserved = |by| self.reserved.filter(|(_, lane)| *lane == by && room.xlarge);
         let start = |place| Choice::Start { place, fit: Fit::Open };
         reserved(Lane::Age)
@@ -332,7 +341,7 @@ impl Lanes {
             .or_else(|| self.next_by_age(room))
             // What is kept by key is for whoever is first by key when it is free.
             .or_else(|| reserved(Lane::Fast).and_then(|_| self.first_of(Size::Xlarge)).map(start))
-            .or_else(|| self.next_by_key(room))
+            .or_else(|| self.next_by_key(room, kept))
     }
 
     fn next_by_age(&self, room: &Room) -> Option<Choice> {
@@ -354,7 +363,7 @@ impl Lanes {
         })
     }
 
-    fn next_by_key(&self, room: &Room) -> Option<Choice> {
+    fn next_by_key(&self, room: &Room, kept: &[u64]) -> Option<Choice> {
         if self.settings.age_percent >= 100 {
             return None;
         }
@@ -362,6 +371,7 @@ impl Lanes {
         let half_key = first(Size::Large).map_or(u64::MAX, |(key, _)| key);
         if let Some((key, place)) = first(Size::Xlarge) {
             if room.xlarge && key < half_key {
+                let place = self.jobs.get(&place).map_or(place, |first| self.or_kept(first, kept, |_| true));
                 return Some(Choice::Start { place, fit: Fit::Open });
             }
             let worth_a_drain = key <= half_key / 100 * self.settings.reserve_percent;
@@ -369,16 +379,28 @@ impl Lanes {
                 return Some(Choice::Reserve { place, lane: Lane::Fast });
             }
         }
-        self.next_large(room)
+        self.next_large(room, kept)
     }
 
-    fn next_large(&self, room: &Room) -> Option<Choice> {
+    fn next_large(&self, room: &Room, kept: &[u64]) -> Option<Choice> {
         if !room.large && room.reserved_for_ms.is_none() {
             return None;
         }
         let jobs = self.fast[Size::Large as usize].iter().take(BACKFILL_LOOK_MAX);
-        jobs.filter_map(|(_, place)| self.jobs.get(&place))
-            .find_map(|job| Some(Choice::Start { place: job.place, fit: fit_large(job, room)? }))
+        let (first, fit) =
+            jobs.filter_map(|(_, place)| self.jobs.get(&place)).find_map(|job| Some((job, fit_large(job, room)?)))?;
+        // Where one fits depends on the room alone.
+        let place = self.or_kept(first, kept, |job| fit_large(job, room).is_some());
+        Some(Choice::Start { place, fit })
+    }
+
+    /// Who has its turn by key: this one, which is first, or one of its size that would find its own worker and whose key is
+    /// as good as equal.
+    fn or_kept(&self, first: &Job, kept: &[u64], fits: impl Fn(&Job) -> bool) -> u64 {
+        let equal_to = first.key.saturating_add(first.key / EQUAL_KEY_PART);
+        let found = kept.iter().filter_map(|place| self.jobs.get(place));
+        let equals = found.filter(|job| job.size == first.size && job.key <= equal_to && fits(job));
+        equals.min_by_key(|job| (job.key, job.place)).map_or(first.place, |job| job.place)
     }
 
     /// The first of a size by key, for whoever finds that the node can never serve that size.
@@ -462,10 +484,10 @@ mod tests {
     fn shorter_calls_go_first_and_equals_in_the_order_they_came() {
         let mut lanes = lanes(&[job(1, Size::Large, 30), job(2, Size::Large, 10), job(3, Size::Large, 10)]);
         for place in [2, 3, 1] {
-            assert_eq!(lanes.next(&HALF), start(place));
+            assert_eq!(lanes.next(&HALF, &[]), start(place));
             lanes.started(place);
         }
-        assert_eq!(lanes.next(&ALL), None);
+        assert_eq!(lanes.next(&ALL, &[]), None);
     }
 
     #[test]
@@ -487,14 +509,14 @@ mod tests {
         let mut place = 2;
         for _ in 0..10 {
             lanes.insert(job(place, Size::Large, 9));
-            assert_eq!(lanes.next(&HALF), start(place), "nine seconds are shorter than thirty");
+            assert_eq!(lanes.next(&HALF, &[]), start(place), "nine seconds are shorter than thirty");
             lanes.started(place);
             place += 1;
         }
         lanes.insert(job(place, Size::Large, 9));
-        assert_eq!(lanes.next(&HALF), start(1), "ninety seconds out of turn have earned thirty");
+        assert_eq!(lanes.next(&HALF, &[]), start(1), "ninety seconds out of turn have earned thirty");
         lanes.started(1);
-        assert_eq!(lanes.next(&HALF), start(place));
+        assert_eq!(lanes.next(&HALF, &[]), start(place));
     }
 
     #[test]
@@ -514,22 +536,22 @@ mod tests {
     #[test]
     fn a_blocked_whole_card_gets_a_reservation_and_the_first_card() {
         let mut lanes = lanes(&[job(1, Size::Xlarge, 5), job(2, Size::Large, 10)]);
-        assert_eq!(lanes.next(&HALF), Some(Choice::Reserve { place: 1, lane: Lane::Fast }));
+        assert_eq!(lanes.next(&HALF, &[]), Some(Choice::Reserve { place: 1, lane: Lane::Fast }));
         lanes.reserve(1, Lane::Fast);
-        assert_eq!(lanes.next(&HALF), start(2), "others go on beside it");
+        assert_eq!(lanes.next(&HALF, &[]), start(2), "others go on beside it");
         lanes.insert(job(3, Size::Xlarge, 1));
-        assert_eq!(lanes.next(&NONE), None, "one reservation at a time");
-        assert_eq!(lanes.next(&ALL), start(3), "the card is for whoever is first by then");
+        assert_eq!(lanes.next(&NONE, &[]), None, "one reservation at a time");
+        assert_eq!(lanes.next(&ALL, &[]), start(3), "the card is for whoever is first by then");
         lanes.started(3);
-        assert_eq!((lanes.reserved(), lanes.next(&ALL)), (None, start(1)));
+        assert_eq!((lanes.reserved(), lanes.next(&ALL, &[])), (None, start(1)));
     }
 
     #[test]
     fn a_card_is_drained_by_key_only_where_that_is_worth_it() {
         let mut lanes = lanes(&[job(1, Size::Xlarge, 8), job(2, Size::Large, 10)]);
-        assert_eq!(lanes.next(&NONE), None, "eight is more than seven tenths of ten");
+        assert_eq!(lanes.next(&NONE, &[]), None, "eight is more than seven tenths of ten");
         lanes.insert(job(3, Size::Xlarge, 7));
-        assert_eq!(lanes.next(&NONE), Some(Choice::Reserve { place: 3, lane: Lane::Fast }));
+        assert_eq!(lanes.next(&NONE, &[]), Some(Choice::Reserve { place: 3, lane: Lane::Fast }));
     }
 
     #[test]
@@ -538,11 +560,11 @@ mod tests {
         lanes.reserve(1, Lane::Fast);
         let until = |seconds: u64| Room { reserved_for_ms: Some(seconds * 1000), ..NONE };
         let before_drain = Some(Choice::Start { place: 2, fit: Fit::BeforeDrain });
-        assert_eq!(lanes.next(&until(9)), None);
-        assert_eq!(lanes.next(&until(10)), before_drain);
+        assert_eq!(lanes.next(&until(9), &[]), None);
+        assert_eq!(lanes.next(&until(10), &[]), before_drain);
         // The one with the smaller key is too long; the one behind it fits.
         lanes.insert(Job { key: 1, ..job(4, Size::Large, 60) });
-        assert_eq!(lanes.next(&until(10)), before_drain);
+        assert_eq!(lanes.next(&until(10), &[]), before_drain);
     }
 
     /// Or else whole cards, one reservation after the other, would keep the oldest waiting for ever.
@@ -557,11 +579,11 @@ mod tests {
         };
         let drains = Room { reserved_for_ms: Some(5_000), ..NONE };
         let half = due(Size::Large);
-        assert_eq!(half.next(&drains), Some(Choice::Start { place: 1, fit: Fit::InsteadOfReserved }));
+        assert_eq!(half.next(&drains, &[]), Some(Choice::Start { place: 1, fit: Fit::InsteadOfReserved }));
         let mut whole = due(Size::Xlarge);
-        assert_eq!(whole.next(&drains), Some(Choice::Reserve { place: 1, lane: Lane::Age }));
+        assert_eq!(whole.next(&drains, &[]), Some(Choice::Reserve { place: 1, lane: Lane::Age }));
         whole.reserve(1, Lane::Age);
-        assert_eq!((whole.next(&drains), whole.next(&ALL)), (None, start(1)));
+        assert_eq!((whole.next(&drains, &[]), whole.next(&ALL, &[])), (None, start(1)));
         assert_eq!(whole.started(1).map(|(_, lane)| lane), Some(Lane::Age));
     }
 
@@ -579,7 +601,7 @@ mod tests {
     fn a_lane_of_age_alone_is_first_come_first_served() {
         let mut lanes = Lanes::new(LaneSettings { age_percent: 100, ..LaneSettings::default() });
         [job(1, Size::Large, 30), job(2, Size::Large, 1)].into_iter().for_each(|job| lanes.insert(job));
-        assert_eq!(lanes.next(&HALF), start(1));
+        assert_eq!(lanes.next(&HALF, &[]), start(1));
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod lanes;
 mod parked;
 mod place;
 mod ranked;
+mod ready;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,13 +18,18 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use history::{FUNCTIONS_MAX, Function, History, Learned, SAMPLES_MAX, SUGGEST_MIN};
-pub use lanes::{BACKFILL_LOOK_MAX, Choice, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room};
+pub use lanes::{
+    BACKFILL_LOOK_MAX, Choice, EQUAL_KEY_PART, Fit, Job, Lane, LaneSettings, Lanes, Priority, RESERVE_PERCENT, Room,
+};
 pub use place::{EPOCH_MAX, Presented, Promise, Promised, parts_of, place_of};
 pub use ranked::{Ahead, Ranked};
 
 use parked::ParkedFor;
+use ready::Ready;
 
-use crate::ids::{AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, Revision, SpaceKey, Steady, Ticket};
+use crate::ids::{
+    AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket, WorkerKey,
+};
 use crate::protocol::{CallerClass, QueueOf};
 use crate::quota::{Demand, Queued};
 
@@ -45,6 +51,8 @@ pub struct Waiting {
     pub space: SpaceKey,
     /// The version of its app that asks.
     pub revision: Revision,
+    /// Whose calls a worker must have served that can serve this one again; None if that is not known.
+    pub worker: Option<WorkerKey>,
     /// What it asks for.
     pub demand: Demand,
     /// What its turn depends on.
@@ -141,6 +149,8 @@ struct Line {
     waiting: BTreeMap<u64, Arc<Waiting>>,
     /// Of those who wait, who could start now if there were room.
     lanes: Lanes,
+    /// The same, by their workers.
+    ready: Ready,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -205,6 +215,7 @@ impl Queue {
         line.lanes.configure(settings);
         if waiting.is_ready() {
             line.lanes.insert(waiting.job());
+            line.ready.insert(&waiting);
         }
         line.waiting.insert(waiting.place, waiting);
     }
@@ -238,6 +249,7 @@ impl Queue {
         let line = self.lines.get_mut(&node)?;
         line.lanes.remove(place);
         let waiting = line.waiting.remove(&place)?;
+        line.ready.remove(&waiting);
         if line.waiting.is_empty() {
             self.lines.remove(&node);
         }
@@ -291,8 +303,14 @@ impl Queue {
             (true, true) | (false, false) => {}
         }
         match (was_ready, waiting.is_ready()) {
-            (false, true) => line.lanes.insert(waiting.job()),
-            (true, false) => drop(line.lanes.remove(*place)),
+            (false, true) => {
+                line.lanes.insert(waiting.job());
+                line.ready.insert(waiting);
+            }
+            (true, false) => {
+                line.lanes.remove(*place);
+                line.ready.remove(waiting);
+            }
             (true, true) | (false, false) => {}
         }
         if waiting.is_untold() {
@@ -359,6 +377,11 @@ impl Queue {
     /// The order in which those who wait for a node are served.
     pub fn lanes(&self, node: &NodeName) -> Option<&Lanes> {
         self.lines.get(node).map(|line| &line.lanes)
+    }
+
+    /// The place of who has its turn first by key among those of a size who could be served by a worker of this function.
+    pub fn ready_for(&self, node: &NodeName, worker: &WorkerKey, size: Size) -> Option<u64> {
+        self.lines.get(node)?.ready.first(worker, size)
     }
 
     /// The request at a place of a node.
@@ -438,7 +461,6 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::Size;
 
     fn waiting(place: u64, node: &str, account: &str) -> Waiting {
         Waiting {
@@ -449,6 +471,7 @@ mod tests {
             cookie: None,
             space: SpaceKey::new("n", "s", "u"),
             revision: Revision(1),
+            worker: WorkerKey::new("pod", "container", 1),
             demand: Demand {
                 size: Size::Large,
                 weight: 1,
@@ -512,7 +535,7 @@ mod tests {
     /// Whoever is next on a node with room for a half.
     fn next(queue: &Queue) -> Option<u64> {
         let room = Room { large: true, ..Room::default() };
-        match queue.lanes(&NodeName::new("a"))?.next(&room)? {
+        match queue.lanes(&NodeName::new("a"))?.next(&room, &[])? {
             Choice::Start { place, .. } => Some(place),
             Choice::Reserve { .. } => None,
         }
@@ -571,6 +594,34 @@ mod tests {
         assert_eq!(next(&queue), Some(1));
         queue.start(&first.ticket);
         queue.remove(&waiting(2, "b", "bob").ticket);
+        assert_eq!(queue, Queue::default());
+    }
+
+    #[test]
+    fn who_could_use_a_kept_worker_is_found_by_it_while_it_is_ready() {
+        let mut queue = Queue::default();
+        let key = WorkerKey::new("pod", "container", 1).unwrap();
+        let node = NodeName::new("a");
+        let ready = |queue: &Queue, size| queue.ready_for(&node, &key, size);
+        let dear = Waiting { turn: Turn { key: 20, ..waiting(1, "a", "eve").turn }, ..waiting(1, "a", "eve") };
+        insert(&mut queue, dear);
+        insert(&mut queue, waiting(2, "a", "bob"));
+        insert(&mut queue, Waiting { worker: WorkerKey::new("pod", "container", 2), ..waiting(3, "a", "ann") });
+        insert(&mut queue, Waiting { worker: None, ..waiting(4, "a", "joe") });
+        insert(&mut queue, waiting(5, "b", "joe"));
+        assert_eq!((ready(&queue, Size::Large), ready(&queue, Size::Xlarge)), (Some(2), None));
+        queue.park(&waiting(2, "a", "bob").ticket, WaitsFor::Account);
+        assert_eq!(ready(&queue, Size::Large), Some(1), "it waits for its account");
+        queue.unpark(&AccountName::new("bob"), |_| true);
+        assert_eq!(ready(&queue, Size::Large), Some(2));
+        queue.start(&waiting(2, "a", "bob").ticket);
+        queue.unconfirm(&node, Steady(5));
+        assert_eq!(ready(&queue, Size::Large), None, "its agent has not presented it");
+        queue.confirm(&waiting(1, "a", "eve").ticket);
+        assert_eq!(ready(&queue, Size::Large), Some(1));
+        for (place, node, account) in [(1, "a", "eve"), (3, "a", "ann"), (4, "a", "joe"), (5, "b", "joe")] {
+            queue.remove(&waiting(place, node, account).ticket);
+        }
         assert_eq!(queue, Queue::default());
     }
 }

@@ -6,6 +6,7 @@ use spaceport_proto::nodelink::{self as link, node_message::Message};
 use super::state::{Ending, EndingKind, FreedKind, Idle, Lease, Phase, Report};
 use super::{Answer, Machine, NEIGHBOUR_MS, Step, wire};
 use crate::gate::{Device, Opens};
+use crate::slots::Slot;
 
 impl Machine {
     pub(super) fn release(&mut self, now_ms: u64, call: u64, pod_uid: &str, token: &str, fail: bool) {
@@ -105,22 +106,24 @@ impl Machine {
             let reply = if unused { Released::DeviceNotUsed } else { Released::Ended };
             self.steps.push_back(Step::ReplyRelease { call, reply });
         }
-        let keep = ending.kind == EndingKind::Released && worker_lives && !others_wait;
+        let (slot, limit_ms) = (lease.slot, lease.clear_limit_ms);
+        let grantable = |slot: Slot| self.cards.iter().any(|card| card.index == slot.card && card.grantable);
+        let may_keep = ending.kind == EndingKind::Released && worker_lives && !others_wait;
+        let kept = may_keep && worker.is_some() && slot.is_some_and(grantable);
         lease.phase = Phase::Ended {
             ending,
             report: Report { acknowledged: false, sent_ms: now_ms },
             freed: None,
             freed_report: Report::default(),
         };
-        let ended = wire::ended(lease, now_ms);
+        // Here what becomes of the slot is not on the lease yet.
+        let ended = wire::ended(lease, now_ms).map(|ended| link::Ended { kept, ..ended });
         self.steps.extend(ended.map(|ended| Step::Send(Message::Ended(ended))));
-        let (slot, limit_ms) = (lease.slot, lease.clear_limit_ms);
         let (caller, task) = (lease.caller.clone(), lease.task);
         self.book.owners.retain(|_, owner| owner != id);
         self.dirty = true;
-        let grantable = |card: u32| self.cards.iter().any(|known| known.index == card && known.grantable);
         match (slot, worker) {
-            (Some(slot), Some(mut worker)) if keep && grantable(slot.card) => {
+            (Some(slot), Some(mut worker)) if kept => {
                 worker.opened = saw_device;
                 self.steps.push_back(Step::Hold { worker: worker.clone(), card: slot.card });
                 let idle = Idle { caller, task, worker, clear_limit_ms: limit_ms, since_ms: now_ms };

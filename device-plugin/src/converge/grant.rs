@@ -97,7 +97,8 @@ impl Machine {
         self.steps.retain(|step| !matches!(step, Step::Send(_)));
         self.linked = true;
         let leases = self.leases.values().map(|lease| wire::node_lease(lease, now_ms)).collect();
-        let joined = link::Joined { epoch, cards: self.inventory_report(), leases };
+        self.idle_told = self.idle_report();
+        let joined = link::Joined { epoch, cards: self.inventory_report(), leases, idle: self.idle_told.clone() };
         self.steps.push_back(Step::Send(Message::Joined(joined)));
         self.present_requests(now_ms);
         self.repeat_reports(now_ms, true);
@@ -446,7 +447,7 @@ impl Machine {
     pub(super) fn report_inventory(&mut self) {
         self.note_capacity();
         let cards = self.inventory_report();
-        let heartbeat = link::Heartbeat { inventory_changed: true, cards };
+        let heartbeat = link::Heartbeat { inventory_changed: true, cards, ..link::Heartbeat::default() };
         self.steps.push_back(Step::Send(Message::Heartbeat(heartbeat)));
     }
 

@@ -5,10 +5,14 @@
 //! the worker so that it leaves by itself would let it compute outside every lease for as long as its handler likes, and
 //! an idle worker has nothing to finish; so it is killed, as one that must make room.
 
+use std::collections::BTreeMap;
+
+use spaceport_proto::nodelink::{self as link, node_message::Message};
+
 use super::state::{Idle, Phase, Worker};
-use super::{Machine, Step};
+use super::{Machine, Step, wire};
 use crate::process_status::{ProcessStatus, SignalSet};
-use crate::slots::Slot;
+use crate::slots::{Slot, of_card};
 
 /// Between two looks at the frozen workers. Somebody may be waiting for the worker's end, for whom a quarter of a second is
 /// no wait (Ctrl-C, a container's stop with its 30 s); a look reads one small file for each held slot. While nothing is
@@ -70,6 +74,44 @@ impl Machine {
         if let Some(why) = idle.worker.must_end(seen) {
             self.steps.push_back(Step::IdleEnds { worker: idle.worker.clone(), why });
             self.end_idle(|idle| idle.worker.cgroup_id == cgroup_id);
+        }
+    }
+
+    /// The frozen workers that a call of their own function would get, and those that have to go and whose slots clear, in the
+    /// order of their slots, for the broker. Not those whose slot it knows to be in use by a lease, nor those on a card that
+    /// has no such slot any more.
+    pub(super) fn idle_report(&self) -> Vec<link::IdleWorker> {
+        let is_begun = |id: &String| self.leases.get(id).is_some_and(|lease| lease.phase != Phase::Waiting);
+        let begun: Vec<Slot> = self.book.owners.iter().filter(|(_, id)| is_begun(id)).map(|(slot, _)| *slot).collect();
+        let kept = self.book.idle.iter().filter(|(slot, _)| !self.book.clears(**slot));
+        let kept = kept.map(|(slot, idle)| (*slot, wire::idle(*slot, idle)));
+        let leaving = self.book.clearing.values().filter(|clearing| clearing.lease.is_none());
+        let leaving = leaving.map(|clearing| clearing.slot).filter(|slot| !self.book.quarantined.contains_key(slot));
+        // Two workers may leave one slot: one that was kept, and one that had died before.
+        let all: BTreeMap<Slot, link::IdleWorker> =
+            kept.chain(leaving.map(|slot| (slot, wire::leaving(slot)))).collect();
+        let is_there = |slot: Slot| {
+            let card = self.cards.iter().find(|card| card.index == slot.card);
+            card.is_some_and(|card| of_card(card.index, card.large_slots, slot.size()).contains(&slot))
+        };
+        // Until it runs again, which is told first, a lease is expected to find its worker there.
+        let is_reused = |slot: Slot| self.book.idle.contains_key(&slot) && self.is_being_reused(slot);
+        let is_free = |slot: Slot| is_reused(slot) || !begun.iter().any(|other| other.overlaps(slot));
+        let told = |slot: Slot| is_there(slot) && is_free(slot);
+        all.into_iter().filter(|(slot, _)| told(*slot)).map(|(_, worker)| worker).collect()
+    }
+
+    /// Tells the leader of the frozen workers when they are others than it was told last. At once: it expects orders where
+    /// they are (L7).
+    pub(super) fn tell_idle(&mut self) {
+        if !self.linked {
+            return;
+        }
+        let idle = self.idle_report();
+        if idle != self.idle_told {
+            self.idle_told.clone_from(&idle);
+            let heartbeat = link::Heartbeat { idle_changed: true, idle, ..link::Heartbeat::default() };
+            self.steps.push_back(Step::Send(Message::Heartbeat(heartbeat)));
         }
     }
 

@@ -388,6 +388,8 @@ pub struct Machine {
     trouble: BTreeMap<u32, (String, u64)>,
     /// When frozen workers are looked at next, while there are any.
     idle_look_ms: u64,
+    /// The frozen workers that the leader was told of last.
+    idle_told: Vec<link::IdleWorker>,
     steps: VecDeque<Step>,
     dirty: bool,
 }
@@ -408,6 +410,7 @@ impl Machine {
             arrivals: 0,
             trouble: BTreeMap::new(),
             idle_look_ms: 0,
+            idle_told: Vec::new(),
             steps: VecDeque::new(),
             dirty: false,
         }
@@ -449,6 +452,7 @@ impl Machine {
             }
             Event::Tick => self.tick(now_ms),
         }
+        self.tell_idle();
         self.book.assert_exclusive();
         std::mem::take(&mut self.steps)
     }

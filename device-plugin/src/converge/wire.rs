@@ -3,9 +3,9 @@
 use spaceport_core::ids::Size;
 use spaceport_proto::nodelink as link;
 
-use crate::slots::of_card;
+use crate::slots::{Slot, of_card};
 
-use super::state::{Book, Caller, Card, Ending, EndingKind, FreedKind, Lease, Mark, Phase};
+use super::state::{Book, Caller, Card, Ending, EndingKind, FreedKind, Idle, Lease, Mark, Phase};
 
 pub(super) fn size(size: Size) -> link::Size {
     match size {
@@ -50,6 +50,22 @@ pub(super) fn card(card: &Card, book: &Book) -> link::Card {
         grantable: card.grantable,
         quarantined_slots: quarantined(card, book),
     }
+}
+
+pub(super) fn idle(slot: Slot, idle: &Idle) -> link::IdleWorker {
+    link::IdleWorker {
+        pod_uid: idle.caller.pod.pod_uid.clone(),
+        container: idle.caller.container.clone(),
+        task_id: idle.task,
+        card: slot.card,
+        size: size(slot.size()).into(),
+        leaving: false,
+    }
+}
+
+pub(super) fn leaving(slot: Slot) -> link::IdleWorker {
+    let (card, size) = (slot.card, size(slot.size()).into());
+    link::IdleWorker { card, size, leaving: true, ..link::IdleWorker::default() }
 }
 
 fn boundaries(marks: &[Mark], now_ms: u64) -> Vec<link::Boundary> {
@@ -103,16 +119,18 @@ fn ended_message(lease: &str, ending: &Ending) -> link::Ended {
         message: ending.message.clone(),
         boundaries: Vec::new(),
         card: 0,
+        kept: false,
     }
 }
 
 /// `None` if the lease is not over.
 pub(super) fn ended(lease: &Lease, now_ms: u64) -> Option<link::Ended> {
-    let Phase::Ended { ending, .. } = &lease.phase else { return None };
+    let Phase::Ended { ending, freed, .. } = &lease.phase else { return None };
     Some(link::Ended {
         context_seen: lease.context_seen,
         boundaries: boundaries(&lease.marks, now_ms),
         card: lease.slot.map_or(0, |slot| slot.card),
+        kept: matches!(freed, Some((FreedKind::Held, _))),
         ..ended_message(&lease.id, ending)
     })
 }

@@ -1,7 +1,9 @@
 //! Nodelink messages as the ledger's commands, and the ledger's effects as nodelink messages. Pure.
 
-use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Size};
-use spaceport_core::lease::{AgentLease, AgentPhase, Command, EndReport, FreedAs, Order, PickedSlot, Place};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, NodeName, Size, WorkerKey};
+use spaceport_core::lease::{
+    AgentLease, AgentPhase, Command, EndReport, FreedAs, IdleWorker, Order, PickedSlot, Place,
+};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::{CallerClass, Denial};
 use spaceport_core::queue::{Presented, Promised, WaitsFor};
@@ -9,6 +11,10 @@ use spaceport_core::slots::Card;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_proto::nodelink::node_message::Message as Incoming;
+
+/// Most workers that a node keeps: one on each slot, and 16 cards have two slots each. Of a message that does not say which
+/// cards there are.
+const IDLE_MAX: u64 = 128;
 
 /// A message that makes no sense; the session that sent it is ended, and the agent begins anew.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,10 +37,17 @@ pub fn command(node: &NodeName, message: &Incoming) -> Result<Option<Command>, N
             epoch: Epoch(joined.epoch),
             cards: joined.cards.iter().map(card).collect(),
             leases: joined.leases.iter().map(agent_lease).collect::<Result<_, _>>()?,
+            idle: idle_workers("Joined", &joined.idle, Some(&joined.cards))?,
         },
         Incoming::Heartbeat(heartbeat) => Command::Heartbeat {
             node,
             cards: heartbeat.inventory_changed.then(|| heartbeat.cards.iter().map(card).collect()),
+            idle: if heartbeat.idle_changed {
+                let cards = heartbeat.inventory_changed.then_some(heartbeat.cards.as_slice());
+                Some(idle_workers("Heartbeat", &heartbeat.idle, cards)?)
+            } else {
+                None
+            },
         },
         Incoming::Started(started) => Command::Started {
             node,
@@ -44,7 +57,8 @@ pub fn command(node: &NodeName, message: &Incoming) -> Result<Option<Command>, N
         Incoming::Refused(refused) => Command::Refused { node, lease: LeaseId::new(&refused.lease) },
         Incoming::Running(running) => Command::Running { node, lease: LeaseId::new(&running.lease) },
         Incoming::Ended(ended) => {
-            Command::Ended { node, lease: LeaseId::new(&ended.lease), report: end_report(ended)? }
+            let (lease, report) = (LeaseId::new(&ended.lease), end_report(ended)?);
+            Command::Ended { node, lease, report, kept: ended.kept }
         }
         Incoming::Freed(freed) => Command::Freed {
             node,
@@ -76,6 +90,34 @@ pub fn presented(request: &proto::Request) -> Option<Presented> {
         number: request.place_number,
         promised: (promised.wait_ms > 0).then_some(promised),
     })
+}
+
+/// Whose kept worker can serve a request; none if it does not say which function of which container it is of.
+pub fn worker(pod: &proto::Pod, task: u64) -> Option<WorkerKey> {
+    WorkerKey::new(&pod.pod_uid, &pod.container, task)
+}
+
+/// `cards` are those of the message, if it has them.
+fn idle_workers(
+    message: &'static str,
+    idle: &[proto::IdleWorker],
+    cards: Option<&[proto::Card]>,
+) -> Result<Vec<IdleWorker>, Nonsense> {
+    let slots = cards.map(|cards| cards.iter().map(|card| u64::from(card.large_slots)).sum::<u64>());
+    if idle.len() as u64 > slots.unwrap_or(IDLE_MAX).min(IDLE_MAX) {
+        return Err(Nonsense { message, problem: "more kept workers than slots" });
+    }
+    let parsed = |idle: &proto::IdleWorker| -> Result<IdleWorker, Nonsense> {
+        let named = WorkerKey::new(&idle.pod_uid, &idle.container, idle.task_id);
+        let worker = named.filter(|_| !idle.leaving);
+        if worker.is_none() && !idle.leaving {
+            return Err(Nonsense { message, problem: "a kept worker without the names of its pod and container" });
+        }
+        let size =
+            size(idle.size()).ok_or(Nonsense { message, problem: "a kept worker without the size of its slot" })?;
+        Ok(IdleWorker { worker, card: idle.card, size })
+    };
+    idle.iter().map(parsed).collect()
 }
 
 fn card(card: &proto::Card) -> Card {
@@ -219,6 +261,81 @@ mod tests {
         let lease = proto::NodeLease { phase: proto::LeasePhase::Ended.into(), ..proto::NodeLease::default() };
         let joined = Incoming::Joined(proto::Joined { leases: vec![lease], ..proto::Joined::default() });
         assert!(command(&node, &joined).is_err());
+    }
+
+    fn kept(task_id: u64) -> proto::IdleWorker {
+        let (pod_uid, container) = ("pod".to_owned(), "container".to_owned());
+        proto::IdleWorker { pod_uid, container, task_id, card: 3, size: proto::Size::Xlarge.into(), leaving: false }
+    }
+
+    fn joined(slots: u32, idle: Vec<proto::IdleWorker>) -> Incoming {
+        let card = proto::Card { large_slots: slots, ..proto::Card::default() };
+        Incoming::Joined(proto::Joined { cards: vec![card], idle, ..proto::Joined::default() })
+    }
+
+    #[test]
+    fn kept_workers_are_told_as_a_whole_or_not_at_all() {
+        let node = NodeName::new("gpu-1");
+        let expected = IdleWorker { worker: WorkerKey::new("pod", "container", 7), card: 3, size: Size::Xlarge };
+        match command(&node, &joined(2, vec![kept(7)])) {
+            Ok(Some(Command::NodeJoined { idle, .. })) => assert_eq!(idle, std::slice::from_ref(&expected)),
+            other => panic!("{other:?}"),
+        }
+        let told = |idle_changed, idle| {
+            let heartbeat = proto::Heartbeat { idle_changed, idle, ..proto::Heartbeat::default() };
+            match command(&node, &Incoming::Heartbeat(heartbeat)) {
+                Ok(Some(Command::Heartbeat { idle, cards: None, .. })) => idle,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(told(true, vec![kept(7)]), Some(vec![expected.clone()]));
+        let leaving = proto::IdleWorker { leaving: true, ..kept(7) };
+        assert_eq!(told(true, vec![leaving]), Some(vec![IdleWorker { worker: None, ..expected }]));
+        assert_eq!(told(true, Vec::new()), Some(Vec::new()), "none any more");
+        assert_eq!(told(false, Vec::new()), None, "as before");
+    }
+
+    #[test]
+    fn an_end_says_whether_its_worker_is_kept() {
+        let told = |kept| {
+            let kind = proto::EndKind::Released.into();
+            let ended = proto::Ended { lease: "x".to_owned(), kind, kept, ..proto::Ended::default() };
+            match command(&NodeName::new("gpu-1"), &Incoming::Ended(ended)) {
+                Ok(Some(Command::Ended { kept, .. })) => kept,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((told(true), told(false)), (true, false));
+    }
+
+    #[test]
+    fn a_node_keeps_no_more_workers_than_it_has_slots_and_names_each() {
+        let node = NodeName::new("gpu-1");
+        let problem = |message: &Incoming| command(&node, message).unwrap_err().to_string();
+        assert!(command(&node, &joined(2, vec![kept(1), kept(2)])).is_ok());
+        let more = vec![kept(1), kept(2), kept(3)];
+        assert_eq!(problem(&joined(2, more)), "Joined: more kept workers than slots");
+        let many = (0..=IDLE_MAX).map(kept).collect();
+        assert_eq!(problem(&joined(u32::MAX, many)), "Joined: more kept workers than slots");
+        let heartbeat =
+            |idle| Incoming::Heartbeat(proto::Heartbeat { idle_changed: true, idle, ..proto::Heartbeat::default() });
+        let many = (0..=IDLE_MAX).map(kept).collect();
+        assert_eq!(problem(&heartbeat(many)), "Heartbeat: more kept workers than slots");
+        let nameless = proto::IdleWorker { container: String::new(), ..kept(1) };
+        let expected = "Heartbeat: a kept worker without the names of its pod and container";
+        assert_eq!(problem(&heartbeat(vec![nameless])), expected);
+        let sizeless = proto::IdleWorker { size: 0, ..kept(1) };
+        assert_eq!(problem(&heartbeat(vec![sizeless])), "Heartbeat: a kept worker without the size of its slot");
+        // One that says nothing of workers is not asked about them.
+        let quiet = proto::Heartbeat { idle: vec![proto::IdleWorker::default()], ..proto::Heartbeat::default() };
+        assert!(command(&node, &Incoming::Heartbeat(quiet)).is_ok());
+    }
+
+    #[test]
+    fn a_request_names_the_function_that_its_worker_must_have_served() {
+        let pod = proto::Pod { pod_uid: "pod".to_owned(), container: "container".to_owned(), ..proto::Pod::default() };
+        assert_eq!(worker(&pod, 7), WorkerKey::new("pod", "container", 7));
+        assert_eq!(worker(&proto::Pod::default(), 7), None);
     }
 
     #[test]

@@ -306,6 +306,7 @@ mod tests {
             cookie: None,
             space: SpaceKey::new("demo", "hello", "u"),
             revision: Revision::default(),
+            worker: None,
             demand: Demand {
                 size: Size::Large,
                 weight: 1,

@@ -77,7 +77,7 @@ impl Policy for TwoLane {
         // One reservation at a time, which passes on at most once, from one lane to the other: three rounds.
         loop {
             let (room, kept) = self.room(now_ms, node);
-            let (place, fit) = match self.lanes.next(&room)? {
+            let (place, fit) = match self.lanes.next(&room, &[])? {
                 Choice::Start { place, fit } => (place, fit),
                 Choice::Reserve { place, lane } => {
                     self.lanes.reserve(place, lane);

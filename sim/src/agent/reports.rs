@@ -1,6 +1,6 @@
 //! How leases end on their node, what is said of it, and what a restart leaves (L10, L11).
 
-use spaceport_core::ids::LeaseId;
+use spaceport_core::ids::{LeaseId, Size};
 use spaceport_core::lease::{Command, EndReport, FreedAs};
 use spaceport_core::page::Ending;
 
@@ -32,15 +32,19 @@ impl Agent {
             (_, _) => (0, Ending::NeverAllowed),
         };
         let report = EndReport { ending, used_ms };
+        let returned = matches!(held.phase, Phase::Running { .. }) && ending == Ending::Released;
+        let kept = returned && self.keep(lease);
+        let Some(held) = self.leases.get_mut(lease) else { return };
         // Without a slot there is nothing to clear.
-        let freed = held.card.is_none();
+        let freed = kept || held.card.is_none();
         held.phase = Phase::Ended { report, freed };
         self.notices.push(Notice::Ended(lease.clone(), report));
         let (node, lease) = (self.name.clone(), lease.clone());
-        self.send(Command::Ended { node, lease: lease.clone(), report });
+        self.send(Command::Ended { node, lease: lease.clone(), report, kept });
         if freed {
-            self.tell_freed(lease, FreedAs::Free);
+            self.tell_freed(lease, if kept { FreedAs::Held } else { FreedAs::Free });
         }
+        self.tell_idle();
     }
 
     pub(super) fn cancel(&mut self, lease: &LeaseId, now: u64) {
@@ -51,7 +55,7 @@ impl Agent {
             None => {
                 let report = EndReport { ending: Ending::Cancelled, used_ms: 0 };
                 let node = self.name.clone();
-                self.send(Command::Ended { node, lease: lease.clone(), report });
+                self.send(Command::Ended { node, lease: lease.clone(), report, kept: false });
                 self.tell_freed(lease.clone(), FreedAs::Free);
             }
         }
@@ -68,17 +72,31 @@ impl Agent {
         }
     }
 
+    /// The slot of a worker that was kept is clear, or will not be. Nobody but the inventory tells of it.
+    pub fn free_evicted(&mut self, lease: &LeaseId, how: FreedAs, now: u64) {
+        let Some((card, size)) = self.evicted.remove(lease) else { return };
+        if how == FreedAs::Quarantined {
+            self.quarantine(card, size);
+        }
+        self.tell_idle();
+        self.begin_waiting(now);
+    }
+
+    fn quarantine(&mut self, index: u32, size: Size) {
+        if let Some(card) = self.cards.iter_mut().find(|known| known.index == index) {
+            card.quarantined_slots = (card.quarantined_slots + card.slots_of(size)).min(card.large_slots);
+            self.tell_cards();
+        }
+    }
+
     /// Its slot is clear, or will not be.
     pub fn free(&mut self, lease: &LeaseId, how: FreedAs, now: u64) {
         let Some(held) = self.leases.get_mut(lease) else { return };
         let Phase::Ended { report, freed: false } = held.phase else { return };
         held.phase = Phase::Ended { report, freed: true };
-        let size = held.order.size;
-        if how == FreedAs::Quarantined
-            && let Some(card) = self.cards.iter_mut().find(|known| Some(known.index) == held.card)
-        {
-            card.quarantined_slots = (card.quarantined_slots + card.slots_of(size)).min(card.large_slots);
-            self.tell_cards();
+        let (card, size) = (held.card, held.order.size);
+        if let Some(card) = card.filter(|_| how == FreedAs::Quarantined) {
+            self.quarantine(card, size);
         }
         self.tell_freed(lease.clone(), how);
         self.begin_waiting(now);
@@ -87,7 +105,7 @@ impl Agent {
     /// The inventory has changed.
     pub fn tell_cards(&mut self) {
         let (node, cards) = (self.name.clone(), Some(self.cards.clone()));
-        self.send(Command::Heartbeat { node, cards });
+        self.send(Command::Heartbeat { node, cards, idle: None });
     }
 
     /// A card fails or comes back. What runs there ends as a platform fault (N3, docs/rules.md).
@@ -121,7 +139,7 @@ impl Agent {
             .collect();
         for (lease, report, freed) in reports {
             let node = self.name.clone();
-            self.send(Command::Ended { node, lease: lease.clone(), report });
+            self.send(Command::Ended { node, lease: lease.clone(), report, kept: false });
             if freed {
                 self.tell_freed(lease, FreedAs::Free);
             }
@@ -160,6 +178,8 @@ impl Agent {
 
     /// Nothing runs any more, and the memory of everything is back; the end is reported as a platform fault.
     fn lose_all(&mut self, now: u64) {
+        self.idle.clear();
+        self.evicted.clear();
         for lease in self.leases.keys().cloned().collect::<Vec<_>>() {
             if let Some(held) = self.leases.get_mut(&lease) {
                 let over = matches!(held.phase, Phase::Ended { .. });

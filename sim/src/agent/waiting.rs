@@ -6,6 +6,7 @@ use spaceport_core::lease::{Command, Place};
 use spaceport_core::queue::{Presented, Promised};
 use spaceport_core::slots::{Card, Occupancy, pick};
 
+use super::idle::Spot;
 use super::{Agent, Asked, Notice, Phase, Told};
 use crate::broken::NodeFault;
 
@@ -73,26 +74,35 @@ impl Agent {
         }
         let (size, after) = (held.order.size, held.order.after.clone());
         let kept = held.reserved.filter(|card| self.fits(*card, size, &self.spoken_for(false, Some(id))));
-        let place = kept.map(|card| (card, self.fits(card, size, &self.occupancy())));
-        let place = place.or_else(|| self.place(&held.order, Some(id)));
+        let place = kept.map(|card| {
+            let is_clear = self.fits(card, size, &self.occupancy());
+            (card, if is_clear { Spot::Clear } else { Spot::Clears })
+        });
+        let (order, request) = (held.order.clone(), held.request.clone());
+        let place = place.or_else(|| self.place(&order, &request, Some(id)));
+        if let Some((card, spot)) = place {
+            self.take(card, spot, &order, &request);
+        }
         match place {
-            Some((card, true)) => {
+            Some((card, spot)) if spot.is_clear() => {
                 if self.is_pending(after.as_ref()) {
                     self.notices.push(Notice::Swapped(id.clone()));
                 }
                 if let Some(held) = self.leases.get_mut(id) {
-                    (held.card, held.reserved, held.phase) = (Some(card), None, Phase::Assigned { since: now });
+                    (held.card, held.reserved, held.phase) = (Some(card), None, spot.phase(now));
                 }
                 self.tell_slot(id);
+                self.tell_reuse(id);
                 self.notices.push(Notice::Began(id.clone()));
             }
-            Some((card, false)) => self.await_slot(id, Some(card)),
+            Some((card, _)) => self.await_slot(id, Some(card)),
             None if self.is_pending(after.as_ref()) => self.await_slot(id, None),
             None => {
                 self.notices.push(Notice::NoSlot { lease: id.clone() });
                 self.refuse_waiting(id, now);
             }
         }
+        self.tell_idle();
     }
 
     fn await_slot(&mut self, id: &LeaseId, card: Option<u32>) {

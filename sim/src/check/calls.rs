@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, Steady, Ticket};
-use spaceport_core::lease::{Account, Event, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State};
+use spaceport_core::lease::{
+    Account, Event, IdleWorker, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State,
+};
 use spaceport_core::page::{Hold, Page};
 use spaceport_core::protocol::{CallerClass, Denial, wire};
-use spaceport_core::queue::WaitsFor;
+use spaceport_core::queue::{Lane, Waiting, WaitsFor};
 use spaceport_core::quota::SHORTENED_MIN_MS;
 
 use crate::coverage::Scenario;
@@ -59,8 +61,11 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 world.seen_calls.promised.remove(ticket);
             }
             Event::Parked { waits_for: WaitsFor::Space, .. } => world.coverage.saw(Scenario::WaitedForSpace),
-            Event::Reserved { waiting, lease, at, .. } => {
+            Event::Reserved { waiting, lease, at, avoid, .. } => {
                 world.seen_calls.decided.insert(lease.clone(), *at);
+                if avoid.is_empty() && is_preferred(world, number, lease, waiting) {
+                    world.coverage.saw(Scenario::PreferredForWorker);
+                }
                 let own =
                     |hold: &&Arc<Hold>| hold.cookie.as_ref().map(|window| &window.cookie) == waiting.cookie.as_ref();
                 let full = |account: &Account| {
@@ -89,6 +94,18 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
         }
     }
     Ok(())
+}
+
+/// Somebody waits on whose turn would have come before by key, and its own worker is kept (L16).
+fn is_preferred(world: &World, number: u64, lease: &LeaseId, waiting: &Waiting) -> bool {
+    let Some(state) = world.state(number) else { return false };
+    let by_key = state.leases.get(lease).is_some_and(|lease| lease.lane == Some(Lane::Fast));
+    let size = waiting.demand.size;
+    let own = |idle: &IdleWorker| idle.worker.is_some() && idle.worker == waiting.worker && idle.size == size;
+    let is_kept = state.nodes.get(&waiting.node).is_some_and(|node| node.idle.iter().any(own));
+    let first = state.queue.lanes(&waiting.node).and_then(|lanes| lanes.get(lanes.first_of(size)?));
+    let key = (waiting.turn.key, waiting.place);
+    by_key && is_kept && first.is_some_and(|first| (first.key, first.place) < key)
 }
 
 /// L1: a broker lets no more leases of a Space begin than its owner chose, as far as it made them itself. True at the limit.

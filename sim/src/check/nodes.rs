@@ -7,6 +7,8 @@ use spaceport_core::lease::{NOBODYS, SlotUse};
 use spaceport_core::page::{Ending, Page};
 
 use crate::agent::{Agent, Held, Phase};
+use crate::broker::{Session, Term};
+use crate::links::Link;
 use crate::violation::{Checked, Rule};
 use crate::world::World;
 
@@ -144,6 +146,7 @@ pub fn pictures(world: &World, number: u64) -> Checked {
         if !current || !term.state.joined(node) {
             continue;
         }
+        kept(world, term, node, agent, session)?;
         for (lease, held) in &agent.leases {
             let clear = matches!(held.phase, Phase::Ended { freed: true, .. });
             if clear || held.card.is_none() {
@@ -156,4 +159,17 @@ pub fn pictures(world: &World, number: u64) -> Checked {
         }
     }
     Ok(())
+}
+
+/// L16: a broker that has heard everything from a node knows which workers it keeps, no more and no fewer: so that calls are
+/// ordered where their workers are.
+fn kept(world: &World, term: &Term, node: &NodeName, agent: &Agent, session: &Session) -> Checked {
+    let all_heard = |link: &Link| link.up.is_empty() && !link.broken && agent.sends.is_empty();
+    if !world.links.get(&session.link).is_some_and(all_heard) {
+        return Ok(());
+    }
+    let (kept, known) = (agent.idle_list(), term.state.nodes.get(node).map_or(&[][..], |known| known.idle.as_slice()));
+    Rule::L(16).check(kept.as_slice() == known, || {
+        format!("{node} keeps {} workers that the broker was told of, which knows of {}", kept.len(), known.len())
+    })
 }

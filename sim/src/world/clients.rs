@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Revision, Size, Ticket};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Revision, Size, Ticket, WorkerKey};
 use spaceport_core::lease::{Budget, EndReport, FreedAs, Request};
 use spaceport_core::page::Ending;
 use spaceport_core::protocol::UnauthenticatedReason;
@@ -19,6 +19,10 @@ use crate::weather::FaultKind;
 const RETRIES_MAX: u32 = 2;
 /// Visitors of an address prefix.
 const VISITORS: u64 = 5;
+/// Functions of an app.
+const FUNCTIONS: u64 = 3;
+/// How long it takes, on average, until a kept worker that is killed has given its memory back.
+const EVICTED_MS: u64 = 300;
 /// `/allow` this near to the limit is a race.
 const RACE_MS: u64 = 20;
 
@@ -44,13 +48,6 @@ pub enum Habit {
         run_ms: u64,
         /// How.
         ending: Ending,
-    },
-    /// An idle worker serves it.
-    Reuses {
-        /// From the grant, milliseconds.
-        run_ms: u64,
-        /// The idle worker had died: a new one is allowed after so long.
-        dead_ms: Option<u64>,
     },
     /// Asks for its device at the very limit.
     Races,
@@ -124,7 +121,9 @@ impl World {
         let cookie = is_guest.then(|| CookieId::new(format!("c{}", self.random.below(VISITORS))));
         let ticket = Ticket { agent_instance: "".into(), number: 0 };
         let (revision, presented) = (Revision::default(), None);
-        let request = Request { cookie, ticket, node, space, revision, size, declared_ms, caller, budget, presented };
+        let worker = WorkerKey::new(&space.uid, node.as_str(), self.random.below(FUNCTIONS));
+        let request =
+            Request { cookie, ticket, node, space, revision, worker, size, declared_ms, caller, budget, presented };
         self.ask(request, 0);
     }
 
@@ -158,7 +157,6 @@ impl World {
             0 => Habit::NeverAllows,
             1 => Habit::Races,
             2 => Habit::Leaves { after_ms: random.between(0, 3_000) },
-            3..=5 => Habit::Reuses { run_ms, dead_ms: random.chance(300).then(|| random.between(10, 1_000)) },
             _ => {
                 let ending = match random.below(10) {
                     0 => Ending::Failed,
@@ -177,10 +175,12 @@ impl World {
             return;
         };
         let habit = habit.habit;
-        let Some(agent) = self.agents.get_mut(node) else { return };
-        let Some(held) = agent.leases.get(lease) else { return };
+        let Some(held) = self.agents.get(node).and_then(|agent| agent.leases.get(lease)) else { return };
         let allow_limit_ms = held.order.limits.allow_limit_ms;
         let (now, name, id) = (self.now, node.clone(), lease.clone());
+        if matches!(held.phase, Phase::Running { reused: true, .. }) {
+            return self.began_again(node, lease, habit);
+        }
         self.agenda.add(now + allow_limit_ms, Happening::Limit(name.clone()));
         match habit {
             Habit::Works { allow_ms, .. } => self.agenda.add(now + allow_ms, Happening::Allow(name, id)),
@@ -192,22 +192,26 @@ impl World {
             Habit::Leaves { after_ms } => {
                 self.agenda.add(now + after_ms, Happening::Done(name, id, Ending::Undelivered));
             }
-            Habit::Reuses { run_ms, dead_ms } => {
-                let clock = agent.clock(now);
-                agent.reuse(lease, clock);
-                self.deadline(node, lease);
-                match dead_ms {
-                    Some(dead_ms) => {
-                        self.coverage.saw(Scenario::IdleWorkerDead);
-                        self.agenda.add(now + dead_ms, Happening::Allow(name, id));
-                    }
-                    None => {
-                        self.coverage.saw(Scenario::ReusedWorker);
-                        self.agenda.add(now + run_ms, Happening::Done(name, id, Ending::Released));
-                    }
-                }
-            }
         }
+    }
+
+    /// A lease has its own worker back, and its clock runs. The worker may have died since it was kept: then a new one is
+    /// allowed.
+    fn began_again(&mut self, node: &NodeName, lease: &LeaseId, habit: Habit) {
+        let (now, name, id) = (self.now, node.clone(), lease.clone());
+        self.deadline(node, lease);
+        if self.random.chance(300) {
+            self.coverage.saw(Scenario::IdleWorkerDead);
+            let at = now + self.random.between(10, 1_000);
+            return self.agenda.add(at, Happening::Allow(name, id));
+        }
+        self.coverage.saw(Scenario::ReusedWorker);
+        let (run_ms, ending) = match habit {
+            Habit::Works { run_ms, ending, .. } => (run_ms, ending),
+            Habit::Races | Habit::NeverAllows => (100, Ending::Released),
+            Habit::Leaves { after_ms } => (after_ms, Ending::Undelivered),
+        };
+        self.agenda.add(now + run_ms, Happening::Done(name, id, ending));
     }
 
     fn deadline(&mut self, node: &NodeName, lease: &LeaseId) {
@@ -244,7 +248,6 @@ impl World {
         }
         let (run_ms, ending) = match habit {
             Habit::Works { run_ms, ending, .. } => (run_ms, ending),
-            Habit::Reuses { run_ms, .. } => (run_ms, Ending::Released),
             Habit::Races | Habit::NeverAllows | Habit::Leaves { .. } => (100, Ending::Released),
         };
         self.deadline(node, lease);
@@ -275,21 +278,42 @@ impl World {
     }
 
     pub(super) fn cleared(&mut self, node: &NodeName, lease: &LeaseId) {
-        let ended = self.agents.get(node).and_then(|agent| agent.leases.get(lease)).map(|held| held.phase);
-        if !matches!(ended, Some(Phase::Ended { freed: false, .. })) {
+        let Some(agent) = self.agents.get(node) else { return };
+        let evicted = agent.evicted.contains_key(lease);
+        let ended = agent.leases.get(lease).map(|held| held.phase);
+        if !evicted && !matches!(ended, Some(Phase::Ended { freed: false, .. })) {
             return;
         }
         let how = if self.strikes(FaultKind::SlotStuck) {
             self.coverage.saw(Scenario::Quarantined);
             FreedAs::Quarantined
-        } else if self.random.chance(200) {
-            FreedAs::Held
         } else {
             FreedAs::Free
         };
-        if let Some(agent) = self.agents.get_mut(node) {
-            let now = agent.clock(self.now);
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        let now = agent.clock(self.now);
+        if evicted {
+            agent.free_evicted(lease, how, now);
+        } else {
             agent.free(lease, how, now);
+        }
+    }
+
+    /// A worker that was kept is killed; there is nothing else to wait for.
+    pub(super) fn evicted(&mut self, node: &NodeName, lease: LeaseId) {
+        self.coverage.saw(Scenario::IdleEvicted);
+        let at = self.now + self.random.around(EVICTED_MS);
+        self.agenda.add(at, Happening::Cleared(node.clone(), lease));
+    }
+
+    /// A worker that is kept is asked to end. Not in a calm world: an order may be on its way to where it was.
+    pub(super) fn lose_idle(&mut self, node: &NodeName) {
+        let kept = self.agents.get(node).map_or(0, |agent| agent.idle.len());
+        if kept > 0 && !self.plan.weather.is_calm() && self.random.chance(20) {
+            let number = usize::try_from(self.random.below(kept as u64)).unwrap_or_default();
+            if let Some(agent) = self.agents.get_mut(node) {
+                agent.lose_idle(number);
+            }
         }
     }
 
@@ -326,7 +350,7 @@ impl World {
         let lease = LeaseId::new(format!("nobody{}", self.now));
         let report = EndReport { ending: Ending::Released, used_ms: 5_000 };
         if agent.leader.is_some() {
-            agent.sends.push(Command::Ended { node: node.clone(), lease: lease.clone(), report });
+            agent.sends.push(Command::Ended { node: node.clone(), lease: lease.clone(), report, kept: true });
             agent.sends.push(Command::Freed { node: node.clone(), lease, how: FreedAs::Free });
         }
     }

@@ -139,7 +139,12 @@ impl World {
     /// The world of a plan, at its beginning.
     pub fn new(plan: Plan, trace: bool) -> Self {
         let fault = plan.broken.and_then(crate::broken::Broken::of_node);
-        let agents = plan.nodes.iter().map(|node| (node.name.clone(), Agent::new(&node.name, &node.cards, fault)));
+        let agent = |name, cards| {
+            let mut agent = Agent::new(name, cards, fault);
+            agent.keeps_eagerly = plan.keeps_eagerly;
+            agent
+        };
+        let agents = plan.nodes.iter().map(|node| (node.name.clone(), agent(&node.name, &node.cards)));
         Self {
             now: 1_000,
             random: Random::new(plan.seed ^ 0xfeed),

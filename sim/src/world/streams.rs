@@ -198,8 +198,9 @@ impl World {
         let links: Vec<LinkId> =
             self.links.iter().filter(|(_, link)| link.node == *node && link.welcomed).map(|(id, _)| *id).collect();
         for link in links {
-            self.send_up(link, Command::Heartbeat { node: node.clone(), cards: None });
+            self.send_up(link, Command::Heartbeat { node: node.clone(), cards: None, idle: None });
         }
+        self.lose_idle(node);
         if self.strikes(FaultKind::UnknownReport) {
             self.report_unknown(node);
         }
@@ -274,6 +275,7 @@ impl World {
             Notice::Refused(ticket) => self.answered(&ticket, 100),
             Notice::GaveUp(ticket) => self.answered(&ticket, 500),
             Notice::Swapped(_) => self.coverage.saw(Scenario::HandoverSwapped),
+            Notice::Evicted(lease) => self.evicted(node, lease),
         }
         Ok(())
     }

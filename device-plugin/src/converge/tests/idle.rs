@@ -117,7 +117,10 @@ fn an_idle_worker_that_was_asked_to_end_is_killed_frees_its_slot_and_is_not_used
     node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
     node.happens(Event::IdleSeen { cgroup_id: 1, seen: pending(libc::SIGTERM) });
     let (steps, why) = (node.seen(), IdleEnd::AskedToEnd(15));
-    assert!(matches!(&steps[..], [Step::IdleEnds { why: told, .. }, Step::Clear { .. }] if *told == why), "{steps:?}");
+    let [Step::IdleEnds { why: told, .. }, Step::Clear { .. }, Step::Send(Message::Heartbeat(_))] = &steps[..] else {
+        panic!("{steps:?}");
+    };
+    assert_eq!(*told, why);
     let ticket = node.asks(&app, 1, None);
     node.starts("l2", ticket, LARGE);
     assert!(!node.granted().0, "a new worker");
@@ -144,4 +147,116 @@ fn a_look_that_crosses_a_reuse_does_not_take_the_worker_from_under_it() {
     assert!(clears(&node.seen(), 1));
     node.happens(Event::Cleared { cgroup_id: 1 });
     assert_eq!(node.granted(), (false, 0));
+}
+
+fn listed(idle: &[link::IdleWorker]) -> Vec<(&str, u64, u32, link::Size)> {
+    idle.iter().map(|idle| (idle.container.as_str(), idle.task_id, idle.card, idle.size())).collect()
+}
+
+fn leaving(card: u32, size: link::Size) -> link::IdleWorker {
+    link::IdleWorker { card, size: size.into(), leaving: true, ..link::IdleWorker::default() }
+}
+
+/// What the broker is told of kept workers, in order: `true` with an end, or the list of all.
+fn told(steps: &[Step]) -> Vec<Result<bool, Vec<link::IdleWorker>>> {
+    steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::Send(Message::Ended(ended)) => Some(Ok(ended.kept)),
+            Step::Send(Message::Heartbeat(heartbeat)) if heartbeat.idle_changed => Some(Err(heartbeat.idle.clone())),
+            _ => None,
+        })
+        .collect()
+}
+
+fn joined(node: &mut Node, epoch: u64) -> link::Joined {
+    let steps = node.happens(Event::Linked { epoch }).seen();
+    let found = steps.iter().find_map(|step| match step {
+        Step::Send(Message::Joined(joined)) => Some(joined.clone()),
+        _ => None,
+    });
+    assert_eq!(told(&steps).iter().filter(|told| told.is_err()).count(), 0, "Joined has said it: {steps:?}");
+    found.unwrap()
+}
+
+#[test]
+fn the_broker_hears_of_a_kept_worker_with_the_end_of_its_lease_and_by_the_list_of_all() {
+    let (mut node, app) = (Node::with_cards(2), pod("app"));
+    node.runs("l1", &app, 7, LARGE).seen();
+    let steps = node.releases("l1", &app, false).seen();
+    let said = told(&steps);
+    let [Ok(true), Err(idle)] = &said[..] else { panic!("{steps:?}") };
+    assert_eq!(listed(idle), [("container-app", 7, 0, LARGE)]);
+    assert_eq!(idle[0].pod_uid, "uid-app");
+    node.runs("l2", &app, 8, XLARGE).seen();
+    let steps = node.releases("l2", &app, false).seen();
+    let said = told(&steps);
+    let [Ok(true), Err(idle)] = &said[..] else { panic!("{steps:?}") };
+    assert_eq!(listed(idle), [("container-app", 7, 0, LARGE), ("container-app", 8, 1, XLARGE)]);
+    // Told again it says the same.
+    let steps = node.passes(REPEAT_MS).happens(Event::Tick).seen();
+    assert_eq!(told(&steps), [Ok(true), Ok(true)]);
+}
+
+#[test]
+fn the_broker_hears_at_once_when_a_kept_worker_is_taken_or_gone() {
+    let (mut node, app, other) = (Node::with_cards(1), pod("app"), pod("other"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 1, None);
+    let steps = node.starts("l2", ticket, LARGE).seen();
+    assert_eq!(told(&steps), [Err(Vec::new())], "a lease has it");
+    let first = |is: fn(&Message) -> bool| steps.iter().position(|step| matches!(step, Step::Send(said) if is(said)));
+    let (list, started) =
+        (first(|said| matches!(said, Message::Heartbeat(_))), first(|said| matches!(said, Message::Started(_))));
+    assert!(started < list, "it is said to have its slot first: {steps:?}");
+    node.releases("l2", &app, false).seen();
+    let ticket = node.asks(&other, 1, Some(Size::Xlarge));
+    let steps = node.starts("l3", ticket, XLARGE).seen();
+    assert_eq!(told(&steps), [Err(vec![leaving(0, LARGE)])], "it makes room");
+    let steps = node.happens(Event::Cleared { cgroup_id: 1 }).seen();
+    assert_eq!(told(&steps), [Err(Vec::new())], "its slot is clear");
+}
+
+/// It was told so and counted on the slot; only then the memory is back.
+#[test]
+fn the_broker_hears_which_slots_clear_because_a_kept_worker_has_to_go() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let steps = node.happens(Event::WorkerExited { cgroup_id: 1 }).seen();
+    assert_eq!(told(&steps), [Err(vec![leaving(0, LARGE)])]);
+    let steps = node.happens(Event::ClearOverdue { cgroup_id: 1, reason: "memory in use".to_owned() }).seen();
+    assert_eq!(told(&steps), [Err(Vec::new())], "the inventory says what has become of it");
+    assert!(steps.iter().any(|step| matches!(step, Step::Send(Message::Heartbeat(said)) if said.inventory_changed)));
+}
+
+#[test]
+fn a_worker_that_is_not_kept_is_not_told_of() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).seen();
+    assert_eq!(told(&node.releases("l1", &app, true).seen()), [Ok(false)], "it failed");
+    node.runs("l2", &app, 1, LARGE).seen();
+    let waits = node.asks(&pod("other"), 1, None);
+    node.happens(Event::Queued(link::Queued { ticket: waits, place_number: 1, ..link::Queued::default() })).seen();
+    assert_eq!(told(&node.releases("l2", &app, false).seen()), [Ok(false)], "somebody else waits");
+}
+
+#[test]
+fn a_leader_is_told_of_all_kept_workers_when_it_is_joined() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 7, LARGE).releases("l1", &app, false).seen();
+    node.happens(Event::Unlinked);
+    assert_eq!(listed(&joined(&mut node, 8).idle), [("container-app", 7, 0, LARGE)]);
+    let gone = Event::PodEnding { pod_uid: app.pod.pod_uid.clone() };
+    assert_eq!(told(&node.happens(Event::Unlinked).happens(gone).seen()), [], "nobody to tell");
+    assert_eq!(joined(&mut node, 9).idle, [leaving(0, LARGE)]);
+}
+
+/// It holds memory of a card that is no longer shared out; no call can get it there.
+#[test]
+fn a_kept_worker_on_a_card_that_is_not_listed_any_more_is_not_told_of() {
+    let (mut node, app) = (Node::with_cards(2), pod("app"));
+    node.runs("l1", &app, 7, LARGE).releases("l1", &app, false).seen();
+    let steps = node.happens(Event::Inventory(vec![card(1)])).seen();
+    assert_eq!(told(&steps), [Err(Vec::new())]);
+    assert_eq!(joined(&mut node, 8).idle, []);
 }

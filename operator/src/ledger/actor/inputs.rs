@@ -308,6 +308,7 @@ impl<P: Pages> Actor<P> {
             self.deny(&ticket, node, CallerClass::Guest, &Denial::PlatformFault);
             return;
         };
+        let worker = node_messages::worker(&pod, request.task_id);
         let (revision, space) = (Revision(pod.revision), SpaceKey::new(pod.namespace, pod.space, pod.space_uid));
         let Paying { caller, cookie, budget } = self.caller(&request.token, &space);
         let declared_ms = request.declared_ms;
@@ -316,6 +317,7 @@ impl<P: Pages> Actor<P> {
             node: node.clone(),
             space,
             revision,
+            worker,
             size,
             declared_ms,
             caller,

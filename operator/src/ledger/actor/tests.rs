@@ -330,7 +330,8 @@ impl Story {
             grantable: true,
             quarantined_slots: 0,
         };
-        self.say(2, Incoming::Joined(proto::Joined { epoch, cards: vec![card], leases })).await;
+        let joined = proto::Joined { epoch, cards: vec![card], leases, ..proto::Joined::default() };
+        self.say(2, Incoming::Joined(joined)).await;
     }
 
     async fn request(&self, ticket: u64, declared_ms: u64, token: &str) {

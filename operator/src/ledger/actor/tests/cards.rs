@@ -28,7 +28,7 @@ impl Story {
             grantable: true,
             quarantined_slots: 0,
         };
-        let heartbeat = proto::Heartbeat { inventory_changed: true, cards: vec![card] };
+        let heartbeat = proto::Heartbeat { inventory_changed: true, cards: vec![card], ..proto::Heartbeat::default() };
         self.say(8, Incoming::Heartbeat(heartbeat)).await;
     }
 }

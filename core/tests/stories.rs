@@ -233,6 +233,40 @@ fn a_slot_that_still_clears_when_its_node_is_back_is_not_free() {
     assert_eq!(order(&story.ask("carol", Size::Xlarge, 10_000)).after, Some(first));
 }
 
+/// Two sessions of a node that starts anew may be heard of in another order than they began.
+#[test]
+fn who_is_presented_again_after_a_late_word_of_an_earlier_start_is_served() {
+    let mut story = Story::begin(1, 600_000, 9);
+    let request = || {
+        Command::Request(Box::new(Request {
+            cookie: None,
+            ticket: Ticket { agent_instance: "a".into(), number: 1 },
+            node: NodeName::new(NODE),
+            space: SpaceKey::new("n", "s", "u"),
+            revision: Revision::default(),
+            worker: None,
+            size: Size::Large,
+            declared_ms: 10_000,
+            caller: Ok(AccountName::new(BOB)),
+            budget: None,
+            presented: None,
+        }))
+    };
+    let (account, write_id) = story.tell_unanswered(request()).remove(0);
+    let hello = |instance: &str| Command::NodeHello {
+        node: NodeName::new(NODE),
+        agent_instance: instance.into(),
+        highest_epoch: Epoch(1),
+    };
+    story.tell(hello("before-a"));
+    story.tell(hello("a"));
+    let cards = vec![Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 }];
+    let (node, epoch) = (NodeName::new(NODE), Epoch(1));
+    story.tell(Command::NodeJoined { node, epoch, cards, leases: Vec::new(), idle: Vec::new() });
+    story.tell(request());
+    assert_eq!(order(&story.tell(Command::PageWritten { account, write_id })).ticket.number, 1);
+}
+
 /// A lease of bob's ends, and carol's call has waited for its slot.
 fn hand_over() -> (Story, Vec<(AccountName, String)>) {
     let mut story = Story::begin(1, 600_000, 9);

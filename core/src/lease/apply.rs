@@ -52,9 +52,12 @@ impl State {
             }
             Event::Confirmed { ticket } => {
                 self.queue.confirm(ticket);
-                let lease = self.tickets.get(ticket).and_then(|lease| self.leases.get_mut(lease));
-                if let Some(waiting) = lease.and_then(|lease| lease.request.as_mut()) {
-                    Arc::make_mut(waiting).unconfirmed = None;
+                if let Some(lease) = self.tickets.get(ticket).and_then(|lease| self.leases.get_mut(lease)) {
+                    // Given up, perhaps, at a late word of an earlier start of its agent; but its caller waits.
+                    lease.abandoned = false;
+                    if let Some(waiting) = lease.request.as_mut() {
+                        Arc::make_mut(waiting).unconfirmed = None;
+                    }
                 }
             }
             Event::Left { ticket, .. } => {

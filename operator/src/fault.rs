@@ -18,8 +18,6 @@ pub enum Fault {
     ChargeDeclared,
     /// Against invariant 4: a lease that was never allowed pays what it declared.
     ChargeUnallowed,
-    /// Against invariant 2: leads on when its Lease cannot be renewed, and orders leave before their hold is durable.
-    GrantsFromMemory,
     /// Against L10: the node is told that an end is settled before that is durable.
     AcknowledgeEarly,
     /// Against invariant 12: receipts say half of what the page says.
@@ -51,7 +49,6 @@ pub fn is(fault: Fault) -> bool {
 pub fn into_ledger(state: &mut State) {
     state.set_mutant(match CHOSEN.get() {
         Some(Fault::WholeCardsCountOnce) => Some(Mutant::WeightIgnored),
-        Some(Fault::GrantsFromMemory) => Some(Mutant::OrderEarly),
         Some(Fault::ChargeDeclared) => Some(Mutant::ChargeDeclared),
         Some(Fault::AcknowledgeEarly) => Some(Mutant::AcknowledgeEarly),
         Some(Fault::ChargeUnallowed) => Some(Mutant::ChargeUnallowed),

@@ -17,7 +17,6 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock;
-use crate::fault::{self, Fault};
 use crate::kubeapi::{ApiError, KubeApi, Objects, pause};
 
 /// How the election runs.
@@ -250,8 +249,7 @@ async fn keep(
     while pause(settings.retry_period, stop).await {
         let sent = clock::monotonic();
         let silent = sent.saturating_duration_since(held.renewed);
-        let leads_on = fault::is(Fault::GrantsFromMemory);
-        let left = settings.renew_deadline.saturating_sub(if leads_on { Duration::ZERO } else { silent });
+        let left = settings.renew_deadline.saturating_sub(silent);
         if left.is_zero() {
             return Err(SteppedDown::Lost { silent, last });
         }

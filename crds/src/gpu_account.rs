@@ -79,10 +79,10 @@ pub struct GPUAccountSpec {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
-    /// `iss` of the token.
+    /// `iss` of the sign-in at the identity provider; the token of a call names the account itself.
     #[schemars(length(min = 1, max = 512))]
     pub issuer: String,
-    /// `sub` of the token.
+    /// `sub` of the same.
     #[schemars(length(min = 1, max = 512))]
     pub subject: String,
 }

@@ -167,7 +167,7 @@ pub struct IdentityRule {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub subject_suffix: Option<String>,
-    /// A group the identity is in.
+    /// A group the identity is in. Groups are known to a gateway only: in this version a rule with one fits nobody.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub group: Option<String>,

@@ -72,9 +72,15 @@ fn write_kind(page: &mut String, definition: &CustomResourceDefinition, conditio
     if let Some(conditions) = conditions {
         write_explained(page, &format!("{} conditions", names.kind), &conditions.types);
         for (heading, reasons) in &conditions.reasons {
-            write_explained(page, &format!("{}: {}", names.kind, heading.to_lowercase()), reasons);
+            write_explained(page, &format!("{}: {}", names.kind, with_small_initial(heading)), reasons);
         }
     }
+}
+
+/// `Reasons of Ready` as part of another heading; names inside keep their case.
+fn with_small_initial(heading: &str) -> String {
+    let mut letters = heading.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
 }
 
 fn write_explained(page: &mut String, heading: &str, values: &[Explained]) {

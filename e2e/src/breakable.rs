@@ -36,6 +36,15 @@ pub struct Replaced<'a> {
     is_back: bool,
 }
 
+/// A part of the names of the faults that are to be looked at; empty: all. From `SPACEPORT_FAULTS_ONLY`, which `cargo xtask`
+/// sets.
+///
+/// # Errors
+/// If it is not set.
+pub fn faults_only() -> Result<String> {
+    setting("SPACEPORT_FAULTS_ONLY")
+}
+
 impl Part {
     fn workload(self) -> &'static str {
         match self {

@@ -3,7 +3,7 @@
 #![cfg(feature = "cluster")]
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking, its helpers too.
 
-use spaceport_e2e::breakable::Part;
+use spaceport_e2e::breakable::{Part, faults_only};
 use spaceport_e2e::{World, stories};
 
 /// A fault of the part, the story that is there to see it, and what the story says then.
@@ -49,6 +49,11 @@ fn each_fault_of_the_operator_is_seen() {
 }
 
 fn each_is_seen(part: Part, faults: &[Broken]) {
+    let only = faults_only().unwrap();
+    let faults: Vec<&Broken> = faults.iter().filter(|(fault, ..)| fault.contains(&only)).collect();
+    if faults.is_empty() {
+        return;
+    }
     let world = World::connect().unwrap();
     world.apply_examples().unwrap();
     world.story_space().unwrap();

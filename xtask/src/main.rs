@@ -52,7 +52,7 @@ enum Action {
     Charts(charts::ChartsArguments),
     /// Everything from nothing: the cluster, the charts, an app, three calls and their receipts
     Demo,
-    /// Every check, or one class of them: unit, api, e2e
+    /// Every check but the crash matrix, or one class: unit, api, e2e, crash
     Test(test::TestArguments),
     /// Simulates the ledger, checks its protocol, replays demand under several queueing policies
     #[command(disable_help_flag = true)]

@@ -18,7 +18,7 @@ cargo xtask sim --seed S --trace      one of them again, with all that happens
 cargo xtask sim --mutants             breaks each rule on purpose and shows that the checks see it
 cargo xtask sim --model               every order of events of a small cluster
 cargo xtask sim --generate --load 1.2 waits under each policy, for demand in the shape of real demand
-cargo xtask sim --trace FILE.csv      the same for a trace: arrival_s,duration_s,gpu_fraction_or_count,user[,declared_s]
+cargo xtask sim --trace FILE.csv      the same for a trace: arrival_s,duration_s,gpu_fraction_or_count,user[,declared_s[,tier[,function]]]
 
 With --help behind one of them: all its options.";
 

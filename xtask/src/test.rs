@@ -1,5 +1,5 @@
-//! `cargo xtask test [unit|api|e2e]`: every check there is, in the order in which they are cheap. `crash` takes a quarter of
-//! an hour and is only run when it is named.
+//! `cargo xtask test [unit|api|e2e|crash]`: the checks, in the order in which they are cheap. `crash` takes a quarter of an hour
+//! and is only run when it is named.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -22,7 +22,7 @@ const TEMPLATE: [&str; 4] = ["template", "spaceport", "--kube-version", "1.34.4"
 pub struct TestArguments {
     /// Which class; all of them but `crash` without a word
     class: Option<Class>,
-    /// Of `crash`: only the places with this in their name
+    /// Of `e2e`: only the stories and faults with this in their name. Of `crash`: only such places
     #[arg(long, default_value = "")]
     only: String,
 }
@@ -41,8 +41,8 @@ enum Class {
 
 pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()> {
     ensure!(
-        arguments.only.is_empty() || arguments.class == Some(Class::Crash),
-        "--only {:?} chooses places of the crash matrix; say `cargo xtask test crash --only …`",
+        arguments.only.is_empty() || matches!(arguments.class, Some(Class::E2e | Class::Crash)),
+        "--only {:?} chooses stories or places of the crash matrix: `cargo xtask test e2e --only …`, or `crash`",
         arguments.only
     );
     prerequisites::building(workspace)?;
@@ -61,16 +61,17 @@ pub fn run_tests(workspace: &Workspace, arguments: &TestArguments) -> Result<()>
         headline("the operator on an API server of its own");
         passed += operator_tests(workspace)?;
         headline("tests on the real API server");
-        passed += cluster_tests(workspace, &["api"], &[])?;
+        passed += cluster_tests(workspace, &["api"], "", &[])?;
     }
     if wanted(Class::E2e) {
         headline("root tests of the node agent");
-        passed +=
-            cargo_tests(workspace, &["--features", "spaceport-device-plugin/root-tests", "--test", "gate"], &[], &[])?;
+        let only = arguments.only.as_str();
+        let gate = ["--features", "spaceport-device-plugin/root-tests", "--test", "gate"];
+        passed += cargo_tests(workspace, &gate, &[only], &[])?;
         headline("stories on the real node");
-        passed += cluster_tests(workspace, &["node_stories"], &[])?;
+        passed += cluster_tests(workspace, &["node_stories"], only, &[])?;
         headline("the same stories on what is broken on purpose");
-        passed += with_breakable(workspace, &["broken_on_purpose"], &[])?;
+        passed += with_breakable(workspace, &["broken_on_purpose"], &[("SPACEPORT_FAULTS_ONLY", only)])?;
     }
     if crash {
         headline("everyone may die everywhere");
@@ -169,16 +170,17 @@ fn with_breakable(workspace: &Workspace, tests: &[&str], variables: &[(&str, &st
         .into_iter()
         .zip(images.iter().map(|image| image.reference.as_str()));
     let variables: Vec<(&str, &str)> = images.chain(variables.iter().copied()).collect();
-    cluster_tests(workspace, tests, &variables)
+    cluster_tests(workspace, tests, "", &variables)
 }
 
-fn cluster_tests(workspace: &Workspace, names: &[&str], variables: &[(&str, &str)]) -> Result<usize> {
+/// `only`: a part of the names of tests; empty for all.
+fn cluster_tests(workspace: &Workspace, names: &[&str], only: &str, variables: &[(&str, &str)]) -> Result<usize> {
     let mut arguments = vec!["--features", "spaceport-e2e/cluster"];
     for name in names {
         arguments.extend(["--test", name]);
     }
     // The stories share one small node; each owns it while it runs.
-    cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture"], variables)
+    cargo_tests(workspace, &arguments, &["--test-threads", "1", "--nocapture", only], variables)
 }
 
 /// Runs `cargo test`, shows what it prints, and counts the tests that passed. Always on the whole workspace, so that every

@@ -16,10 +16,10 @@ const AGENT: &[Broken] = &[
     ("nothing-is-killed", stories::the_deadline_ends_the_worker_and_closes_the_gate, "it was not ended"),
     ("tokens-are-spent-again", stories::a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once, "replayed"),
     ("places-are-forgotten", stories::those_who_wait_keep_their_place_when_the_leader_dies, "the places were lost"),
-    ("visitors-stay", stories::a_visitor_who_leaves_the_queue_is_forgotten, "still waits"),
-    // Last: the gate is shut again only by an agent that begins anew.
+    // Last: only an agent that begins anew shuts the gate again, and sends the visitors away.
     ("gate-open-to-container", stories::only_the_allowed_worker_opens_the_card, "the parent during the lease"),
     ("gate-open-to-container", stories::the_deadline_ends_the_worker_and_closes_the_gate, "the gate is open"),
+    ("visitors-stay", stories::a_visitor_who_leaves_the_queue_is_forgotten, "still waits"),
 ];
 
 const OPERATOR: &[Broken] = &[

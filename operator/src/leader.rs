@@ -246,7 +246,8 @@ async fn keep(
     stop: &CancellationToken,
 ) -> Result<(), SteppedDown> {
     let mut last = None;
-    while pause(settings.retry_period, stop).await {
+    let mut wait = settings.retry_period;
+    while pause(wait, stop).await {
         let sent = clock::monotonic();
         let silent = sent.saturating_duration_since(held.renewed);
         let left = settings.renew_deadline.saturating_sub(silent);
@@ -264,6 +265,8 @@ async fn keep(
                 last = Some(error);
             }
         }
+        // From one try to the next, not from an answer: one that was slow has used up of the deadline what a pause would.
+        wait = settings.retry_period.saturating_sub(clock::monotonic().saturating_duration_since(sent));
     }
     Ok(())
 }

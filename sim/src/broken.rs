@@ -17,8 +17,6 @@ pub enum NodeFault {
     ForgetsDeadline,
     /// Against L9: a lease waits for its slot for as long as it takes.
     WaitsForEver,
-    /// Against L10: what had ended is forgotten at a reboot, before the broker acknowledged it.
-    ForgetsEnded,
 }
 
 /// Something that is wrong on purpose.

@@ -5,7 +5,6 @@ use spaceport_core::lease::{Command, EndReport, FreedAs};
 use spaceport_core::page::Ending;
 
 use super::{Agent, Notice, Phase};
-use crate::broken::NodeFault;
 
 /// What is left of an agent that begins anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,7 +165,7 @@ impl Agent {
             Restart::Reboot | Restart::RebootAndCheckpoint => {
                 self.lose_all(now);
                 self.booted = world_ms;
-                if what == Restart::RebootAndCheckpoint || self.has(NodeFault::ForgetsEnded) {
+                if what == Restart::RebootAndCheckpoint {
                     self.leases.clear();
                 }
                 for card in &mut self.cards {

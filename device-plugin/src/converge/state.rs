@@ -288,9 +288,12 @@ impl Lease {
         self.marks.push(Mark { name: name.to_owned(), at_ms: now_ms, detail: detail.into() });
     }
 
-    /// Adds a boundary that is heard of after later ones.
+    /// Adds a boundary of a running worker that is heard of after later ones: of those of its millisecond it is behind what lets
+    /// it begin, and before what ends it.
     pub(super) fn mark_earlier(&mut self, at_ms: u64, name: &str, detail: String) {
-        let place = self.marks.iter().position(|mark| mark.at_ms > at_ms).unwrap_or(self.marks.len());
+        let lets_begin = |mark: &Mark| matches!(mark.name.as_str(), "Assigned" | "Allowed" | "Reused");
+        let is_later = |mark: &Mark| mark.at_ms > at_ms || (mark.at_ms == at_ms && !lets_begin(mark));
+        let place = self.marks.iter().position(is_later).unwrap_or(self.marks.len());
         self.marks.insert(place, Mark { name: name.to_owned(), at_ms, detail });
     }
 

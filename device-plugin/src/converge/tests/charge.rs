@@ -134,3 +134,20 @@ fn a_failure_just_after_the_neighbour_was_killed_is_the_platforms() {
         assert_eq!(Node::ended(&node.seen())[0].1, kind);
     }
 }
+
+#[test]
+fn what_happens_within_one_millisecond_is_told_in_its_order() {
+    for (before, after) in [(0, 0), (0, 300), (300, 0)] {
+        let (mut node, app) = (Node::with_cards(1), pod("app"));
+        // The gate says that the card was opened at 1500 ms.
+        node.now = 1_500 - before;
+        node.runs("l1", &app, 1, LARGE).passes(before + after).releases("l1", &app, false);
+        let steps = node.seen();
+        let ended = steps.iter().find_map(|step| match step {
+            Step::Send(Message::Ended(ended)) => Some(ended),
+            _ => None,
+        });
+        let names: Vec<&str> = ended.unwrap().boundaries.iter().map(|boundary| boundary.name.as_str()).collect();
+        assert_eq!(names, ["Assigned", "Allowed", "DeviceOpened", "Released", "GateClosed"], "{before} {after}");
+    }
+}

@@ -15,7 +15,6 @@ use spaceport_core::lease::{
 };
 use spaceport_core::page::{Ending, Page};
 use spaceport_core::protocol::{CallerClass, Denial, human_message};
-use spaceport_core::queue::Function;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
@@ -402,12 +401,7 @@ impl<P: Pages> Actor<P> {
     /// What was learned of its function. Of one only, for this is done at every end.
     fn note_learned(&self, lease: &LeaseId) {
         let Some(waiting) = self.state.leases.get(lease).and_then(|found| found.request.as_ref()) else { return };
-        let function = Function {
-            space_uid: waiting.space.uid.clone(),
-            revision: waiting.revision,
-            size: waiting.demand.size,
-            declared_ms: waiting.demand.asked_ms(),
-        };
+        let function = waiting.function();
         if let Some(learned) = self.state.history.learned(&function) {
             self.durations.put(&function.space_uid, learned);
         }

@@ -64,6 +64,27 @@ pub fn down(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// Ends what is left of other checkouts' clusters that nobody can want: none of their components runs any more (they
+/// were killed from outside), or the checkout is gone and took the state and its own `down` with it.
+pub fn end_abandoned(workspace: &Workspace) -> Result<()> {
+    if Machine::read(workspace)?.is_some() {
+        // The cluster of this machine is ours.
+        return Ok(());
+    }
+    for other in workspace.others()? {
+        // Only one cluster can run on a machine, so its components are the other's.
+        let runs = !members(CGROUP).is_empty();
+        if runs && other.root.join("Cargo.toml").exists() {
+            // Not ours to end; whoever needs the machine is told to.
+            continue;
+        }
+        let why = if runs { "its checkout is gone" } else { "none of its components runs" };
+        progress(&format!("the cluster of {} is abandoned: {why}", other.root.display()));
+        down(&other)?;
+    }
+    Ok(())
+}
+
 fn report(what: &str, count: usize) {
     if count > 0 {
         progress(&format!("removed {count} {what}"));

@@ -54,6 +54,11 @@ pub struct HostSettings {
     pub no_proxy: Option<String>,
 }
 
+/// Where the folder in `/run` begins; the rest names the checkout.
+const RUN: &str = "/run/spaceport-local-";
+/// The state of the local cluster below the checkout.
+const LOCAL: &str = "target/local";
+
 /// The paths everything else is derived from.
 pub struct Workspace {
     /// The checkout.
@@ -112,8 +117,27 @@ impl Workspace {
             (_, None) => anyhow::bail!("neither XDG_CACHE_HOME nor HOME is set: say --cache-home DIR"),
         };
         let digest = Sha256::digest(root.as_os_str().as_bytes());
-        let run = PathBuf::from(format!("/run/spaceport-local-{}", &hex(&digest)[..8]));
-        Ok(Self { local: root.join("target/local"), run, cache: cache_home.join("spaceport"), root, host })
+        let run = PathBuf::from(format!("{RUN}{}", &hex(&digest)[..8]));
+        Ok(Self { local: root.join(LOCAL), run, cache: cache_home.join("spaceport"), root, host })
+    }
+
+    /// The other checkouts that have or had a cluster on this machine, by what they left in `/run`.
+    pub fn others(&self) -> Result<Vec<Self>> {
+        let entries = std::fs::read_dir("/run").context("cannot list /run")?;
+        let runs = entries.flatten().map(|entry| entry.path());
+        let theirs = runs.filter(|run| {
+            run.as_os_str().as_bytes().starts_with(RUN.as_bytes())
+                && *run != self.run
+                && run.join("machine.json").exists()
+        });
+        Ok(theirs.map(|run| self.other(run)).collect())
+    }
+
+    fn other(&self, run: PathBuf) -> Self {
+        // Without its link nothing but the folder in `/run` tells of that checkout.
+        let local = std::fs::read_link(run.join("local")).unwrap_or_else(|_| run.clone());
+        let root = local.ancestors().nth(Path::new(LOCAL).components().count()).unwrap_or(&local).to_owned();
+        Self { root, local, run, cache: self.cache.clone(), host: self.host.clone() }
     }
 
     /// The path of something under `target/local` through the link in `/run`.
@@ -149,4 +173,31 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
     let temporary = directory.join(name);
     std::fs::write(&temporary, contents).with_context(|| format!("cannot write {}", temporary.display()))?;
     std::fs::rename(&temporary, path).with_context(|| format!("cannot put {} in place", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Settings {
+        #[command(flatten)]
+        host: HostSettings,
+    }
+
+    #[test]
+    fn another_checkout_is_known_by_its_link() {
+        let ours = Workspace::locate(Settings::parse_from(["x", "--home", "/home/somebody"]).host).unwrap();
+        let run = std::env::temp_dir().join(format!("spaceport-other-{}", std::process::id()));
+        std::fs::create_dir_all(&run).unwrap();
+        assert_eq!(ours.other(run.clone()).local, run);
+        std::os::unix::fs::symlink("/elsewhere/checkout/target/local", run.join("local")).unwrap();
+        let theirs = ours.other(run.clone());
+        std::fs::remove_dir_all(&run).unwrap();
+        assert_eq!(theirs.root, Path::new("/elsewhere/checkout"));
+        assert_eq!(theirs.local, Path::new("/elsewhere/checkout/target/local"));
+        assert_eq!((&theirs.run, &theirs.cache), (&run, &ours.cache));
+    }
 }

@@ -1,7 +1,7 @@
 //! What the machine was like before `up`, written down before anything is changed, so that `down` can put it back.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +40,10 @@ pub const FOLDERS: &[&str] = &[
 pub const DEVICE_PLUGINS: &str = "/var/lib/kubelet/device-plugins";
 /// Where pinned BPF programs live.
 pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// Locked by the `up` at work: every checkout's note is in there, and a folder that is there anyway is nothing that
+/// `down` would have to leave behind.
+const LOCK: &str = "/run";
 
 /// The note. It lies in `/run`, where no cleaning of the checkout reaches it, and a copy in `target/local`, which a
 /// reboot leaves.
@@ -97,6 +101,17 @@ impl Machine {
     }
 }
 
+/// The right to change this machine, until it is dropped or its process ends: another checkout's `up` has noted the
+/// machine a while before its first component runs, and must not be taken for one that was abandoned.
+pub fn alone() -> Result<File> {
+    let file = File::open(LOCK).with_context(|| format!("cannot open {LOCK}"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another `cargo xtask up` is at work on this machine: let it end"),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {LOCK}")),
+    }
+}
+
 /// Makes sure that nothing else on this machine is in the way, notes its state and makes the folders we work in.
 pub fn claim(workspace: &Workspace) -> Result<Machine> {
     let machine = match Machine::read(workspace)? {
@@ -136,12 +151,8 @@ pub fn boot_id() -> Result<String> {
 
 /// One local cluster a machine, and none beside a real kubelet: they would share kubepods and the plugin folder.
 fn refuse_conflicts(workspace: &Workspace, was_here: bool) -> Result<()> {
-    for run in fs::read_dir("/run").context("cannot list /run")?.flatten().map(|entry| entry.path()) {
-        let ours = run.file_name().is_some_and(|name| name.to_string_lossy().starts_with("spaceport-local-"));
-        if ours && run != workspace.run && run.join("machine.json").exists() {
-            let owner = fs::read_link(run.join("local")).unwrap_or_else(|_| run.clone());
-            bail!("the local cluster of another checkout is up ({}): run `cargo xtask down` there", owner.display());
-        }
+    if let Some(other) = workspace.others()?.first() {
+        bail!("the local cluster of another checkout is up: run `cargo xtask down` in {}", other.root.display());
     }
     if command("ip", &["link", "show", network::BRIDGE]).output().is_ok_and(|output| output.status.success()) {
         bail!("there is an interface {} from an earlier cluster: run `cargo xtask down`", network::BRIDGE);

@@ -13,6 +13,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::command::headline;
+use crate::down;
 use crate::images;
 use crate::prerequisites;
 use crate::wait;
@@ -48,6 +49,8 @@ pub fn up(workspace: &Workspace, arguments: &UpArguments) -> Result<()> {
     binaries::build_all(workspace)?;
     let pause = images::build(workspace, &[images::Name::Pause])?;
     headline("cluster");
+    let _alone = machine::alone()?;
+    down::end_abandoned(workspace)?;
     let mut machine = machine::claim(workspace)?;
     standin::ensure(workspace, &mut machine, arguments)?;
     network::ensure(workspace)?;

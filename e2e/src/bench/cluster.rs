@@ -198,7 +198,7 @@ impl Cluster {
 }
 
 /// What is not there need not be removed.
-pub(super) fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
+fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     match result {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => other,

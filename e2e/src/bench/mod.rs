@@ -11,6 +11,7 @@
 
 mod accounts;
 mod cluster;
+mod goals;
 mod load;
 mod memory;
 mod page_write;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::goals;
 use super::percentiles::{Percentiles, rounded};
 
 /// Median of a grant over the median of the bare write: the goal.
@@ -72,21 +73,14 @@ impl fmt::Display for Report {
             writeln!(formatter, "{name:<36}{:>9.2}{:>9.2}{:>9.2}", row.p50, row.p90, row.p99)?;
         }
         writeln!(formatter)?;
-        for (name, value, goal) in [
+        let numbers = [
             ("grant / page write, p50", self.ratio_p50, Some(RATIO_GOAL)),
             ("hand-over / grant, p50", self.handover_ms.p50 / self.grant_ms.p50, Some(HANDOVER_GOAL)),
             ("calls a second, 16 callers", self.grants_per_s, None),
             ("operator resident, MiB, idle", self.operator_rss_mib, Some(OPERATOR_GOAL_MIB)),
             ("agent resident, MiB, idle", self.agent_rss_mib, Some(AGENT_GOAL_MIB)),
-        ] {
-            write!(formatter, "{name:<36}{value:>9.2}")?;
-            match goal {
-                Some(goal) if value <= goal => writeln!(formatter, "   goal {goal}: met")?,
-                Some(goal) => writeln!(formatter, "   goal {goal}: missed")?,
-                None => writeln!(formatter)?,
-            }
-        }
-        Ok(())
+        ];
+        goals::lines(formatter, 36, &numbers)
     }
 }
 

@@ -33,7 +33,7 @@ enum What {
             value_parser = clap::value_parser!(u64).range(10..=600))]
         seconds: u64,
     },
-    /// How long nothing is granted after the leader's death and after a cold start
+    /// How long nothing is granted after the leader's death and after a cold start. The cluster is to end with it
     Recovery {
         /// Print one JSON object on standard output and everything else on standard error
         #[arg(long)]
@@ -44,9 +44,6 @@ enum What {
         /// Accounts of them that hold a lease
         #[arg(long, value_name = "M", default_value_t = 10_000)]
         leases: usize,
-        /// Leave the accounts for the next run
-        #[arg(long)]
-        keep: bool,
     },
 }
 
@@ -78,8 +75,8 @@ fn run() -> anyhow::Result<()> {
             );
             Ok(())
         }
-        What::Recovery { json, accounts, leases, keep } => {
-            print(&bench::recovery(&world, Size { accounts, leases }, keep, say)?, json)
+        What::Recovery { json, accounts, leases } => {
+            print(&bench::recovery(&world, Size { accounts, leases }, say)?, json)
         }
     }
 }

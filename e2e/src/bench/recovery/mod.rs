@@ -6,7 +6,8 @@
 //! - `list_s`: a raw LIST of what it lists, before and after each cold start, while no operator runs.
 //!
 //! Leases are asked for inside the pod of the Space of the stories, all the time, by two accounts of their own. The other
-//! accounts are there to be read; see [`population`].
+//! accounts are there to be read; see [`population`]. Nothing is removed or put back: the cluster is the benchmark's own, and
+//! ends with it or is used again by the next run.
 
 mod operator;
 mod population;
@@ -25,10 +26,9 @@ use self::operator::{Operator, Replica};
 use self::population::Population;
 use self::probe::Probe;
 use self::report::Measured;
-use super::accounts::{self, Accounts};
+use super::accounts::Accounts;
 use super::cluster::Cluster;
 use super::sustain::calm;
-use crate::breakable::leases_are_granted;
 use crate::replicas::{kill, leader_pid};
 use crate::story::{NAMESPACE, SPACE};
 use crate::wait::wall;
@@ -51,42 +51,22 @@ const RECEIPTS_BEGIN: Duration = Duration::from_secs(5);
 /// The first leader writes a receipt for each lease; each later one looks whether it is there.
 const CALM_LIMIT: Duration = Duration::from_secs(900);
 
-/// Runs the benchmark; `say` shows each step. `keep`: the accounts stay, for the next run.
-pub fn recovery(world: &World, size: Size, keep: bool, say: &mut dyn FnMut(&str)) -> Result<RecoveryReport> {
+/// Runs the benchmark; `say` shows each step. The accounts stay, and no operator runs any more.
+pub fn recovery(world: &World, size: Size, say: &mut dyn FnMut(&str)) -> Result<RecoveryReport> {
     ensure!(size.leases <= size.accounts, "{} accounts cannot hold {} leases", size.accounts, size.leases);
     say("applying examples/");
     world.apply_examples()?;
     say("waiting for Space demo/hello-zero (its first start installs gradio and spaces)");
     let space = world.running(NAMESPACE, SPACE, |seen| say(&format!("  {seen}")))?;
     let cluster = Cluster::connect()?;
-    let operator = Operator::take(world, &cluster, size.accounts)?;
+    let operator = Operator::new(world, &cluster);
     // It would write what it finds in the middle.
     operator.end()?;
     let run = Run { world, cluster: &cluster, operator: &operator, space: &space, size };
-    let population = Population::new(world, &cluster, size);
+    // Those of an earlier run stay as they are: they call no more.
     let callers = Accounts::named_for_this_run(CALLERS, 0);
-    let measured = run.prepare(&population, &callers, say).and_then(|()| run.measure(&callers, say));
-    if keep && measured.is_ok() {
-        say("the accounts stay, and the operator keeps the memory for them, until a run without --keep");
-        operator.leave()?;
-        return RecoveryReport::new(size, measured?);
-    }
-    say("removing the accounts");
-    let removed = operator.end().and_then(|()| population.remove(say));
-    let put_back = match &removed {
-        Ok(()) => operator.put_back().and_then(|()| put_right(world, &cluster, &callers)),
-        // With less memory it would die of those that are still there.
-        Err(_) => operator.leave(),
-    };
-    let report = RecoveryReport::new(size, measured?)?;
-    removed.context("accounts of the benchmark are still there; run it again to remove them")?;
-    put_back.context("the operator is not as it was")?;
-    Ok(report)
-}
-
-fn put_right(world: &World, cluster: &Cluster, callers: &Accounts) -> Result<()> {
-    leases_are_granted(world)?;
-    callers.remove(world, cluster).context("the accounts of the callers cannot be removed")
+    run.prepare(&callers, say)?;
+    RecoveryReport::new(size, run.measure(&callers, say)?)
 }
 
 struct Run<'run> {
@@ -98,14 +78,13 @@ struct Run<'run> {
 }
 
 impl Run<'_> {
-    fn prepare(&self, population: &Population<'_>, callers: &Accounts, say: &mut dyn FnMut(&str)) -> Result<()> {
-        accounts::remove_leftovers(self.world, self.cluster)?;
+    fn prepare(&self, callers: &Accounts, say: &mut dyn FnMut(&str)) -> Result<()> {
         let Size { accounts, leases } = self.size;
         say(&format!(
             "{accounts} accounts, {leases} of them with a lease on one of {} nodes",
             population::nodes(self.size)
         ));
-        population.make(say)?;
+        Population::new(self.world, self.cluster, self.size).make(say)?;
         callers.create(self.world, self.cluster)
     }
 

@@ -1,18 +1,15 @@
-//! The operator's Deployment while it is measured: how many replicas, how much memory, which process, what each says.
-//!
-//! What was set before is noted in an annotation of the Deployment: also a run that was ended in the middle is put back by
-//! the next one.
+//! The operator's Deployment while it is measured: how many replicas, which process, what each says. The memory for so many
+//! accounts it has from the chart's values, which `cargo xtask bench recovery` sets.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::core::Request;
 use kube::{Resource as _, ResourceExt as _};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::super::cluster::Cluster;
 use super::super::memory::{Resident, resident};
@@ -22,9 +19,6 @@ use crate::replicas::{PROGRAM, leader_pid, pid_of};
 use crate::wait::eventually_every;
 use crate::world::World;
 
-/// What was set before the first change.
-const BEFORE: &str = "spaceport.dev/recovery-bench-before";
-const CONTAINER: &str = "operator";
 /// Admin port of the operator.
 const ADMIN_PORT: u16 = 8080;
 /// A replica that ends has 30 s of grace; kubelet and a slow machine need some more.
@@ -37,27 +31,13 @@ const WARM_LIMIT: Duration = Duration::from_secs(600);
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// Between two looks for a process; what is measured begins with the process itself.
 const PROCESS_PERIOD: Duration = Duration::from_millis(50);
-/// Memory that the run gives an operator, MiB: far above what one needs, for what is looked for is what it takes.
-const MEMORY_BASE_MIB: usize = 512;
-const MEMORY_PER_ACCOUNT_KIB: usize = 32;
 /// Ticks of the kernel's clock in `/proc/<pid>/stat`: 100 a second on every Linux that we run on.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// As much of the Deployment as a run changes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Before {
-    replicas: i32,
-    /// None: no limit.
-    memory_limit: Option<String>,
-}
-
-/// The Deployment under our hands; dropping it puts back what was there.
+/// The Deployment under our hands.
 pub(super) struct Operator<'a> {
     world: &'a World,
     cluster: &'a Cluster,
-    before: Before,
-    is_back: bool,
 }
 
 /// One replica, as it was seen.
@@ -77,20 +57,8 @@ struct Said {
 }
 
 impl<'a> Operator<'a> {
-    /// Notes what is there, if no earlier run did, and gives the operator enough memory for so many accounts.
-    pub(super) fn take(world: &'a World, cluster: &'a Cluster, accounts: usize) -> Result<Self> {
-        let deployment = cluster.wait(deployments(cluster).get(PROGRAM)).context("the operator is not installed")?;
-        let before = match deployment.annotations().get(BEFORE) {
-            Some(noted) => serde_json::from_str(noted).with_context(|| format!("the annotation {BEFORE}"))?,
-            None => Before::of(&deployment)?,
-        };
-        let operator = Self { world, cluster, before, is_back: false };
-        let memory = format!("{}Mi", MEMORY_BASE_MIB + accounts * MEMORY_PER_ACCOUNT_KIB / 1024);
-        operator.patch(&json!({
-            "metadata": { "annotations": { BEFORE: serde_json::to_string(&operator.before)? } },
-            "spec": with_memory(Some(&memory)),
-        }))?;
-        Ok(operator)
+    pub(super) fn new(world: &'a World, cluster: &'a Cluster) -> Self {
+        Self { world, cluster }
     }
 
     /// Ends every replica, and waits until all are gone.
@@ -104,7 +72,11 @@ impl<'a> Operator<'a> {
 
     /// Starts so many replicas, without waiting for anything.
     pub(super) fn scale(&self, replicas: i32) -> Result<()> {
-        self.patch(&json!({ "spec": { "replicas": replicas } }))
+        let deployments = Api::<Deployment>::namespaced(self.cluster.admin().clone(), SYSTEM);
+        let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let patched = self.cluster.wait(deployments.patch(PROGRAM, &PatchParams::default(), &patch));
+        patched.context("the operator's Deployment cannot be changed")?;
+        Ok(())
     }
 
     /// The only process, and when it began, in seconds since 1970.
@@ -151,55 +123,6 @@ impl<'a> Operator<'a> {
         let request = Request::new(Pod::url_path(&(), Some(SYSTEM))).get_subresource("proxy/metrics", &name)?;
         Ok(Said::of(&self.cluster.wait(self.cluster.admin().request_text(request))?))
     }
-
-    /// Puts back what was there, but for the number of replicas: nothing may run before the accounts are gone for which
-    /// the memory was.
-    pub(super) fn put_back(mut self) -> Result<()> {
-        self.is_back = true;
-        self.restore()
-    }
-
-    /// Leaves the memory as it is, for accounts that stay. The next run puts it back.
-    pub(super) fn leave(mut self) -> Result<()> {
-        self.is_back = true;
-        self.scale(self.before.replicas)
-    }
-
-    fn restore(&self) -> Result<()> {
-        let mut spec = with_memory(self.before.memory_limit.as_deref());
-        spec["replicas"] = json!(self.before.replicas);
-        self.patch(&json!({ "metadata": { "annotations": { BEFORE: null } }, "spec": spec }))
-    }
-
-    fn patch(&self, patch: &Value) -> Result<()> {
-        let patch = Patch::Strategic(patch);
-        let patched = self.cluster.wait(deployments(self.cluster).patch(PROGRAM, &PatchParams::default(), &patch));
-        patched.context("the operator's Deployment cannot be changed")?;
-        Ok(())
-    }
-}
-
-impl Drop for Operator<'_> {
-    fn drop(&mut self) {
-        if !self.is_back
-            && let Err(error) = self.restore()
-        {
-            eprintln!("the operator's Deployment is not as it was: {error:#}");
-        }
-    }
-}
-
-impl Before {
-    fn of(deployment: &Deployment) -> Result<Self> {
-        let spec = deployment.spec.as_ref().context("a Deployment without spec")?;
-        let pod = spec.template.spec.as_ref().context("a Deployment without pods")?;
-        let Some(container) = pod.containers.iter().find(|container| container.name == CONTAINER) else {
-            bail!("the operator's Deployment has no container {CONTAINER}");
-        };
-        let limits = container.resources.as_ref().and_then(|resources| resources.limits.as_ref());
-        let memory_limit = limits.and_then(|limits| limits.get("memory")).map(|quantity| quantity.0.clone());
-        Ok(Self { replicas: spec.replicas.unwrap_or(1), memory_limit })
-    }
 }
 
 impl Said {
@@ -212,15 +135,6 @@ impl Said {
             open_leases: value("spaceport_open_leases"),
         }
     }
-}
-
-fn deployments(cluster: &Cluster) -> Api<Deployment> {
-    Api::namespaced(cluster.admin().clone(), SYSTEM)
-}
-
-fn with_memory(limit: Option<&str>) -> Value {
-    let container = json!({ "name": CONTAINER, "resources": { "limits": { "memory": limit } } });
-    json!({ "template": { "spec": { "containers": [container] } } })
 }
 
 fn replica(pod: &Pod, leader: u32) -> Result<Replica> {
@@ -248,29 +162,6 @@ fn start_ticks(stat: &str) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::wait::wall;
-
-    #[test]
-    fn what_is_put_back_is_what_was_there() {
-        let deployment = |resources: Value| -> Deployment {
-            serde_json::from_value(json!({ "spec": {
-                "replicas": 1,
-                "selector": {},
-                "template": { "spec": { "containers": [
-                    { "name": "sidecar" }, { "name": CONTAINER, "resources": resources },
-                ] } },
-            } }))
-            .unwrap()
-        };
-        let limited = Before::of(&deployment(json!({ "limits": { "memory": "256Mi" } }))).unwrap();
-        assert_eq!(limited, Before { replicas: 1, memory_limit: Some("256Mi".to_owned()) });
-        let free = Before::of(&deployment(json!({}))).unwrap();
-        assert_eq!(free.memory_limit, None);
-        let noted: Before = serde_json::from_str(&serde_json::to_string(&limited).unwrap()).unwrap();
-        assert_eq!(noted, limited);
-        let memory = "/template/spec/containers/0/resources/limits/memory";
-        assert_eq!(with_memory(Some("256Mi")).pointer(memory), Some(&json!("256Mi")));
-        assert_eq!(with_memory(None).pointer(memory), Some(&Value::Null), "a limit that was not there goes again");
-    }
 
     #[test]
     fn what_a_replica_says_is_read() {

@@ -5,30 +5,27 @@
 //! by its number: a run finds what an earlier one left and makes only what is missing or not as it should be.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Namespace;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{ListParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use spaceport_crds::conditions::{ConditionStatus, GPUAccountCondition, GPUAccountReason, condition};
-use spaceport_crds::names::{BREAK_GLASS_ANNOTATION, LEDGER_FINALIZER};
+use spaceport_crds::names::LEDGER_FINALIZER;
 use spaceport_crds::{GPUAccount, GPUAccountStatus, GPUTier, Hold, Window};
 
 use super::super::accounts::{QUOTA_S, tier};
-use super::super::cluster::{Cluster, gone};
+use super::super::cluster::Cluster;
 use super::super::page_write::{AccountPage, hold, written_again};
 use crate::story::account;
-use crate::wait::eventually_every;
 use crate::world::World;
 
 /// What every name begins with; not that of the other benchmarks, which remove what is theirs.
 const PREFIX: &str = "recovery-bench-";
 const TIER: &str = "recovery-bench";
-/// Where the receipts of the leases are; it goes with all of them.
+/// Where the receipts of the leases are.
 const RECEIPTS: &str = "recovery-bench";
 /// Leases of a node: as many as a node with eight cards has halves.
 const LEASES_PER_NODE: usize = 16;
@@ -38,9 +35,6 @@ const SPACES: usize = 100;
 const AT_ONCE: usize = 32;
 /// Accounts between two lines of progress.
 const STEP: usize = 5_000;
-/// The namespace controller removes some hundred receipts a second.
-const GONE_LIMIT: Duration = Duration::from_secs(300);
-const GONE_PERIOD: Duration = Duration::from_secs(1);
 /// Objects of one page of a list, as the operator asks for.
 pub(super) const LIST_PAGE: u32 = 500;
 /// Charged in the open window of each.
@@ -66,7 +60,7 @@ struct Wanted {
     generation: i64,
 }
 
-/// The accounts, as long as they are to be there.
+/// The accounts.
 pub(super) struct Population<'a> {
     world: &'a World,
     cluster: &'a Cluster,
@@ -78,20 +72,22 @@ impl<'a> Population<'a> {
         Self { world, cluster, size }
     }
 
-    /// Makes what is not there, and removes what is too much. No operator may run meanwhile: it would write too.
+    /// Makes what is not there. No operator may run meanwhile: it would write too.
     pub(super) fn make(&self, say: &mut dyn FnMut(&str)) -> Result<()> {
         self.world.kubectl.apply(&tier(TIER).to_string())?;
-        self.make_namespace()?;
+        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": RECEIPTS } });
+        self.world.kubectl.apply(&namespace.to_string())?;
         let tiers = Api::<GPUTier>::all(self.cluster.admin().clone());
         let tier = self.cluster.wait(tiers.get(TIER)).context("cannot read the tier")?;
         let generation = tier.metadata.generation.context("the tier has no generation")?;
         let wanted = |number| Wanted { number, holds: number < self.size.leases, generation };
 
         let (intact, surplus) = self.look(&wanted)?;
-        if !surplus.is_empty() {
-            say(&format!("  removing {} accounts of an earlier run", surplus.len()));
-            self.remove_accounts(surplus, say)?;
-        }
+        // Removing them one by one takes longer than making them, so nothing here does.
+        ensure!(
+            surplus == 0,
+            "an earlier run left {surplus} accounts more than these: `cargo xtask down` ends its cluster, then try again"
+        );
         let missing: Vec<Wanted> =
             (0..self.size.accounts).filter(|number| !intact.contains(number)).map(wanted).collect();
         say(&format!("  {} are there already, {} are to be made", intact.len(), missing.len()));
@@ -109,53 +105,17 @@ impl<'a> Population<'a> {
         Ok(())
     }
 
-    /// Removes everything. No operator may run meanwhile.
-    pub(super) fn remove(&self, say: &mut dyn FnMut(&str)) -> Result<()> {
-        let namespaces = Api::<Namespace>::all(self.cluster.admin().clone());
-        // Its receipts go with it, meanwhile.
-        let deleted = self.cluster.wait(namespaces.delete(RECEIPTS, &DeleteParams::background())).map(drop);
-        gone(deleted).context("cannot delete the namespace of the receipts")?;
-        let ours = self.names()?;
-        say(&format!("  removing {} accounts", ours.len()));
-        self.remove_accounts(ours, say)?;
-        self.world.kubectl.run(&["delete", "gputier", TIER, "--ignore-not-found"])?;
-        eventually_every(GONE_PERIOD, "the namespace of the receipts is gone", GONE_LIMIT, || {
-            let found = self.cluster.wait(namespaces.get_opt(RECEIPTS))?;
-            let conditions = found.map(|found| found.status.and_then(|status| status.conditions).unwrap_or_default());
-            Ok(conditions.map_or(Ok(()), |conditions| Err(format!("{conditions:?}"))))
-        })
-    }
-
-    fn make_namespace(&self) -> Result<()> {
-        let namespaces = Api::<Namespace>::all(self.cluster.admin().clone());
-        let metadata = ObjectMeta { name: Some(RECEIPTS.to_owned()), ..ObjectMeta::default() };
-        let namespace = Namespace { metadata, ..Namespace::default() };
-        match self.cluster.wait(namespaces.create(&PostParams::default(), &namespace)) {
-            Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 409 => {
-                let found = self.cluster.wait(namespaces.get(RECEIPTS))?;
-                ensure!(
-                    found.metadata.deletion_timestamp.is_none(),
-                    "the namespace {RECEIPTS} of an earlier run is still being deleted; try again in a minute"
-                );
-                Ok(())
-            }
-            Err(error) => Err(error).context("cannot make the namespace of the receipts"),
-        }
-    }
-
-    /// Numbers of the accounts that are as they should be, and names of those that are too much.
-    fn look(&self, wanted: &impl Fn(usize) -> Wanted) -> Result<(BTreeSet<usize>, Vec<String>)> {
+    /// Numbers of the accounts that are as they should be, and how many are too much.
+    fn look(&self, wanted: &impl Fn(usize) -> Wanted) -> Result<(BTreeSet<usize>, usize)> {
         let api = Api::<GPUAccount>::all(self.cluster.admin().clone());
-        let (mut intact, mut surplus) = (BTreeSet::new(), Vec::new());
+        let (mut intact, mut surplus) = (BTreeSet::new(), 0);
         let mut parameters = ListParams::default().limit(LIST_PAGE);
         loop {
             // A page at a time: all of them are hundreds of megabytes.
             let page = self.cluster.wait(api.list(&parameters)).context("cannot list the accounts")?;
             for account in &page.items {
-                let name = account.name_any();
-                match number_of(&name) {
-                    Some(number) if number >= self.size.accounts => surplus.push(name),
+                match number_of(&account.name_any()) {
+                    Some(number) if number >= self.size.accounts => surplus += 1,
                     Some(number) if is_intact(account, wanted(number)) => drop(intact.insert(number)),
                     _ => {}
                 }
@@ -165,36 +125,6 @@ impl<'a> Population<'a> {
                 None => return Ok((intact, surplus)),
             }
         }
-    }
-
-    fn names(&self) -> Result<Vec<String>> {
-        let api = Api::<GPUAccount>::all(self.cluster.admin().clone());
-        let mut names = Vec::new();
-        let mut parameters = ListParams::default().limit(LIST_PAGE);
-        loop {
-            let page = self.cluster.wait(api.list_metadata(&parameters)).context("cannot list the accounts")?;
-            let found = page.items.iter().map(|account| account.name_any());
-            names.extend(found.filter(|name| number_of(name).is_some()));
-            match page.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => parameters.continue_token = Some(token),
-                None => return Ok(names),
-            }
-        }
-    }
-
-    fn remove_accounts(&self, names: Vec<String>, say: &mut dyn FnMut(&str)) -> Result<()> {
-        let all = names.len();
-        let mut removed = 0;
-        for step in names.chunks(STEP) {
-            let remove = |name: String| {
-                let (admin, operator) = (self.cluster.admin().clone(), self.cluster.operator().clone());
-                async move { remove(&admin, &operator, &name).await.with_context(|| format!("account {name}")) }
-            };
-            self.cluster.each_of(step.to_vec(), AT_ONCE, remove)?;
-            removed += step.len();
-            say(&format!("  {removed} of {all} accounts are removed"));
-        }
-        Ok(())
     }
 }
 
@@ -209,33 +139,13 @@ async fn make(admin: &Client, operator: &Client, wanted: Wanted) -> Result<()> {
         Err(kube::Error::Api(status)) if status.code == 409 => {
             let found = api.get(&wanted.name()).await?;
             if found.metadata.deletion_timestamp.is_some() {
-                bail!("an earlier run's is being deleted");
+                bail!("somebody is deleting it");
             }
             AccountPage::of(found)
         }
         Err(error) => return Err(error).context("cannot be made"),
     };
     page.become_page(operator, |stored, now_ms| page_of(stored, wanted, now_ms)).await
-}
-
-/// Takes off what keeps an account, and deletes it.
-async fn remove(admin: &Client, operator: &Client, name: &str) -> Result<()> {
-    let api = Api::<GPUAccount>::all(admin.clone());
-    let patch = json!({ "metadata": {
-        "annotations": { BREAK_GLASS_ANNOTATION: "end of a benchmark" },
-        "finalizers": null,
-    } });
-    let (parameters, patch) = (PatchParams::default(), Patch::Merge(patch));
-    let release = || api.patch_metadata(name, &parameters, &patch);
-    match release().await {
-        Err(kube::Error::Api(status)) if status.code == 403 => {
-            // It holds a lease, and keeps its finalizer as long as it does.
-            AccountPage::read(operator, name).await?.become_page(operator, without_holds).await?;
-            gone(release().await.map(drop)).context("its finalizer stays")?;
-        }
-        released => gone(released.map(drop)).context("its finalizer stays")?,
-    }
-    gone(api.delete(name, &DeleteParams::default()).await.map(drop)).context("cannot be deleted")
 }
 
 impl Wanted {
@@ -298,10 +208,6 @@ fn open_hold(number: usize, window: i64) -> Hold {
         // As long as the ids of the broker.
         ..hold(&format!("00recovery{number:016}"), &format!("window:{window}"), window)
     }
-}
-
-fn without_holds(stored: GPUAccountStatus, now_ms: i64) -> GPUAccountStatus {
-    GPUAccountStatus { holds: Vec::new(), closed: Vec::new(), leases: 0, ..written_again(stored, now_ms) }
 }
 
 /// True if an account is as [`make`] would make it.
@@ -382,9 +288,6 @@ mod tests {
         assert_eq!(hold.parts[0].milliseconds, hold.weight * hold.declared_milliseconds);
         assert_eq!((hold.node.as_str(), hold.lease.len()), ("recovery-bench-node-0001", 26));
         assert_eq!(again.last_time_milliseconds, NOW + 86_400_000);
-        let closed = without_holds(again.clone(), NOW);
-        assert!(closed.holds.is_empty() && closed.windows == again.windows && closed.leases == 0);
-        assert!(closed.last_time_milliseconds >= again.last_time_milliseconds);
     }
 
     #[test]

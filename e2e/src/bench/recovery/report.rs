@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::super::goals;
 use super::super::percentiles::{Percentiles, rounded};
 use super::population::Size;
 use super::raw_list::Listed;
@@ -79,22 +80,15 @@ impl fmt::Display for RecoveryReport {
             writeln!(formatter, "    {} objects, {mib:.0} MiB of JSON", list.objects)?;
         }
         writeln!(formatter)?;
-        for (name, value, goal) in [
+        let numbers = [
             ("kill -9 of the leader to the first grant, s", *warm_s, Some(WARM_GOAL_S)),
             ("cold start / raw LIST", cold_s / list_s, Some(COLD_GOAL)),
             ("leader resident, MiB", measured.leader_mib, None),
             ("standby resident, MiB", measured.standby_mib, None),
             ("the most that an operator had, MiB", measured.most_mib, None),
             ("the same for each account, KiB", measured.most_mib * 1024.0 / size.accounts.max(1) as f64, None),
-        ] {
-            write!(formatter, "{name:<48}{value:>9.2}")?;
-            match goal {
-                Some(goal) if value <= goal => writeln!(formatter, "   goal {goal}: met")?,
-                Some(goal) => writeln!(formatter, "   goal {goal}: missed")?,
-                None => writeln!(formatter)?,
-            }
-        }
-        Ok(())
+        ];
+        goals::lines(formatter, 48, &numbers)
     }
 }
 

@@ -13,6 +13,9 @@ use crate::broken::NodeFault;
 use crate::links::LinkId;
 use idle::{Idle, Spot};
 
+/// So long after its reuse a dead worker's successor is allowed, as on a real node.
+const SUCCESSOR_MS: u64 = 2_000;
+
 pub mod idle;
 pub mod reports;
 pub mod waiting;
@@ -285,6 +288,11 @@ impl Agent {
         self.leases.get(lease).is_some_and(|held| !matches!(held.phase, Phase::Ended { .. }))
     }
 
+    /// It has its own worker back.
+    pub fn is_reused(&self, lease: &LeaseId) -> bool {
+        self.leases.get(lease).is_some_and(|held| matches!(held.phase, Phase::Running { reused: true, .. }))
+    }
+
     /// Slots in use, kept or not clear: what the hardware shows.
     pub fn occupancy(&self) -> Occupancy {
         let mut occupancy = Occupancy::default();
@@ -441,8 +449,11 @@ impl Agent {
     /// the worker had died (L16).
     pub fn allow(&mut self, lease: &LeaseId, now: u64) -> bool {
         let Some(held) = self.leases.get_mut(lease) else { return false };
-        if !matches!(held.phase, Phase::Assigned { .. } | Phase::Running { reused: true, .. }) {
-            return false;
+        match held.phase {
+            Phase::Assigned { .. } => {}
+            Phase::Running { since, reused: true }
+                if now.saturating_sub(since) <= held.order.limits.allow_limit_ms.min(SUCCESSOR_MS) => {}
+            Phase::Running { .. } | Phase::Waiting | Phase::Ended { .. } => return false,
         }
         held.phase = Phase::Running { since: now, reused: false };
         let (node, lease) = (self.name.clone(), lease.clone());

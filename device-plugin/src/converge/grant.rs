@@ -7,7 +7,7 @@ use spaceport_crds::Isolation;
 use spaceport_proto::nodelink::{self as link, node_message::Message};
 
 use super::state::{Caller, Card, Clearing, Ending, EndingKind, Idle, Lease, Order, Phase, Worker};
-use super::{Answer, BROKER_WAIT_MS, Machine, Pending, Step, TICKETS_MAX, wire};
+use super::{Answer, BROKER_WAIT_MS, Machine, Pending, SUCCESSOR_MS, Step, TICKETS_MAX, wire};
 use crate::epoch;
 use crate::slots::{self, Slot};
 
@@ -339,14 +339,18 @@ impl Machine {
             Phase::Assigned { since_ms } => since_ms,
             // The idle worker had died, so the client forked a new one: the clock begins anew at its /allow (L16). The
             // old worker's cgroup is cleared beside the new one; both belong to this lease, its slot stays owned.
-            Phase::Running { reused: true, .. } => {
+            Phase::Running { reused: true, started_ms, .. } => {
+                if now_ms > started_ms.saturating_add(lease.allow_limit_ms.min(SUCCESSOR_MS)) {
+                    let reply = Err(AllowRefusal::TooLate);
+                    return self.steps.push_back(Step::ReplyAllow { call, reply });
+                }
                 let old = lease.worker.take();
                 let limit_ms = lease.clear_limit_ms;
                 if let Some(old) = old {
                     self.steps.push_back(Step::ShutGate { cgroup_id: old.cgroup_id });
                     self.clear(slot, None, old, limit_ms);
                 }
-                now_ms
+                started_ms
             }
             Phase::Waiting | Phase::Starting { .. } | Phase::Running { .. } => {
                 let reply = Err(AllowRefusal::AlreadyUsed);

@@ -59,6 +59,10 @@ pub const DEATH_GRACE_MS: u64 = 200;
 /// The same for a reused worker that died before its parent noticed: the parent forks anew and sends `/allow`, which
 /// restarts the clock (L16). Forking a large app takes tens of milliseconds.
 pub const REUSED_DEATH_GRACE_MS: u64 = 1_000;
+/// So long after its reuse the successor of a worker that had died is allowed (L16), and no longer than any worker: within a
+/// second its death is noticed, within the grace above its parent has forked. One that dies later dies in the middle of its
+/// call. If its lease could begin anew, the time before were free, and the lease outlast what a broker waits for (L9).
+pub const SUCCESSOR_MS: u64 = 2_000;
 /// A failure this soon after a neighbour on the card was killed or took too much memory is the platform's (N18).
 pub const NEIGHBOUR_MS: u64 = 5_000;
 /// How often a report is repeated while it is not acknowledged (L10). The broker answers within milliseconds; this only

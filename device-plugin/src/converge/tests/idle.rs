@@ -55,6 +55,18 @@ fn an_idle_worker_that_is_in_the_way_is_killed_and_waited_for() {
     assert_eq!(node.granted(), (false, 2));
 }
 
+/// Its seconds would be free, and its lease would last twice as long as it may.
+#[test]
+fn a_reused_worker_that_has_worked_gets_no_successor() {
+    let (mut node, app) = (Node::with_cards(1), pod("app"));
+    node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
+    let ticket = node.asks(&app, 1, None);
+    node.starts("l2", ticket, LARGE).passes(2_001).allows("l2", &app);
+    assert!(node.seen().contains(&Step::ReplyAllow { call: 3, reply: Err(AllowRefusal::TooLate) }));
+    node.passes(1_000).releases("l2", &app, false);
+    assert_eq!(Node::ended(&node.seen()), [("l2".to_owned(), link::EndKind::Released, 3_001)]);
+}
+
 #[test]
 fn an_idle_worker_dead_before_its_reuse_costs_a_new_allow_and_restarts_the_clock() {
     let (mut node, app) = (Node::with_cards(1), pod("app"));

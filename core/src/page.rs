@@ -1,5 +1,6 @@
 //! The ledger page of one account (L1): what `GPUAccount.status` holds and one compare-and-swap changes.
 
+mod budgets;
 mod sound;
 
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub const GRANTS_MAX: usize = 32;
 pub const CLOSED_MAX: usize = 32;
 /// Most cookies on a guest page.
 pub const COOKIES_MAX: usize = 64;
+/// Most tokens whose use is remembered on a page until they expire.
+pub const BUDGETS_MAX: usize = 64;
 /// Most outcomes without receipt that are remembered.
 pub const OUTCOMES_MAX: usize = 20;
 
@@ -38,6 +41,8 @@ pub struct Page {
     pub grants: Vec<GrantRow>,
     /// Outbox: settled, receipt not written yet (L10).
     pub closed: Vec<Closed>,
+    /// What ended leases took of their tokens' budgets; without any it takes no memory of its own.
+    pub budgets: Option<Box<Budgets>>,
     /// The last refusal with its numbers; coalesced (L5).
     pub last_denial: Option<Arc<DenialRow>>,
     /// Endings that have no receipt, newest last.
@@ -156,6 +161,57 @@ pub struct Hold {
     /// Set if the call declares more than it was given.
     #[serde(default)]
     pub shortened: Option<Shortened>,
+    /// The budget of its token (invariant 10); None without a token.
+    #[serde(default)]
+    pub budget: Option<Budget>,
+}
+
+/// What a token is worth (docs/rules.md): it is counted by the token that the visitor's call began with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Budget {
+    /// `root_jti`.
+    pub root: String,
+    /// Weighted milliseconds that may be reserved together.
+    pub max_ms: u64,
+    /// Calls that may be made.
+    pub max_calls: u64,
+    /// From here on the token is worth nothing, so nothing has to be remembered.
+    pub expires: LedgerTime,
+}
+
+/// What leases took of their tokens' budgets, for as long as those are worth anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Budgets {
+    /// One for each token.
+    pub rows: Vec<BudgetRow>,
+    /// There was no room for rows of tokens that expire by then: of such a token without a row it is not known what is left,
+    /// so it is worth nothing.
+    pub forgotten: LedgerTime,
+}
+
+/// What the ended leases of one token took.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BudgetRow {
+    /// `root_jti`.
+    pub root: String,
+    /// Calls that count.
+    pub calls: u64,
+    /// Charged, weighted milliseconds.
+    pub ms: u64,
+    /// When the token expires, and this row with it.
+    pub expires: LedgerTime,
+}
+
+/// What was taken of one budget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Calls.
+    pub calls: u64,
+    /// Weighted milliseconds.
+    pub ms: u64,
 }
 
 /// A call that was given less than it declares: `declared_ms` of its hold is the hard limit.

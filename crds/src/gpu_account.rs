@@ -30,6 +30,8 @@ pub const MAX_GRANTS: usize = 32;
 pub const MAX_CLOSED: usize = 32;
 /// Most cookies on the page of an address prefix.
 pub const MAX_COOKIES: usize = 64;
+/// Most tokens whose use is remembered.
+pub const MAX_BUDGETS: usize = 64;
 /// Most endings without receipt that are remembered.
 pub const MAX_RECENT_OUTCOMES: usize = 20;
 /// Most cards one hold can avoid: no node has more.
@@ -174,6 +176,15 @@ pub struct GPUAccountStatus {
         .message("a lease is settled once (invariant 3)")
     )]
     pub closed: Vec<ClosedLease>,
+    /// What ended leases took of their tokens' budgets, until those expire (invariant 10).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_BUDGETS))]
+    pub budgets: Vec<BudgetRow>,
+    /// There was no room for rows of tokens that expire by then, milliseconds since the Unix epoch: such a token without a
+    /// row is worth nothing any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub budgets_forgotten_milliseconds: Option<i64>,
     /// The last refusal with its numbers; written at most every 5 s.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_denial: Option<LastDenial>,
@@ -358,6 +369,45 @@ pub struct Hold {
     /// Set if the call declares more than it was given; then `declaredMilliseconds` is the hard limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shortened: Option<Shortened>,
+    /// What its token is worth (invariant 10). Empty without a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+}
+
+/// What a token is worth, by the token that the visitor's call began with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Budget {
+    /// `root_jti` of the token: its id, which nobody can call with.
+    #[schemars(length(min = 1, max = 64))]
+    pub root: String,
+    /// Weighted milliseconds that may be reserved together.
+    #[schemars(range(min = 0))]
+    pub max_milliseconds: i64,
+    /// Calls that may be made.
+    #[schemars(range(min = 0))]
+    pub max_calls: i64,
+    /// When it expires, milliseconds since the Unix epoch.
+    #[schemars(range(min = 0))]
+    pub expires_milliseconds: i64,
+}
+
+/// What the ended leases of one token took.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BudgetRow {
+    /// `root_jti` of the token: its id, which nobody can call with.
+    #[schemars(length(min = 1, max = 64))]
+    pub root: String,
+    /// Calls that count: all but those that the platform or a caller who left ended before they ran.
+    #[schemars(range(min = 0))]
+    pub calls: i64,
+    /// Charged, weighted milliseconds.
+    #[schemars(range(min = 0))]
+    pub milliseconds: i64,
+    /// When the token expires and the row with it, milliseconds since the Unix epoch.
+    #[schemars(range(min = 0))]
+    pub expires_milliseconds: i64,
 }
 
 /// A copy of one GPUQuotaGrant, taken in by the same compare-and-swap that uses it.

@@ -33,8 +33,8 @@ mod yaml;
 
 pub use function_duration::FunctionDuration;
 pub use gpu_account::{
-    ClosedLease, CookieRow, CookieWindow, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow, Hold, Identity,
-    LastDenial, Part, RecentOutcome, Shortened, Window,
+    Budget, BudgetRow, ClosedLease, CookieRow, CookieWindow, GPUAccount, GPUAccountSpec, GPUAccountStatus, GrantRow,
+    Hold, Identity, LastDenial, Part, RecentOutcome, Shortened, Window,
 };
 pub use gpu_lease::{GPULease, GPULeaseSpec, LeaseBoundaries, LeasePhase, LeasePlace, WaitReason};
 pub use gpu_node::{

@@ -34,6 +34,8 @@ const OPERATOR: &[Broken] = &[
         "token of another Space is answered",
     ),
     ("receipts-forget-allowed", stories::a_receipt_tells_every_boundary_in_order, "Allowed is missing"),
+    // Late: what it believes of the story's accounts is on no page, and is gone when the real operator is put back.
+    ("grants-from-memory", stories::without_an_api_server_leases_run_on_and_nothing_is_granted, "granted from memory"),
     // Last: the schema refuses the receipts of such leases, so their accounts keep them unwritten for ever.
     ("charge-unallowed", stories::a_grant_that_nobody_uses_is_refunded, "no GPU, no charge"),
 ];

@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use spaceport_core::ids::{Epoch, LeaseId, NodeName, Size};
+use spaceport_core::ids::{CookieId, Epoch, LeaseId, NodeName, Size};
 use spaceport_core::lease::{Command, EndReport, FreedAs};
 use spaceport_core::page::{Ending, Page};
 use spaceport_crds::{GPUAccount, GPUAccountSpec, GPUAccountStatus};
@@ -11,7 +11,7 @@ use spaceport_operator::ledger::seen::AccountSeen;
 use spaceport_shell::error_chain;
 
 use crate::Verdict;
-use crate::ledger::{ACCOUNT, Ledger, stored_alike};
+use crate::ledger::{ACCOUNT, GUESTS, Ledger, stored_alike};
 
 /// Longest the ledger waits for anything: beyond a window, and the bound of L9 for the longest call.
 const LONG_MS: u64 = 2 * 24 * 3600 * 1000;
@@ -23,7 +23,8 @@ const LONG_MS: u64 = 2 * 24 * 3600 * 1000;
 pub fn check(bytes: &[u8]) -> Verdict {
     let Ok(status) = serde_json::from_slice::<GPUAccountStatus>(bytes) else { return Verdict::Refused };
     let kept = KeptFields::of(&status);
-    let mut account = GPUAccount::new(ACCOUNT, GPUAccountSpec::default());
+    let name = if status.cookies.is_empty() { ACCOUNT } else { GUESTS };
+    let mut account = GPUAccount::new(name, GPUAccountSpec::default());
     account.status = Some(status);
     let page = match AccountSeen::of(&account).page {
         Ok(page) => page,
@@ -50,9 +51,13 @@ fn goes_on(page: Page, ids: u128) {
     let holds: Vec<(LeaseId, NodeName)> =
         page.holds.iter().map(|hold| (hold.lease.clone(), hold.node.clone())).collect();
     let mut ledger = Ledger::new(Epoch(page.epoch.0 + 1)).drawing_from(ids);
-    ledger.account(page);
-    ledger.request(1, Size::Large, 30_000);
-    ledger.request(2, Size::Xlarge, 60_000);
+    let [first, second, third] = callers(&page);
+    match &first {
+        Some(_) => ledger.guests(page),
+        None => ledger.account(page),
+    }
+    ledger.request_of(first.as_ref(), 1, Size::Large, 30_000);
+    ledger.request_of(second.as_ref(), 2, Size::Xlarge, 60_000);
     for (number, (lease, node)) in holds.into_iter().enumerate() {
         // Some report that they ended, of the others nothing is heard.
         if number % 2 == 0 {
@@ -64,5 +69,13 @@ fn goes_on(page: Page, ids: u128) {
     for milliseconds in [1_000, 60_000, LONG_MS] {
         ledger.wait(milliseconds);
     }
-    ledger.request(3, Size::Large, 1_000);
+    ledger.request_of(third.as_ref(), 3, Size::Large, 1_000);
+}
+
+/// Who calls: the account itself; on a page with rows of visitors those of the first and of the last row, and a new one.
+fn callers(page: &Page) -> [Option<CookieId>; 3] {
+    match (page.cookies.first(), page.cookies.last()) {
+        (Some(first), Some(last)) => [first.cookie.clone(), last.cookie.clone(), CookieId::new("new")].map(Some),
+        _ => [None, None, None],
+    }
 }

@@ -1,14 +1,19 @@
 //! A ledger whose pages are all written at once, with a look at each: what the broker does with what it was told.
 
+mod places;
+mod visitors;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use spaceport_core::ids::{
-    AccountName, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket, WorkerKey,
+    AccountName, CookieId, Epoch, IdSeed, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket,
+    WorkerKey,
 };
-use spaceport_core::lease::{Command, Effect, Moment, Order, Policy, Priority, Request, State, step};
+use spaceport_core::lease::{Command, Effect, Moment, Order, Place, Policy, Priority, Request, State, step};
 use spaceport_core::page::{Page, Source, Unsound};
-use spaceport_core::protocol::CallerClass;
+use spaceport_core::protocol::{CallerClass, Denial};
+use spaceport_core::queue::Presented;
 use spaceport_core::quota::Allowance;
 use spaceport_core::slots::Card;
 use spaceport_operator::ledger::convert::{KeptFields, page_of, status_of};
@@ -20,6 +25,10 @@ pub const NODE: &str = "gpu-1";
 pub const AGENT: &str = "agent-1";
 /// The one account.
 pub const ACCOUNT: &str = "bob";
+/// The page of an address prefix, in stories of visitors who are not signed in.
+pub const GUESTS: &str = "guest-0af3";
+/// What each of them has in a day, weighted milliseconds; all together have what the account has.
+const VISITOR_MS: u64 = 120_000;
 /// Commands that may follow from one: a page and its answers are a few for each row.
 const CONSEQUENCES_MAX: usize = 4096;
 /// When the stories happen.
@@ -30,9 +39,19 @@ pub struct Ledger {
     state: State,
     elapsed_ms: u64,
     ids: u128,
+    payer: AccountName,
     durable: Page,
     /// Orders that left.
     pub orders: Vec<Order>,
+    /// Places, as those who wait were told them.
+    told: Vec<Place>,
+    /// Who was refused, and why.
+    denied: Vec<(Ticket, Denial)>,
+}
+
+/// A request of the node's agent.
+pub fn ticket(number: u64) -> Ticket {
+    Ticket { agent_instance: AGENT.into(), number }
 }
 
 /// A tier of ten minutes.
@@ -52,7 +71,16 @@ impl Ledger {
     pub fn new(epoch: Epoch) -> Self {
         let node = NodeName::new(NODE);
         let state = State::new(epoch, BTreeSet::from([node.clone()]));
-        let mut ledger = Self { state, elapsed_ms: 0, ids: 1 << 80, durable: Page::default(), orders: Vec::new() };
+        let mut ledger = Self {
+            state,
+            elapsed_ms: 0,
+            ids: 1 << 80,
+            payer: AccountName::new(ACCOUNT),
+            durable: Page::default(),
+            orders: Vec::new(),
+            told: Vec::new(),
+            denied: Vec::new(),
+        };
         let agent_instance = AGENT.to_owned();
         ledger.command(Command::NodeHello { node: node.clone(), agent_instance, highest_epoch: Epoch(0) });
         let card = Card { index: 0, large_slots: 2, grantable: true, quarantined_slots: 0 };
@@ -78,24 +106,50 @@ impl Ledger {
 
     /// Shows the account with this page.
     pub fn account(&mut self, page: Page) {
+        self.shown(ACCOUNT, allowance(), page);
+    }
+
+    /// Shows the address prefix with this page instead; from now on its visitors call.
+    pub fn guests(&mut self, page: Page) {
+        self.shown(GUESTS, Allowance { per_cookie_ms: Some(VISITOR_MS), ..allowance() }, page);
+    }
+
+    fn shown(&mut self, name: &str, allowance: Allowance, page: Page) {
+        self.payer = AccountName::new(name);
         self.durable = page.clone();
         let policy = Policy {
             tier: "demo".to_owned(),
-            allowance: allowance(),
+            allowance,
             concurrent: 4,
             priority: Priority::Medium,
             caller: CallerClass::Regular,
             deleting: false,
             conflict: None,
         };
-        self.command(Command::AccountSeen { account: AccountName::new(ACCOUNT), page: Box::new(page), policy });
+        self.command(Command::AccountSeen { account: self.payer.clone(), page: Box::new(page), policy });
     }
 
     /// A call of the account.
     pub fn request(&mut self, number: u64, size: Size, declared_ms: u64) {
+        self.request_of(None, number, size, declared_ms);
+    }
+
+    /// A call of the account, or of a visitor of the address prefix.
+    pub fn request_of(&mut self, visitor: Option<&CookieId>, number: u64, size: Size, declared_ms: u64) {
+        self.call(visitor.cloned(), number, size, declared_ms, None);
+    }
+
+    fn call(
+        &mut self,
+        cookie: Option<CookieId>,
+        number: u64,
+        size: Size,
+        declared_ms: u64,
+        presented: Option<Presented>,
+    ) {
         let space = SpaceKey::new("demo", "hello", "space-uid");
         self.command(Command::Request(Box::new(Request {
-            ticket: Ticket { agent_instance: AGENT.into(), number },
+            ticket: ticket(number),
             node: NodeName::new(NODE),
             space,
             revision: Revision::default(),
@@ -103,10 +157,10 @@ impl Ledger {
             worker: WorkerKey::new("pod", "container", 1),
             size,
             declared_ms,
-            caller: Ok(AccountName::new(ACCOUNT)),
-            cookie: None,
+            caller: Ok(self.payer.clone()),
+            cookie,
             budget: None,
-            presented: None,
+            presented,
         })));
     }
 
@@ -153,11 +207,15 @@ impl Ledger {
                 self.orders.push(*order);
                 None
             }
-            Effect::Cancel { .. }
-            | Effect::Acknowledge { .. }
-            | Effect::Deny { .. }
-            | Effect::Queue(_)
-            | Effect::EndTerm(_) => None,
+            Effect::Queue(place) => {
+                self.told.push(*place);
+                None
+            }
+            Effect::Deny { ticket, denial, .. } => {
+                self.denied.push((ticket, denial));
+                None
+            }
+            Effect::Cancel { .. } | Effect::Acknowledge { .. } | Effect::EndTerm(_) => None,
         }
     }
 
@@ -173,6 +231,7 @@ impl Ledger {
         for hold in &page.holds {
             if !before.holds.iter().any(|known| known.lease == hold.lease) {
                 hold.parts.iter().filter(|part| part.ms > 0).for_each(|part| fits(page, &part.source));
+                visitors::fits(&self.payer, page, hold);
             }
         }
         for hold in &before.holds {
@@ -180,6 +239,7 @@ impl Ledger {
             let settled = page.closed.iter().any(|known| known.hold.lease == hold.lease);
             assert!(open != settled, "{} is open {open} and settled {settled} (invariant 3)", hold.lease);
         }
+        visitors::add_up(before, page);
         stored_alike(page, None);
         self.durable = page.clone();
     }
@@ -206,11 +266,12 @@ pub fn stored_alike(page: &Page, kept: Option<&KeptFields>) {
     let status = status_of(page, Display::of(page, Some(&tier)), kept).expect("a page can be stored");
     let text = serde_json::to_vec(&status).expect("a status is JSON");
     let read = page_of(&serde_json::from_slice(&text).expect("it is read as it was written")).expect("a page");
-    // The stored form has the denial's numbers only, and of a settled hold nothing that mattered only before its start.
+    // The stored form has the denial's numbers only, and of a settled hold nothing that mattered only before its start or has
+    // a row of its own.
     let mut page = Page { last_denial: None, ..page.clone() };
     for closed in &mut page.closed {
         let hold = Arc::make_mut(&mut closed.hold);
-        (hold.avoid, hold.after) = (Vec::new(), None);
+        (hold.avoid, hold.after, hold.budget) = (Vec::new(), None, None);
     }
     assert_eq!(read, page);
 }

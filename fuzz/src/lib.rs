@@ -13,7 +13,9 @@ pub mod ledger;
 pub mod nodelink_orders;
 pub mod nodelink_reports;
 pub mod numbers;
+pub mod replay_trace;
 pub mod token;
+pub mod token_keys;
 
 /// How far the bytes came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

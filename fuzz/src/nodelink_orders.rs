@@ -1,5 +1,6 @@
 //! What a broker says to an agent, and what the agent's machine does about it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use prost::Message as _;
@@ -8,6 +9,7 @@ use spaceport_device_plugin::converge::{Answer, Caller, Card, Event, Machine, Sp
 use spaceport_device_plugin::gate::Opens;
 use spaceport_proto::nodelink as link;
 use spaceport_proto::nodelink::broker_message::Message;
+use spaceport_proto::nodelink::node_message::Message as Said;
 
 use crate::Verdict;
 use crate::client::readable;
@@ -31,6 +33,10 @@ pub struct Node {
     pub steps: usize,
     running: Vec<(String, String)>,
     refused: Vec<String>,
+    /// The place that is being told.
+    heard: Option<link::Queued>,
+    /// What each request that waits was told last, and when.
+    told: BTreeMap<u64, (link::Queued, u64)>,
     calls: u64,
     cgroups: u64,
 }
@@ -44,8 +50,8 @@ pub fn card(index: u32) -> Card {
 /// Messages, each with its length before it, as gRPC's frames are.
 ///
 /// # Panics
-/// If a message does not survive being sent again, an order is neither taken nor refused or is taken against the fence, or
-/// the machine stumbles.
+/// If a message does not survive being sent again, an order is neither taken nor refused or is taken against the fence, a
+/// request presents another place than it was told, or the machine stumbles.
 pub fn check(bytes: &[u8]) -> Verdict {
     let mut node = Node::new(Machine::new(AGENT.to_owned(), 0), BEGIN_MS);
     node.happens(Event::Inventory(vec![card(0), card(1)]));
@@ -73,7 +79,8 @@ pub fn check(bytes: &[u8]) -> Verdict {
 impl Node {
     /// A node around a machine.
     pub fn new(machine: Machine, now_ms: u64) -> Self {
-        Self { machine, now_ms, steps: 0, running: Vec::new(), refused: Vec::new(), calls: 0, cgroups: 1 << 20 }
+        let (running, refused, told) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Self { machine, now_ms, steps: 0, running, refused, heard: None, told, calls: 0, cgroups: 1 << 20 }
     }
 
     /// A client asks for a GPU; there are two apps.
@@ -95,7 +102,11 @@ impl Node {
         match message {
             Message::Welcome(welcome) => self.happens(Event::Linked { epoch: welcome.epoch }),
             Message::Standby(_) => self.happens(Event::Unlinked),
-            Message::Queued(queued) => self.happens(Event::Queued(queued)),
+            Message::Queued(queued) => {
+                self.heard = Some(queued);
+                self.happens(Event::Queued(queued));
+                self.heard = None;
+            }
             Message::Denied(denied) => self.happens(Event::Denied(denied)),
             Message::Start(order) => self.starts(order),
             Message::Cancel(order) => self.happens(Event::Cancel(order)),
@@ -153,8 +164,12 @@ impl Node {
             Step::CloseGate { lease, .. } => Some(Event::GateClosed { lease, opens: Opens { count: 1, first: None } }),
             Step::Clear { worker, .. } => Some(Event::Cleared { cgroup_id: worker.cgroup_id }),
             Step::Answer { ticket, answer } => self.answers(ticket, answer),
-            Step::Send(link::node_message::Message::Refused(refused)) => {
+            Step::Send(Said::Refused(refused)) => {
                 self.refused.push(refused.lease);
+                None
+            }
+            Step::Send(Said::Request(request)) => {
+                self.presents(&request);
                 None
             }
             _ => None,
@@ -176,8 +191,24 @@ impl Node {
                 }
                 None
             }
-            Answer::Granted { .. } | Answer::Queued { .. } | Answer::Unavailable { .. } => None,
+            Answer::Queued { .. } => {
+                // Only of a request that waits; its place is not the client's business.
+                let heard = self.heard.take().expect("a client is told that it waits when its broker says so");
+                self.told.insert(ticket, (heard, self.now_ms));
+                None
+            }
+            Answer::Granted { .. } | Answer::Unavailable { .. } => None,
         }
+    }
+
+    /// L17: the place that it was told last, by whichever leader, and how long ago; nothing if it was told none.
+    fn presents(&self, request: &link::Request) {
+        let told = self.told.get(&request.ticket).map_or((0, 0, 0, 0), |(told, at_ms)| {
+            let ago_ms = if told.latest_start_ms > 0 { self.now_ms - at_ms } else { 0 };
+            (told.place_epoch, told.place_number, told.latest_start_ms, ago_ms)
+        });
+        let link::Request { place_epoch, place_number, promised_ms, promised_ago_ms, .. } = *request;
+        assert_eq!((place_epoch, place_number, promised_ms, promised_ago_ms), told, "of ticket {}", request.ticket);
     }
 }
 

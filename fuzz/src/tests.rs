@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use prost::Message as _;
-use spaceport_core::ids::{Epoch, Size};
+use spaceport_core::ids::{CookieId, Epoch, Size};
 use spaceport_core::page::Page;
 use spaceport_device_plugin::converge::{Event, Machine};
 use spaceport_operator::ledger::convert::status_of;
@@ -16,13 +16,15 @@ use super::*;
 
 type Check = fn(&[u8]) -> Verdict;
 
-const TARGETS: [(&str, Check); 6] = [
+const TARGETS: [(&str, Check); 8] = [
     ("account_status", account_status::check),
     ("checkpoint", checkpoint::check),
     ("device_api", device_api::check),
     ("nodelink_orders", nodelink_orders::check),
     ("nodelink_reports", nodelink_reports::check),
+    ("replay_trace", replay_trace::check),
     ("token", token::check),
+    ("token_keys", token_keys::check),
 ];
 
 fn folder(target: &str) -> PathBuf {
@@ -82,10 +84,42 @@ fn status(page: &Page) -> Vec<u8> {
 }
 
 fn pages() -> Vec<(&'static str, Page)> {
-    let mut ledger = nodelink_reports::ledger();
-    let open = ledger.page().clone();
+    let ledger = nodelink_reports::ledger();
+    let mut refused = ledger::Ledger::new(Epoch(7));
+    refused.account(Page::default());
+    refused.request(1, Size::Xlarge, 3_600_000);
+    refused.wait(10_000);
+    let guests = guests();
+    let row = guests.page().cookies[0].clone();
+    vec![
+        ("good-open", ledger.page().clone()),
+        ("good-settled", settled(ledger)),
+        ("good-refused", refused.page().clone()),
+        ("good-term", Page { epoch: Epoch(7), seq: 7, write_id: "w".to_owned(), ..Page::default() }),
+        ("bad-visitor-without-row", Page { cookies: Box::default(), ..guests.page().clone() }),
+        ("bad-visitor-twice", Page { cookies: [row.clone(), row].into(), ..Page::default() }),
+        ("good-guests-open", guests.page().clone()),
+        ("good-guests-settled", settled(guests)),
+    ]
+}
+
+/// Two visitors of an address prefix have a lease each, one of them waits for another, and is refused a third.
+fn guests() -> ledger::Ledger {
+    let mut ledger = ledger::Ledger::new(Epoch(7));
+    ledger.guests(Page::default());
+    let calls = [("ann", 30_000), ("bob", 60_000), ("ann", 60_000), ("ann", 120_000)];
+    for (number, (visitor, declared_ms)) in (1..).zip(calls) {
+        ledger.request_of(Some(&CookieId::new(visitor)), number, Size::Large, declared_ms);
+    }
+    ledger.wait(10_000);
+    ledger
+}
+
+/// The page when the lease of the first order has ended and its receipt is not written.
+fn settled(mut ledger: ledger::Ledger) -> Page {
+    let lease = ledger::first_lease(&ledger).unwrap().to_string();
     let mut settled = None;
-    for message in life(&first_lease()) {
+    for message in life(&lease) {
         let command = spaceport_operator::ledger::node_messages::command(&ledger::NODE.to_owned().into(), &message);
         ledger.command(command.unwrap().unwrap());
         ledger.wait(1_000);
@@ -93,16 +127,7 @@ fn pages() -> Vec<(&'static str, Page)> {
             settled = Some(ledger.page().clone());
         }
     }
-    let mut refused = ledger::Ledger::new(Epoch(7));
-    refused.account(Page::default());
-    refused.request(1, Size::Xlarge, 3_600_000);
-    refused.wait(10_000);
-    vec![
-        ("good-open", open),
-        ("good-settled", settled.unwrap()),
-        ("good-refused", refused.page().clone()),
-        ("good-term", Page { epoch: Epoch(7), seq: 7, write_id: "w".to_owned(), ..Page::default() }),
-    ]
+    settled.unwrap()
 }
 
 fn first_lease() -> String {
@@ -229,6 +254,18 @@ fn order_stories() -> Vec<(&'static str, Vec<orders::Message>)> {
             ],
         ),
         (
+            "good-next-leader",
+            vec![
+                Message::Queued(link::Queued { ticket: 2, place_number: 2, latest_start_ms: 0, ..queued }),
+                Message::Queued(queued),
+                Message::Standby(link::Standby {}),
+                Message::Welcome(link::Welcome { epoch: 9 }),
+                Message::Queued(link::Queued { latest_start_ms: 29_000, ..queued }),
+                Message::Standby(link::Standby {}),
+                Message::Welcome(link::Welcome { epoch: 10 }),
+            ],
+        ),
+        (
             "good-terms",
             vec![
                 Message::Standby(link::Standby {}),
@@ -266,6 +303,22 @@ fn report_stories() -> Vec<(&'static str, Vec<reports::Message>)> {
         declared_ms: 60_000,
         ..link::Request::default()
     };
+    let presents = |ticket, place_epoch, place_number, promised_ms, promised_ago_ms| {
+        let size = link::Size::Large.into();
+        let placed = link::Request { ticket, size, place_epoch, place_number, declared_ms: 30_000, ..request.clone() };
+        Message::Request(link::Request { promised_ms, promised_ago_ms, ..placed })
+    };
+    // First the later place, then an older one whose latest start has passed, and one that was promised nothing.
+    let placed = vec![presents(9, 6, 2, 60_000, 5_000), presents(8, 5, 4, 60_000, 60_000), presents(7, 6, 1, 0, 0)];
+    // Places of others or of nobody yet, and for the third request another than its own.
+    let invented = vec![
+        presents(9, 7, 3, 60_000, 0),
+        presents(8, 6, 1, 60_000, 0),
+        presents(7, 6, 1, u64::MAX, 1),
+        presents(6, 7, 9, 60_000, 0),
+        presents(3, 6, 5, 1, 0),
+        presents(5, u64::MAX, u64::MAX, 1, u64::MAX),
+    ];
     let idle = link::IdleWorker {
         pod_uid: "pod".to_owned(),
         container: "container".to_owned(),
@@ -291,6 +344,8 @@ fn report_stories() -> Vec<(&'static str, Vec<reports::Message>)> {
             "good-requests",
             vec![Message::Request(request), Message::Dequeue(link::Dequeue { ticket: 3 }), Message::Refused(refused)],
         ),
+        ("good-placed", placed),
+        ("good-invented", invented),
         ("good-kept", reuse),
         ("bad-nameless", vec![keeps(vec![nameless])]),
         ("bad-kindless", vec![Message::Ended(link::Ended { lease: "x".to_owned(), ..link::Ended::default() })]),

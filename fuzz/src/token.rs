@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use jsonwebtoken::crypto::sign;
 use jsonwebtoken::{Algorithm, EncodingKey};
 use serde_json::{Value, json};
+use spaceport_core::ids::CookieId;
 use spaceport_core::protocol::UnauthenticatedReason;
 use spaceport_operator::identity::{Caller, KeySet, TokenVerifier};
 use tokio::sync::watch;
@@ -21,16 +22,18 @@ const PRIVATE_KEY: &str = "-----BEGIN PRIVATE KEY-----
 MC4CAQAwBQYDK2VwBCIEIDjvbBG8H65pNqurg42Iz4AVXlWYy7ZD3ahY92m1oo+e
 -----END PRIVATE KEY-----
 ";
-const PUBLIC_KEY: &str = "-----BEGIN PUBLIC KEY-----
+pub(crate) const PUBLIC_KEY: &str = "-----BEGIN PUBLIC KEY-----
 MCowBQYDK2VwAyEA+L10FllTmBpQ6FfEJif0zCrWjeZptSsZ2mhoNPvFhhw=
 -----END PUBLIC KEY-----
 ";
-const KEY_ID: &str = "k1";
-const ISSUER: &str = "spaceport-gateway";
+pub(crate) const KEY_ID: &str = "k1";
+pub(crate) const ISSUER: &str = "spaceport-gateway";
 /// The Space that the token is presented by.
-const SPACE: &str = "0b1c7c4e-space";
+pub(crate) const SPACE: &str = "0b1c7c4e-space";
 /// When it is presented, seconds since the epoch.
-const NOW: i64 = 1_800_000_000;
+pub(crate) const NOW: i64 = 1_800_000_000;
+/// Largest budget that a page can store; what a token says beyond it, of which nobody comes near, counts as this.
+const STORED_MAX: u64 = i64::MAX.unsigned_abs();
 
 struct Keys {
     private: EncodingKey,
@@ -67,9 +70,18 @@ fn says(caller: &Caller, header: &[u8], claims: &[u8]) {
     assert_eq!((header["alg"].as_str(), header["kid"].as_str()), (Some("EdDSA"), Some(KEY_ID)));
     let claims = parsed(claims).expect("a good token has claims");
     let ours = claims_of(caller);
-    for name in ["iss", "aud", "sub", "jti", "root_jti", "exp", "max_ms", "max_calls"] {
+    for name in ["iss", "aud", "sub", "jti", "root_jti", "exp", "cookie"] {
         assert_eq!(claims[name], ours[name], "{name}");
     }
+    for (name, ours) in [("max_ms", caller.max_ms), ("max_calls", caller.max_calls)] {
+        let claimed = claims[name].as_u64().map(|claimed| claimed.min(STORED_MAX));
+        assert_eq!(claimed, Some(ours.min(STORED_MAX)), "{name}");
+    }
+    assert_eq!(
+        caller.cookie.is_some(),
+        caller.account.is_guests(),
+        "a visitor is of a guest page, and the other way round"
+    );
     assert!(!caller.account.as_str().is_empty() && !caller.root_jti.is_empty());
     assert!(caller.expires.as_second() > NOW, "it has ended");
 }
@@ -88,6 +100,7 @@ fn claims_of(caller: &Caller) -> Value {
     json!({
         "iss": ISSUER, "aud": SPACE, "sub": caller.account.as_str(), "jti": caller.jti, "root_jti": caller.root_jti,
         "exp": caller.expires.as_second(), "max_ms": caller.max_ms, "max_calls": caller.max_calls,
+        "cookie": caller.cookie.as_ref().map(CookieId::as_str),
     })
 }
 
@@ -104,7 +117,7 @@ fn keys() -> &'static Keys {
     })
 }
 
-fn signed(header: &[u8], claims: &[u8]) -> String {
+pub(crate) fn signed(header: &[u8], claims: &[u8]) -> String {
     let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(claims));
     let signature = sign(message.as_bytes(), &keys().private, Algorithm::EdDSA).expect("a signature");
     format!("{message}.{signature}")

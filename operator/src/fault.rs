@@ -20,6 +20,8 @@ pub enum Fault {
     ChargeUnallowed,
     /// Against L10: the node is told that an end is settled before that is durable.
     AcknowledgeEarly,
+    /// Against invariant 2: leads on when its Lease cannot be renewed, and takes a page for written whatever becomes of it.
+    GrantsFromMemory,
     /// Against invariant 12: receipts say half of what the page says.
     ReceiptsSayLess,
     /// The page does not show the last refusal.

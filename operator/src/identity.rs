@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use jsonwebtoken::errors::ErrorKind;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, crypto, decode, decode_header};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::runtime::watcher;
 use serde::Deserialize;
@@ -25,9 +25,14 @@ use crate::kubeapi::KubeApi;
 
 /// Longest token that is looked at, bytes. Ours are about 500; an `act` chain of a few Spaces stays far below.
 const TOKEN_LENGTH_MAX: usize = 8192;
+/// Longest PEM of a public key that is looked at, bytes. Ours have 113; the parser takes a frame of the stack for each level of
+/// what is nested in one.
+const PEM_LENGTH_MAX: usize = 1024;
+/// Bytes of an Ed25519 public key.
+const KEY_LENGTH: usize = 32;
 
-/// Longest id of a cookie, characters (the schema's bound).
-const COOKIE_LENGTH_MAX: usize = 64;
+/// Longest id of a cookie or of the token that a call began with, characters (the schema's bound).
+const ID_LENGTH_MAX: usize = 64;
 /// Longest name of a guest page: it is a label on receipts.
 const GUEST_NAME_MAX: usize = 63;
 
@@ -94,9 +99,12 @@ fn visitor(claims: &Claims) -> Result<Option<CookieId>, UnauthenticatedReason> {
     let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
     let hash = claims.sub.strip_prefix(AccountName::GUEST_PREFIX).unwrap_or_default();
     let is_page = !hash.is_empty() && is_plain(hash) && claims.sub.len() <= GUEST_NAME_MAX;
-    let is_cookie =
-        !cookie.is_empty() && cookie.len() <= COOKIE_LENGTH_MAX && cookie.bytes().all(|byte| byte.is_ascii_graphic());
-    if is_page && is_cookie { Ok(Some(CookieId::new(cookie))) } else { Err(UnauthenticatedReason::NotAToken) }
+    if is_page && is_id(cookie) { Ok(Some(CookieId::new(cookie))) } else { Err(UnauthenticatedReason::NotAToken) }
+}
+
+/// It can be a row's name on a page.
+fn is_id(text: &str) -> bool {
+    !text.is_empty() && text.len() <= ID_LENGTH_MAX && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 // === impl KeySet ===
@@ -107,13 +115,28 @@ impl KeySet {
         let mut set = Self::default();
         let mut errors = Vec::new();
         for (kid, pem) in data {
-            match DecodingKey::from_ed_pem(pem.as_bytes()) {
+            match public_key(pem) {
                 Ok(key) => drop(set.keys.insert(kid.clone(), key)),
                 Err(source) => errors.push(KeyError { kid: kid.clone(), source }),
             }
         }
         (set, errors)
     }
+}
+
+/// A key that signatures can be checked with. The library takes whatever bits it finds in a PEM for one: it looks at them with
+/// the first token that names the key, and panics if they are too few.
+fn public_key(pem: &str) -> Result<DecodingKey, jsonwebtoken::errors::Error> {
+    if pem.len() > PEM_LENGTH_MAX {
+        return Err(ErrorKind::InvalidKeyFormat.into());
+    }
+    let key = DecodingKey::from_ed_pem(pem.as_bytes())?;
+    if key.try_get_as_bytes()?.len() != KEY_LENGTH {
+        return Err(ErrorKind::InvalidEddsaKey.into());
+    }
+    // An error is of the key, which must be a point of the curve; no signature at all is just not a good one.
+    crypto::verify("", b"", &key, Algorithm::EdDSA)?;
+    Ok(key)
 }
 
 // === impl TokenVerifier ===
@@ -146,7 +169,7 @@ impl TokenVerifier {
 
     fn judge(&self, claims: Claims, space_uid: &str, now: Timestamp) -> Result<Caller, UnauthenticatedReason> {
         // Signed with a key of ours, but for another purpose.
-        if claims.iss != self.issuer || claims.sub.is_empty() || claims.root_jti.is_empty() {
+        if claims.iss != self.issuer || claims.sub.is_empty() || !is_id(&claims.root_jti) {
             return Err(UnauthenticatedReason::NotAToken);
         }
         let expires = Timestamp::from_second(claims.exp).map_err(|_| UnauthenticatedReason::NotAToken)?;
@@ -163,8 +186,9 @@ impl TokenVerifier {
             jti: claims.jti,
             root_jti: claims.root_jti,
             expires,
-            max_ms: claims.max_ms,
-            max_calls: claims.max_calls,
+            // A page stores what an int64 holds, of which nobody comes near.
+            max_ms: claims.max_ms.min(i64::MAX.unsigned_abs()),
+            max_calls: claims.max_calls.min(i64::MAX.unsigned_abs()),
         })
     }
 }
@@ -212,6 +236,8 @@ fn publish(keys: &watch::Sender<Arc<KeySet>>, map: Option<ConfigMap>) {
 
 #[cfg(test)]
 mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
     use jsonwebtoken::{EncodingKey, Header, encode};
     use rcgen::{KeyPair, PKCS_ED25519};
     use serde_json::{Value, json};
@@ -295,6 +321,8 @@ mod tests {
             ("issuer", with("iss", json!("elsewhere")), UnauthenticatedReason::NotAToken),
             ("no account", with("sub", json!("")), UnauthenticatedReason::NotAToken),
             ("no root", without("root_jti"), UnauthenticatedReason::NotAToken),
+            ("too long a root", with("root_jti", json!("r".repeat(65))), UnauthenticatedReason::NotAToken),
+            ("no name of a root", with("root_jti", json!("a b")), UnauthenticatedReason::NotAToken),
             ("no budget", without("max_ms"), UnauthenticatedReason::NotAToken),
             ("negative budget", with("max_ms", json!(-1)), UnauthenticatedReason::NotAToken),
             ("audiences", with("aud", json!([SPACE, "other"])), UnauthenticatedReason::NotAToken),
@@ -340,6 +368,26 @@ mod tests {
         for text in [symmetric.as_str(), "", ".", "..", "hf_abcdef", "a.b.c", unsigned, long.as_str()] {
             assert_eq!(mint.verify(text), Err(UnauthenticatedReason::NotAToken));
         }
+    }
+
+    #[test]
+    fn what_no_signature_can_be_checked_with_is_no_key() {
+        let pem = |key: &[u8]| {
+            let length = u8::try_from(key.len()).unwrap();
+            let head = [0x30, length + 10, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 3, length + 1, 0];
+            let der = STANDARD.encode([&head[..], key].concat());
+            format!("-----BEGIN PUBLIC KEY-----\n{der}\n-----END PUBLIC KEY-----\n")
+        };
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap().public_key_raw().to_vec();
+        let mut no_point = [0; KEY_LENGTH];
+        no_point[0] = 2;
+        let long = [&key[..], &[0]].concat();
+        let data = [("good", &key[..]), ("short", &key[1..]), ("long", &long[..]), ("no point", &no_point[..])];
+        let mut data: BTreeMap<_, _> = data.into_iter().map(|(kid, key)| (kid.to_owned(), pem(key))).collect();
+        data.insert("endless".to_owned(), format!("{}{}", " ".repeat(PEM_LENGTH_MAX), pem(&key)));
+        let (set, errors) = KeySet::parse(&data);
+        assert_eq!(set.keys.keys().collect::<Vec<_>>(), ["good"]);
+        assert_eq!(errors.len(), data.len() - 1);
     }
 
     #[test]

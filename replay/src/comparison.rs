@@ -103,7 +103,7 @@ impl Comparison {
             cards: rules.cards,
             traces: traces.len(),
             requests: traces.iter().map(|trace| trace.requests.len()).sum(),
-            load: ratio(asked_ms as f64, spans_ms as f64 * slots),
+            load: ratio(asked_ms as f64, (spans_ms as f64).max(1.0) * slots),
             policies: runs.iter().map(|(policy, runs)| (*policy, figures(runs))).collect(),
             waits_s: runs.iter().map(|(policy, runs)| (*policy, sorted(waits(runs, |_, _| true)))).collect(),
         }

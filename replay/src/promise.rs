@@ -64,7 +64,8 @@ impl Standing {
     /// out. Requests for whole cards pass one reservation, one after the other, whatever their class: B / 2.
     pub fn latest_ms(&self, request: &Request, hold_ms: u64) -> u64 {
         let own = hold_ms * request.slots();
-        let lanes = (self.ahead_ms + own) * 10_000 / (self.age_lane_percent * self.floor_percent);
+        // Of a trace of years, of which nobody is told more than that it is for ever.
+        let lanes = (self.ahead_ms + own).saturating_mul(10_000) / (self.age_lane_percent * self.floor_percent);
         let shared = (self.held_ms + lanes + 6 * self.longest_hold_ms) / (self.slots - 1).max(1);
         let in_turn = if request.slots() == SLOTS_MAX { self.wholes_ms / SLOTS_MAX } else { 0 };
         shared + self.longest_hold_ms + in_turn

@@ -17,6 +17,8 @@ pub enum NodeFault {
     ForgetsDeadline,
     /// Against L9: a lease waits for its slot for as long as it takes.
     WaitsForEver,
+    /// Against L10: an agent that begins anew, with or without its node, has forgotten the ends that nobody has acknowledged.
+    ForgetsEnds,
 }
 
 /// Something that is wrong on purpose.

@@ -82,6 +82,7 @@ scenarios! {
     BackAfterPartition = "node joined again with live leases",
     BackAfterReboot = "node back after a reboot with leases",
     BackWithoutCheckpoint = "node back without its checkpoint, with leases",
+    ChargedAfterRestart = "lease charged whose node began anew between its end and its settlement",
     ReusedWorker = "idle worker reused",
     PreferredForWorker = "request preferred among equal keys because its worker is kept",
     IdleEvicted = "idle worker made room or ended",

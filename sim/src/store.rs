@@ -70,6 +70,8 @@ pub struct Store {
     pub late_holds: BTreeSet<LeaseId>,
     /// How each of them was settled.
     pub settled: BTreeMap<LeaseId, Closed>,
+    /// What was charged for calls of each token, by the account that is there now: calls and weighted milliseconds.
+    pub spent: BTreeMap<(AccountName, String), (u64, u64)>,
     /// Those whose account object went while they were open: nobody can be charged.
     pub orphaned: BTreeSet<LeaseId>,
     /// Weighted milliseconds charged, of all accounts.
@@ -125,7 +127,16 @@ impl Store {
     pub fn remove(&mut self, account: &AccountName) {
         let Some(object) = self.objects.remove(account) else { return };
         self.orphaned.extend(object.page.holds.iter().map(|hold| hold.lease.clone()));
+        // The next one of its name owes nothing.
+        self.spent.retain(|(of, _), _| of != account);
         self.log.push(Change::Gone(account.clone(), object.uid));
+    }
+
+    /// A call of a token was charged; one that was not may count or not.
+    pub fn spend(&mut self, account: &AccountName, closed: &Closed) {
+        let Some(budget) = closed.hold.budget.as_ref().filter(|_| closed.charged_ms > 0) else { return };
+        let (calls, ms) = self.spent.entry((account.clone(), budget.root.clone())).or_default();
+        (*calls, *ms) = (*calls + 1, *ms + closed.charged_ms);
     }
 
     /// A term begins, if the term page is still the one that was read.

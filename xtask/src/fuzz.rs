@@ -16,14 +16,16 @@ use crate::wait;
 use crate::workspace::Workspace;
 
 /// The targets, and how many inputs of each the test command makes up: what takes a few seconds. A signature is made and
-/// checked several times for each token.
-const TARGETS: [(&str, u32); 6] = [
+/// checked several times for each token, and for each key; a trace is replayed under each policy.
+const TARGETS: [(&str, u32); 8] = [
     ("account_status", 20_000),
     ("checkpoint", 10_000),
     ("device_api", 100_000),
     ("nodelink_orders", 10_000),
     ("nodelink_reports", 10_000),
+    ("replay_trace", 10_000),
     ("token", 10_000),
+    ("token_keys", 10_000),
 ];
 
 /// Of every run: longest input, seconds for one, memory. A page has a few hundred KiB at most, but what is wrong in a long

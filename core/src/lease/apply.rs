@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::change::{Misfit, PageChange, Urgency};
 use super::event::Event;
 use super::mutant::Mutant;
-use super::state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger};
-use crate::ids::{AccountName, LeaseId, LedgerTime, NodeName, Size, Steady};
+use super::state::{Account, Batch, Lease, Node, SlotUse, Stage, State, Stranger};
+use crate::ids::{AccountName, LeaseId, NodeName, Size, Steady};
 use crate::page::Page;
 use crate::queue::Lane;
 use crate::slots;
@@ -79,19 +79,6 @@ impl State {
             Event::CardKept { ticket, lane } => self.queue.reserve(ticket, *lane),
             Event::CardReleased { node } => self.queue.release_card(node),
             Event::PromisesWithdrawn { node } => self.withdraw_promises(node),
-            Event::BudgetTaken { root, calls, ms, expires } => {
-                let used =
-                    self.roots.entry(root.clone()).or_insert(RootUse { calls: 0, ms: 0, expires: LedgerTime(0) });
-                used.calls = used.calls.saturating_add(*calls);
-                used.ms = used.ms.saturating_add(*ms);
-                used.expires = used.expires.max(*expires);
-            }
-            Event::BudgetReturned { root, calls, ms } => {
-                if let Some(used) = self.roots.get_mut(root) {
-                    used.calls = used.calls.saturating_sub(*calls);
-                    used.ms = used.ms.saturating_sub(*ms);
-                }
-            }
 
             Event::Reserved { .. }
             | Event::Unreserved { .. }
@@ -154,8 +141,7 @@ impl State {
             Event::NodeHeard { node } => self.set_rest(node, false),
 
             Event::ClockJudged { off_ms } => self.clock_off_ms = *off_ms,
-            Event::Forgotten { before, at } => {
-                self.roots.retain(|_, used| *before < used.expires);
+            Event::Forgotten { at } => {
                 self.no_device.retain(|_, (since, _)| at.since(*since) < super::report::NO_DEVICE_PERIOD_MS);
             }
             Event::TermEnded(end) => self.ended = Some(*end),

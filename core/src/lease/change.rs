@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{LeaseId, LedgerTime};
 use crate::page::{
-    CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX,
-    Outcome, Page, Source, WINDOWS_MAX, Window,
+    Budget, CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold,
+    OUTCOMES_MAX, Outcome, Page, Source, Taken, WINDOWS_MAX, Window,
 };
 use crate::quota::{fill, keeps};
 
@@ -120,6 +120,20 @@ pub enum Misfit {
         /// weight x declared.
         bound_ms: u64,
     },
+    /// Invariant 10: more than its token is worth, or than is known of it.
+    #[error("lease {lease} would bring its token to {calls} of {max_calls} calls and {ms} of {max_ms} ms")]
+    OverBudget {
+        /// Whose hold.
+        lease: LeaseId,
+        /// Calls with it.
+        calls: u64,
+        /// What the token is worth.
+        max_calls: u64,
+        /// Reserved, charged and new.
+        ms: u64,
+        /// What the token is worth.
+        max_ms: u64,
+    },
     /// A part refers to a window or grant that is not on the page, or a window that ended or overlaps another.
     #[error("lease {0} refers to a source that is not on the page")]
     NoSource(LeaseId),
@@ -229,13 +243,17 @@ fn make_hold(
     if page.holds.len() >= HOLDS_MAX || page.holds.len() + page.closed.len() >= CLOSED_MAX {
         return Err(Misfit::Full("holds"));
     }
+    check_budget(page, hold)?;
     // The visitors' rows of other pages than a guest's take no memory, nor does their copy.
     let before = (page.last_time, page.windows.clone(), page.grants.clone(), page.cookies.clone());
     let admitted = open_sources(page, hold, window, grants)
         .and_then(|()| open_row(page, hold, cookie))
         .and_then(|()| check_parts(page, hold));
     match admitted {
-        Ok(()) => page.holds.push(Arc::clone(hold)),
+        Ok(()) => {
+            page.holds.push(Arc::clone(hold));
+            page.prune_budgets(hold.since);
+        }
         Err(_) => (page.last_time, page.windows, page.grants, page.cookies) = before,
     }
     admitted
@@ -281,6 +299,20 @@ fn check_parts(page: &Page, hold: &Hold) -> Result<(), Misfit> {
         }
     }
     Ok(())
+}
+
+/// Invariant 10: another leader may have written a hold of the same token since this one was decided. When its call came, all
+/// that was taken was known and counted, and all that waits with it: so that a row which had to go since does no harm.
+fn check_budget(page: &Page, hold: &Hold) -> Result<(), Misfit> {
+    let Some(budget) = &hold.budget else { return Ok(()) };
+    let taken = page.taken_of_budget(&budget.root);
+    let more = Taken { calls: 1, ms: hold.held_ms() };
+    if budget.has(taken, more) {
+        return Ok(());
+    }
+    let (sum, lease) = (taken.and(more), hold.lease.clone());
+    let Budget { max_calls, max_ms, .. } = *budget;
+    Err(Misfit::OverBudget { lease, calls: sum.calls, max_calls, ms: sum.ms, max_ms })
 }
 
 /// The visitor's row of a hold on a guest page: opened if it is not there, with the base that applies. Invariant 1 holds
@@ -360,9 +392,11 @@ fn settle(
         }
     }
     page.holds.remove(index);
+    page.spend(&hold, ending, charged_ms, at);
     page.closed.push(Closed { hold, ending, used_ms, charged_ms, at });
     page.last_time = page.last_time.max(at);
     prune(page, at);
+    page.prune_budgets(at);
     Ok(())
 }
 

@@ -1,9 +1,7 @@
 //! What reaches the ledger from outside.
 
-use crate::ids::{
-    AccountName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket, WorkerKey,
-};
-use crate::page::{Ending, Page};
+use crate::ids::{AccountName, CookieId, Epoch, LeaseId, NodeName, Revision, Size, SpaceKey, Ticket, WorkerKey};
+use crate::page::{Budget, Ending, Page};
 use crate::protocol::{CallerClass, UnauthenticatedReason};
 use crate::queue::{LaneSettings, Presented, Priority, QueueBounds};
 use crate::quota::Allowance;
@@ -349,19 +347,6 @@ pub struct Request {
     pub budget: Option<Budget>,
     /// Where it waited before a fail-over; None of a request that was told nothing yet (L17).
     pub presented: Option<Presented>,
-}
-
-/// What a token is worth (docs/rules.md): it is counted by the token that the visitor's call began with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Budget {
-    /// `root_jti`.
-    pub root: String,
-    /// Weighted milliseconds that may be reserved together.
-    pub max_ms: u64,
-    /// Calls that may be made.
-    pub max_calls: u64,
-    /// From here on the token is worth nothing, so nothing has to be remembered.
-    pub expires: LedgerTime,
 }
 
 /// A lease as an agent tells of it when it joins.

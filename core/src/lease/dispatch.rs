@@ -8,7 +8,7 @@ use super::change::PageChange;
 use super::command::IdleWorker;
 use super::event::{Departure, Event};
 use super::mutant::Mutant;
-use super::request::{Refusal, explained, frees_in, give_back};
+use super::request::{Refusal, check_turn, explained, frees_in};
 use super::state::{Account, Holder, Lease, Node, State};
 use crate::ids::{IdSeed, LeaseId, NodeName, Size, Steady};
 use crate::page::{CookieWindow, Hold};
@@ -95,14 +95,15 @@ fn start(at: Moment, ids: &mut IdSeed, state: &State, waiting: &Arc<Waiting>, sl
             return refuse(at, state, waiting, explained(settings, &account.policy.tier, payer, &demand, denial));
         }
     };
-    let spared_ms = waiting.demand.needed_ms().saturating_sub(demand.needed_ms());
-    let spared = if spared_ms > 0 { give_back(waiting, spared_ms, false) } else { None };
+    if let Err(denial) = check_turn(state, page, waiting, demand.needed_ms()) {
+        return refuse(at, state, waiting, denial);
+    }
     let waiting = if demand == waiting.demand {
         Arc::clone(waiting)
     } else {
         Arc::new(Waiting { demand, ..Waiting::clone(waiting) })
     };
-    spared.into_iter().chain(reserve(at, ids, state, account, waiting, slot, admission)).collect()
+    reserve(at, ids, state, account, waiting, slot, admission)
 }
 
 /// It has its turn, but its own account or Space may have no other lease now.
@@ -120,7 +121,6 @@ fn parked(at: Moment, state: &State, waiting: &Waiting) -> Option<Event> {
 
 fn refuse(at: Moment, state: &State, waiting: &Waiting, denial: Denial) -> Vec<Event> {
     let mut events = vec![Event::Left { ticket: waiting.ticket.clone(), why: Departure::Refused }];
-    events.extend(give_back(waiting, waiting.demand.needed_ms(), true));
     events.extend(Refusal::of(waiting).events(at, state, denial));
     events
 }
@@ -151,6 +151,7 @@ fn reserve(
         via: waiting.via.to_string(),
         cookie: admission.cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
         shortened: waiting.demand.shortened,
+        budget: waiting.budget.clone(),
     };
     let change = PageChange::Hold {
         hold: Arc::new(hold),

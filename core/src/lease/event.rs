@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::change::PageChange;
 use super::command::{AgentLease, IdleWorker, Limits, NodeSettings, PickedSlot, Policy, SpaceSettings};
 use super::state::{SlotUse, Stage};
-use crate::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Steady, Ticket};
+use crate::ids::{AccountName, Epoch, LeaseId, NodeName, Size, SpaceKey, Steady, Ticket};
 use crate::page::Page;
 use crate::protocol::{CallerClass, Denial};
 use crate::queue::{Lane, Promise, Waiting, WaitsFor};
@@ -113,10 +113,6 @@ pub enum Event {
     PromiseOver { ticket: Ticket, node: NodeName, waited_ms: u64, promised_ms: u64 },
     /// It is refused.
     Denied { ticket: Ticket, node: NodeName, caller: CallerClass, denial: Denial },
-    /// A call took of its budget.
-    BudgetTaken { root: String, calls: u64, ms: u64, expires: LedgerTime },
-    /// It gave back what it did not use.
-    BudgetReturned { root: String, calls: u64, ms: u64 },
 
     // Leases.
     /// A slot is meant for a request; its hold is not durable yet.
@@ -191,8 +187,8 @@ pub enum Event {
     // The term.
     /// The clock is off, or no longer.
     ClockJudged { off_ms: Option<u64> },
-    /// Budgets and counters that time has made pointless are forgotten.
-    Forgotten { before: LedgerTime, at: Steady },
+    /// Counters that time has made pointless are forgotten.
+    Forgotten { at: Steady },
     /// Nothing is decided any more.
     TermEnded(TermEnd),
 }

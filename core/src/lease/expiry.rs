@@ -34,10 +34,8 @@ pub(super) fn tick(at: Moment, state: &State) -> Vec<Event> {
         state.queue.parked_of(name).any(|waiting| !account.is_blocked(page, waiting.cookie.as_ref(), at.steady))
     };
     events.extend(state.queue.parked_accounts().filter(is_free).map(|name| Event::Unparked { account: name.clone() }));
-    let stale_budget = state.roots.values().any(|used| used.expires <= at.wall);
-    let stale_count = state.no_device.values().any(|(since, _)| at.steady.since(*since) >= report::NO_DEVICE_PERIOD_MS);
-    if stale_budget || stale_count {
-        events.push(Event::Forgotten { before: at.wall, at: at.steady });
+    if state.no_device.values().any(|(since, _)| at.steady.since(*since) >= report::NO_DEVICE_PERIOD_MS) {
+        events.push(Event::Forgotten { at: at.steady });
     }
     events
 }

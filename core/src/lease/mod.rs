@@ -37,8 +37,8 @@ pub use crate::queue::Priority;
 pub use begin::{LAZY_MAX, LAZY_PATIENCE_MS, NOTE_PERIOD_MS, SETTLE_PATIENCE_MS, begin};
 pub use change::{Misfit, PageChange, Urgency};
 pub use command::{
-    AgentLease, AgentPhase, Budget, Command, EndReport, FreedAs, IdleWorker, Limits, NodeSettings, PickedSlot, Policy,
-    Request, SpaceSettings,
+    AgentLease, AgentPhase, Command, EndReport, FreedAs, IdleWorker, Limits, NodeSettings, PickedSlot, Policy, Request,
+    SpaceSettings,
 };
 pub use decide::decide;
 pub use dispatch::dispatch;
@@ -51,7 +51,7 @@ pub use pages::ORDER_AGE_MAX_MS;
 pub use report::NO_DEVICE_FREE_PER_HOUR;
 pub use request::{ANNOUNCED_MAX, ATTEMPTS_MAX};
 pub use spaces::SpaceUse;
-pub use state::{Account, Batch, Lease, Node, RootUse, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
+pub use state::{Account, Batch, Lease, Node, SlotUse, Stage, State, Stranger, WRITES_IN_FLIGHT_MAX};
 
 use std::collections::BTreeSet;
 

@@ -28,6 +28,8 @@ pub enum Mutant {
     FreeAtEnd,
     /// Against invariant 10: the budget of a call is not looked at.
     BudgetIgnored,
+    /// Against invariant 10: what ended leases took of the budget of a call is forgotten.
+    BudgetForgotten,
     /// Against invariant 11: a request whose order failed is forgotten.
     ForgetsReturned,
     /// Against L16: what nodes say of the workers that they keep is not heard.

@@ -178,10 +178,6 @@ pub(super) fn settle(at: Moment, state: &State, lease: &LeaseId, report: EndRepo
     if ending == Ending::NoDevice {
         events.push(Event::NoDeviceCounted { space: hold.space.clone(), at: at.steady });
     }
-    if let Some(waiting) = &found.request {
-        let unused_ms = hold.weight.saturating_mul(hold.declared_ms).saturating_sub(charged_ms);
-        events.extend(request::give_back(waiting, unused_ms, false));
-    }
     events
 }
 
@@ -190,8 +186,6 @@ pub(super) fn void(at: Moment, state: &State, lease: &LeaseId, ending: Ending, s
     let mut events = settle(at, state, lease, EndReport { ending, used_ms: 0 }, slot);
     let Some(found) = state.leases.get(lease).filter(|_| !events.is_empty()) else { return events };
     if let Some(waiting) = &found.request {
-        // The whole call is given back or kept for the next try, so not twice.
-        events.retain(|event| !matches!(event, Event::BudgetReturned { .. }));
         events.extend(request::again(at, state, waiting, !found.abandoned));
     }
     events

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::Moment;
 use super::change::PageChange;
-use super::command::{Budget, NodeSettings, Request};
+use super::command::{NodeSettings, Request};
 use super::event::{Departure, Event};
 use super::mutant::Mutant;
 use super::promise;
 use super::state::{Account, Stage, State};
 use crate::ids::{AccountName, CookieId, IdSeed, LeaseId, LedgerTime, NodeName, Size, SpaceKey, Ticket};
-use crate::page::{DenialRow, Hold, Outcome, ShortenedBy};
+use crate::page::{Budget, DenialRow, Hold, Outcome, Page, ShortenedBy, Taken};
 use crate::protocol::{CallerClass, Denial, LegalDurations, QueueOf, UnauthenticatedReason, human_message};
 use crate::queue::{Function, Promise, Promised, QueueBounds, Turn, Waiting, WaitsFor, place_of};
 use crate::quota::{self, Demand, FreesIn, Payer, Queued};
@@ -23,9 +23,6 @@ pub const ATTEMPTS_MAX: u32 = 3;
 /// Requests that are told in one step what they wait for. More at once would be more messages than an agent's session takes,
 /// and a step that others wait for; who is left is told in the next one, at the latest at the next tick.
 pub const ANNOUNCED_MAX: usize = 128;
-
-/// Root tokens whose budget is remembered at once: some megabytes. More live calls than that are no honest load.
-const ROOTS_MAX: usize = 65_536;
 
 /// A refusal, with all that has to be remembered of it.
 pub(super) struct Refusal<'a> {
@@ -65,10 +62,6 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 () => WaitsFor::Node,
             };
             let mut events = Vec::new();
-            if let Some(budget) = &request.budget {
-                let (root, expires) = (budget.root.clone(), budget.expires);
-                events.push(Event::BudgetTaken { root, calls: 1, ms: demand.needed_ms(), expires });
-            }
             let promised = request.presented.filter(|_| place.is_some()).and_then(|presented| presented.promised);
             if let Some(over) = promised.filter(Promised::is_over) {
                 let (ticket, node) = (request.ticket.clone(), request.node.clone());
@@ -94,7 +87,7 @@ pub(super) fn request(at: Moment, state: &State, request: Request) -> Vec<Event>
                 }
                 .into(),
                 cookie: request.cookie,
-                root: request.budget.map(|budget| budget.root),
+                budget: request.budget,
                 since: at.wall,
                 arrived: at.steady,
                 attempts: 0,
@@ -207,7 +200,8 @@ fn check<'a>(
     let explained = |denial| explained(settings, &account.policy.tier, payer, &demand, denial);
     quota::check_legal(payer, &demand).map_err(explained)?;
     if let Some(budget) = &request.budget {
-        check_budget(state, budget, demand.needed_ms())?;
+        let waiting = state.queue.taken_of_budget(&name, &budget.root);
+        check_budget(state, page, budget, waiting, demand.needed_ms())?;
     }
     let frees_in = frees_in(state, account, request.cookie.as_ref(), time);
     quota::admit(payer, &demand, queued, frees_in).map_err(explained)?;
@@ -264,18 +258,31 @@ pub(super) fn explained(
     Denial::IllegalDuration { declared_ms, limit_ms, what, legal: Some(legal) }
 }
 
-/// Invariant 10: a Space can spend its caller's quota only within the budget of the call.
-fn check_budget(state: &State, budget: &Budget, needed_ms: u64) -> Result<(), Denial> {
-    if state.has(Mutant::BudgetIgnored) {
+/// Invariant 10: a Space can spend its caller's quota only within the budget of the call. What was taken of it is on the
+/// page, so that the next leader knows it; what waits counts as taken.
+fn check_budget(state: &State, page: &Page, budget: &Budget, waiting: Taken, needed_ms: u64) -> Result<(), Denial> {
+    let taken = match () {
+        () if state.has(Mutant::BudgetIgnored) => return Ok(()),
+        () if state.has(Mutant::BudgetForgotten) => page.held_of_budget(&budget.root),
+        () => page.taken_of_budget(&budget.root),
+    };
+    if page.remembers(budget) && budget.has(taken.and(waiting), Taken { calls: 1, ms: needed_ms }) {
         return Ok(());
     }
-    let exhausted = Err(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted });
-    match state.roots.get(&budget.root) {
-        None if state.roots.len() >= ROOTS_MAX => Err(Denial::QueueFull { bound: ROOTS_MAX as u64, of: QueueOf::Pool }),
-        None if budget.max_calls < 1 || needed_ms > budget.max_ms => exhausted,
-        Some(used) if used.calls >= budget.max_calls || used.ms.saturating_add(needed_ms) > budget.max_ms => exhausted,
-        None | Some(_) => Ok(()),
+    Err(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted })
+}
+
+/// The same when it has its turn: a hold of another leader may have become known meanwhile.
+pub(super) fn check_turn(state: &State, page: &Page, waiting: &Waiting, needed_ms: u64) -> Result<(), Denial> {
+    let Some(budget) = &waiting.budget else { return Ok(()) };
+    let known = Taken { calls: 1, ms: needed_ms };
+    if state.has(Mutant::BudgetIgnored)
+        || state.has(Mutant::BudgetForgotten)
+        || budget.has(page.taken_of_budget(&budget.root), known)
+    {
+        return Ok(());
     }
+    Err(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted })
 }
 
 /// When the first of the account's reservations ends at the latest, and the first of the visitor's on a guest page.
@@ -302,17 +309,10 @@ pub(super) fn dequeue(at: Moment, state: &State, ticket: &Ticket) -> Vec<Event> 
 /// A request goes without a lease and without a refusal.
 pub(super) fn left(at: Moment, state: &State, waiting: &Waiting, why: Departure) -> Vec<Event> {
     let mut events = vec![Event::Left { ticket: waiting.ticket.clone(), why }];
-    events.extend(give_back(waiting, waiting.demand.needed_ms(), true));
     let waited_ms = at.steady.since(waiting.arrived);
     let message = format!("{}, after {}.{:03} s", why.words(), waited_ms / 1000, waited_ms % 1000);
     events.extend(outcome(at, state, &waiting.account, &waiting.ticket, why.as_str(), "Queued", message));
     events
-}
-
-/// Returns to a call's budget what it did not use.
-pub(super) fn give_back(waiting: &Waiting, ms: u64, call: bool) -> Option<Event> {
-    let root = waiting.root.clone()?;
-    Some(Event::BudgetReturned { root, calls: u64::from(call), ms })
 }
 
 /// The request returns to its place, unless it can not be served any more.
@@ -328,9 +328,7 @@ pub(super) fn again(at: Moment, state: &State, waiting: &Waiting, wanted: bool) 
         return left(at, state, &waiting, Departure::NotPresented);
     }
     if waiting.attempts >= ATTEMPTS_MAX {
-        let mut events: Vec<Event> = give_back(&waiting, waiting.demand.needed_ms(), true).into_iter().collect();
-        events.extend(Refusal::of(&waiting).events(at, state, Denial::PlatformFault));
-        return events;
+        return Refusal::of(&waiting).events(at, state, Denial::PlatformFault);
     }
     if state.has(Mutant::ForgetsReturned) {
         return Vec::new();

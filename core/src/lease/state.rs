@@ -11,9 +11,7 @@ use super::mutant::Mutant;
 use super::policies::Policies;
 use super::schedule::{Schedule, Scheduled};
 use super::spaces::SpaceUse;
-use crate::ids::{
-    AccountName, ByName, CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, Steady, Ticket, WorkerKey,
-};
+use crate::ids::{AccountName, ByName, CookieId, Epoch, LeaseId, NodeName, Size, Steady, Ticket, WorkerKey};
 use crate::page::{CLOSED_MAX, Hold, Page};
 use crate::queue::{History, Lane, Queue, Waiting, place_of};
 use crate::quota::Allowance;
@@ -51,8 +49,6 @@ pub struct State {
     pub history: History,
     /// Spaces with leases or with a choice of their owner, by uid.
     pub spaces: BTreeMap<String, SpaceUse>,
-    /// What was taken of each call's budget.
-    pub roots: BTreeMap<String, RootUse>,
     /// Leases of a Space that ended uncharged as NoDevice, since the hour began.
     pub no_device: BTreeMap<String, (Steady, u32)>,
     /// Numbers the requests of this term ([`place_of`]).
@@ -245,17 +241,6 @@ pub enum SlotUse {
     Free,
 }
 
-/// What calls with one root token have taken of its budget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RootUse {
-    /// Calls.
-    pub calls: u64,
-    /// Weighted milliseconds: reserved, then charged.
-    pub ms: u64,
-    /// When it can be forgotten.
-    pub expires: LedgerTime,
-}
-
 // === impl State ===
 
 impl State {
@@ -275,7 +260,6 @@ impl State {
             policies: Policies::default(),
             longest_call_ms: 0,
             spaces: BTreeMap::new(),
-            roots: BTreeMap::new(),
             no_device: BTreeMap::new(),
             next_place: place_of(epoch, 1),
             next_reservation: 1,

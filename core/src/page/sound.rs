@@ -32,6 +32,14 @@ pub enum Unsound {
         /// Its value.
         time: LedgerTime,
     },
+    /// L20: what begins does so at the page's time. Until then nothing else could.
+    #[error("{field} is {} ms, later than the page's time", .time.0)]
+    Ahead {
+        /// Which time.
+        field: &'static str,
+        /// Its value.
+        time: LedgerTime,
+    },
     /// Invariant 3: a lease is open or settled once.
     #[error("lease {0} is on the page more than once")]
     LeaseTwice(LeaseId),
@@ -51,6 +59,12 @@ pub enum Unsound {
         holds: usize,
         /// Settled rows.
         closed: usize,
+    },
+    /// It could not be told what is left of the budget.
+    #[error("the budget of token {root} is on the page more than once")]
+    BudgetTwice {
+        /// `root_jti`.
+        root: String,
     },
     /// L12: a hold is paid by sources of its page.
     #[error("lease {lease} is paid by {which:?}, which is not on the page")]
@@ -152,14 +166,27 @@ impl Page {
     fn sound_numbers(&self) -> Result<(), Unsound> {
         let runs = self.windows.iter().map(|window| ("a window's runs", window.runs));
         let of_visitors = self.cookies.iter().map(|row| ("a visitor's runs", row.runs));
-        let mut counts = runs.chain(of_visitors).chain([("seq", self.seq), ("epoch", self.epoch.0)]);
+        let budgets = || self.budgets.iter().flat_map(|budgets| &budgets.rows);
+        let of_budgets = budgets().flat_map(|row| [("a budget's calls", row.calls), ("a budget's use", row.ms)]);
+        let of_page = [("seq", self.seq), ("epoch", self.epoch.0)];
+        let mut counts = runs.chain(of_visitors).chain(of_budgets).chain(of_page);
         if let Some((field, value)) = counts.find(|(_, value)| *value >= COUNT_MAX) {
             return Err(Unsound::Exhausted { field, value });
         }
-        let times = self.windows.iter().map(|window| ("a window's start", window.start));
-        let of_visitors = self.cookies.iter().map(|row| ("the start of a visitor's row", row.start));
-        match times.chain(of_visitors).chain([("the page's time", self.last_time)]).find(|(_, time)| *time > TIME_MAX) {
-            Some((field, time)) => Err(Unsound::Time { field, time }),
+        let begun = || {
+            let windows = self.windows.iter().map(|window| ("a window's start", window.start));
+            windows.chain(self.cookies.iter().map(|row| ("the start of a visitor's row", row.start)))
+        };
+        let of_holds = self.holds.iter().filter_map(|hold| hold.budget.as_ref());
+        let of_holds = of_holds.map(|budget| ("the end of a hold's budget", budget.expires));
+        let of_budgets = budgets().map(|row| ("a budget's end", row.expires));
+        let forgotten = self.budgets.iter().map(|budgets| ("the end of a forgotten budget", budgets.forgotten));
+        let ends = of_holds.chain(of_budgets).chain(forgotten).chain([("the page's time", self.last_time)]);
+        if let Some((field, time)) = begun().chain(ends).find(|(_, time)| *time > TIME_MAX) {
+            return Err(Unsound::Time { field, time });
+        }
+        match begun().find(|(_, start)| *start > self.last_time) {
+            Some((field, time)) => Err(Unsound::Ahead { field, time }),
             None => Ok(()),
         }
     }
@@ -184,6 +211,12 @@ impl Page {
             if self.grants[..index].iter().any(|other| other.uid == row.uid) {
                 return Err(Unsound::SourceTwice(Source::Grant(row.uid.clone())));
             }
+        }
+        let mut roots = BTreeSet::new();
+        if let Some(row) =
+            self.budgets.iter().flat_map(|budgets| &budgets.rows).find(|row| !roots.insert(row.root.as_str()))
+        {
+            return Err(Unsound::BudgetTwice { root: row.root.clone() });
         }
         for (index, row) in self.cookies.iter().enumerate() {
             let is_same =
@@ -229,11 +262,12 @@ impl Page {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Closed, CookieWindow, Ending, GrantRow, Hold, Part, Window};
+    use super::super::{Budget, BudgetRow, Budgets, Closed, CookieWindow, Ending, GrantRow, Hold, Part, Window};
     use std::sync::Arc;
 
     use super::*;
     use crate::ids::{Epoch, NodeName, Size, SpaceKey};
+    use crate::quota::WINDOW_MS;
 
     const START: LedgerTime = LedgerTime(1_800_000_000_000);
 
@@ -249,6 +283,7 @@ mod tests {
             avoid: Vec::new(),
             cookie: None,
             shortened: None,
+            budget: None,
             size: Size::Xlarge,
             weight: 2,
             declared_ms: 10_000,
@@ -272,7 +307,11 @@ mod tests {
                 charged_ms: 20_000,
                 at: START,
             }],
-            last_time: START,
+            budgets: Some(Box::new(Budgets {
+                rows: vec![BudgetRow { root: "r".to_owned(), calls: 1, ms: 1, expires: START }],
+                forgotten: START,
+            })),
+            last_time: START.plus(2 * WINDOW_MS),
             seq: 9,
             epoch: Epoch(3),
             ..Page::default()
@@ -288,11 +327,19 @@ mod tests {
     #[test]
     fn a_page_that_is_none_of_ours_says_what_is_wrong() {
         type BreakIt = fn(&mut Page);
-        let broken: [(&str, BreakIt); 12] = [
+        let broken: [(&str, BreakIt); 18] = [
             ("seq is 4611686018427387904, beyond", |page| page.seq = COUNT_MAX),
             ("epoch is 4611686018427387904, beyond", |page| page.epoch = Epoch(COUNT_MAX)),
             ("a window's runs is 4611686018427387904, beyond", |page| page.windows[0].runs = COUNT_MAX),
             ("the page's time is 253402300800000 ms, later", |page| page.last_time = TIME_MAX.plus(1)),
+            ("a window's start is 1800000000000 ms, later than the page's", |page| {
+                page.last_time = LedgerTime(START.0 - 1)
+            }),
+            ("the end of a hold's budget is 253402300800000 ms, later", |page| {
+                let (root, expires) = ("r".to_owned(), TIME_MAX.plus(1));
+                let budget = Budget { root, max_ms: 1, max_calls: 1, expires };
+                Arc::make_mut(&mut page.holds[0]).budget = Some(budget);
+            }),
             ("lease a is on the page more than once", |page| page.holds.push(Arc::new(hold("a")))),
             ("lease b is on the page more than once", |page| page.holds.push(Arc::new(hold("b")))),
             ("overlaps another window", |page| {
@@ -303,6 +350,19 @@ mod tests {
             ("has reserved 20000 ms for 2 x 10001 ms", |page| Arc::make_mut(&mut page.holds[0]).declared_ms += 1),
             ("was charged 20001 ms for 2 x 10000 ms", |page| page.closed[0].charged_ms += 1),
             ("together more than can be stored", |page| page.windows[0].charged_ms = NUMBER_MAX - 14_999),
+            ("the budget of token r is on the page more than once", |page| {
+                let budgets = page.budgets.get_or_insert_default();
+                budgets.rows.push(budgets.rows[0].clone());
+            }),
+            ("a budget's use is 4611686018427387904, beyond", |page| {
+                page.budgets.get_or_insert_default().rows[0].ms = COUNT_MAX;
+            }),
+            ("a budget's end is 253402300800000 ms, later", |page| {
+                page.budgets.get_or_insert_default().rows[0].expires = TIME_MAX.plus(1);
+            }),
+            ("the end of a forgotten budget is 253402300800000 ms, later", |page| {
+                page.budgets.get_or_insert_default().forgotten = TIME_MAX.plus(1);
+            }),
         ];
         for (complaint, break_it) in broken {
             let mut page = page();

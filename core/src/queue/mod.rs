@@ -30,6 +30,7 @@ use ready::Ready;
 use crate::ids::{
     AccountName, ByName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Steady, Ticket, WorkerKey,
 };
+use crate::page::{Budget, Taken};
 use crate::protocol::{CallerClass, QueueOf};
 use crate::quota::{Demand, Queued};
 
@@ -59,8 +60,8 @@ pub struct Waiting {
     pub turn: Turn,
     /// What the client is told about its caller.
     pub caller: CallerClass,
-    /// Id of the token that the visitor's call began with; None without a token.
-    pub root: Option<String>,
+    /// The budget of its token; None without a token.
+    pub budget: Option<Budget>,
     /// How its caller was known, for the row: `token`, `guest` or `space`.
     pub via: Cow<'static, str>,
     /// When it came, wall clock, for people.
@@ -159,6 +160,46 @@ struct AccountLoad {
     needed_ms: u64,
     /// Of each visitor of a guest page; no more than there are requests.
     by_cookie: BTreeMap<CookieId, u64>,
+    /// Of each token, by its `root_jti`; no more than there are requests.
+    by_root: BTreeMap<String, Taken>,
+}
+
+impl AccountLoad {
+    fn add(&mut self, waiting: &Waiting) {
+        let ms = waiting.demand.needed_ms();
+        self.requests += 1;
+        self.needed_ms = self.needed_ms.saturating_add(ms);
+        if let Some(cookie) = &waiting.cookie {
+            let of_cookie = self.by_cookie.entry(cookie.clone()).or_default();
+            *of_cookie = of_cookie.saturating_add(ms);
+        }
+        if let Some(budget) = &waiting.budget {
+            let of_root = self.by_root.entry(budget.root.clone()).or_default();
+            *of_root = of_root.and(Taken { calls: 1, ms });
+        }
+    }
+
+    fn remove(&mut self, waiting: &Waiting) {
+        let ms = waiting.demand.needed_ms();
+        self.requests = self.requests.saturating_sub(1);
+        self.needed_ms = self.needed_ms.saturating_sub(ms);
+        if let Some(cookie) = &waiting.cookie
+            && let Some(of_cookie) = self.by_cookie.get_mut(cookie)
+        {
+            *of_cookie = of_cookie.saturating_sub(ms);
+            if *of_cookie == 0 {
+                self.by_cookie.remove(cookie);
+            }
+        }
+        if let Some(budget) = &waiting.budget
+            && let Some(of_root) = self.by_root.get_mut(&budget.root)
+        {
+            *of_root = Taken { calls: of_root.calls.saturating_sub(1), ms: of_root.ms.saturating_sub(ms) };
+            if of_root.calls == 0 {
+                self.by_root.remove(&budget.root);
+            }
+        }
+    }
 }
 
 impl Waiting {
@@ -205,13 +246,7 @@ impl Queue {
         }
         self.tickets.insert(waiting.ticket.clone(), (waiting.node.clone(), waiting.place));
         *self.spaces.entry(waiting.space.clone()).or_default() += 1;
-        let load = self.accounts.entry(waiting.account.clone()).or_default();
-        load.requests += 1;
-        load.needed_ms = load.needed_ms.saturating_add(waiting.demand.needed_ms());
-        if let Some(cookie) = &waiting.cookie {
-            let of_cookie = load.by_cookie.entry(cookie.clone()).or_default();
-            *of_cookie = of_cookie.saturating_add(waiting.demand.needed_ms());
-        }
+        self.accounts.entry(waiting.account.clone()).or_default().add(&waiting);
         if let Some(parked_for) = waiting.parked_for() {
             self.parked.entry(parked_for).or_default().insert((waiting.node.clone(), waiting.place));
         }
@@ -273,16 +308,7 @@ impl Queue {
             }
         }
         if let Some(load) = self.accounts.get_mut(&waiting.account) {
-            load.requests = load.requests.saturating_sub(1);
-            load.needed_ms = load.needed_ms.saturating_sub(waiting.demand.needed_ms());
-            if let Some((cookie, of_cookie)) =
-                waiting.cookie.as_ref().and_then(|cookie| Some((cookie, load.by_cookie.get_mut(cookie)?)))
-            {
-                *of_cookie = of_cookie.saturating_sub(waiting.demand.needed_ms());
-                if *of_cookie == 0 {
-                    load.by_cookie.remove(cookie);
-                }
-            }
+            load.remove(&waiting);
             if load.requests == 0 {
                 self.accounts.remove(&waiting.account);
             }
@@ -444,6 +470,11 @@ impl Queue {
         let Some(load) = self.accounts.get(account) else { return Queued::default() };
         let of_cookie = cookie.and_then(|cookie| load.by_cookie.get(cookie));
         Queued { account_ms: load.needed_ms, cookie_ms: of_cookie.copied().unwrap_or_default() }
+    }
+
+    /// What the account's waiting requests will take of a token's budget.
+    pub fn taken_of_budget(&self, account: &AccountName, root: &str) -> Taken {
+        self.accounts.get(account).and_then(|load| load.by_root.get(root)).copied().unwrap_or_default()
     }
 
     /// The bound that another request would break, if any, with its number.

@@ -15,7 +15,7 @@ fn waiting(place: u64, node: &str, account: &str) -> Waiting {
         demand: Demand { size: Size::Large, weight: 1, declared_ms: 10, duration_factor_percent: 100, shortened: None },
         turn: Turn { class: Priority::Medium, key: 10, expected_ms: 10, held_ms: 10, slots: 1 },
         caller: CallerClass::Regular,
-        root: None,
+        budget: None,
         via: "token".into(),
         since: LedgerTime(0),
         arrived: Steady(0),

@@ -60,6 +60,7 @@ fn held(admission: Admission, lease: &str, at: LedgerTime, demand: Demand) -> Pa
         via: "token".into(),
         cookie: cookie.as_ref().map(|row| CookieWindow { cookie: row.cookie.clone(), start: row.start }),
         shortened: None,
+        budget: None,
     };
     PageChange::Hold { hold: hold.into(), window, grants, cookie: cookie.map(Box::new) }
 }

@@ -1,10 +1,13 @@
 //! Limits of guests and Spaces, calls that are given less than they declare, budgets of tokens, and what is free.
 
+use std::sync::Arc;
+
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, Revision, Size, SpaceKey};
 use spaceport_core::lease::{
-    Budget, Command, Effect, NO_DEVICE_FREE_PER_HOUR, NodeSettings, Order, Policy, Request, SpaceSettings,
+    AgentLease, AgentPhase, Command, Effect, Misfit, NO_DEVICE_FREE_PER_HOUR, NodeSettings, Order, PageChange,
+    PickedSlot, Policy, Request, SpaceSettings,
 };
-use spaceport_core::page::{Ending, Shortened, ShortenedBy};
+use spaceport_core::page::{Budget, Ending, Hold, Shortened, ShortenedBy};
 use spaceport_core::protocol::{Denial, DurationLimit, Limiter, QueueOf, UnauthenticatedReason, human_message};
 use spaceport_core::queue::{QueueBounds, SUGGEST_MIN, WaitsFor};
 
@@ -206,9 +209,9 @@ fn a_waiting_call_is_clamped_again_when_it_has_its_turn() {
     story.account("bob", policy(50_000, 1));
     let second = ordered(&serve(&mut story, &first.lease, Ending::Released, 30_000)).unwrap();
     assert_eq!(second.declared_ms, 20_000);
-    assert_eq!(story.state.roots["r"].ms, 20_000);
+    assert_eq!(story.page(world::BOB).taken_of_budget("r").ms, 20_000);
     serve(&mut story, &second.lease, Ending::Released, 5_000);
-    assert_eq!(story.state.roots["r"].ms, 5_000);
+    assert_eq!(story.page(world::BOB).taken_of_budget("r").ms, 5_000);
 }
 
 #[test]
@@ -267,6 +270,62 @@ fn a_call_has_the_budget_of_its_token() {
     story.end(&first.lease, Ending::Released, 2_000);
     order(&ask_with(&mut story, BOB, 13_000, budget(15_000, 2)));
     assert_eq!(world::denial(&ask_with(&mut story, BOB, 1, budget(99_000, 2))), exhausted, "too many calls");
+}
+
+/// The next leader is shown bob's page, and joins his node, where this lease of his runs.
+fn next_term(story: &World, running: Option<&LeaseId>) -> World {
+    let epoch = story.state.epoch.0 + 1;
+    let mut next = World { now: story.now, tickets: story.tickets, ..World::empty(epoch, story.cards.clone()) };
+    let (account, page) = (AccountName::new(world::BOB), Box::new(story.page(world::BOB).clone()));
+    next.tell(Command::AccountSeen { account: account.clone(), page, policy: policy(600_000, 9) });
+    let on_node = |lease: &LeaseId| AgentLease {
+        lease: lease.clone(),
+        account: Some(account),
+        size: Size::Large,
+        slot: PickedSlot::Has(0),
+        phase: AgentPhase::Running,
+    };
+    next.join(running.map(on_node).into_iter().collect(), Vec::new());
+    next
+}
+
+/// Invariant 10: a Space that saw its caller's token cannot spend it once more because somebody else leads now.
+#[test]
+fn the_next_leader_knows_what_was_taken_of_a_budget() {
+    let mut story = World::begin(1, 600_000, 9);
+    let budget = || Some(Budget { root: "r".into(), max_ms: 15_000, max_calls: 3, expires: LedgerTime(i64::MAX) });
+    let exhausted = Some(Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted });
+    let first = order(&ask_with(&mut story, BOB, 10_000, budget()));
+    serve(&mut story, &first.lease, Ending::Released, 4_000);
+    let second = order(&ask_with(&mut story, BOB, 6_000, budget()));
+    story.started(&second.lease, 0);
+    let mut next = next_term(&story, Some(&second.lease));
+    assert_eq!(world::denial(&ask_with(&mut next, BOB, 5_001, budget())), exhausted, "4 s charged and 6 s held");
+    next.finish(&second.lease, Ending::Released, 1_000);
+    let refused = order(&ask_with(&mut next, BOB, 10_000, budget()));
+    serve(&mut next, &refused.lease, Ending::PlatformFault, 9_000);
+    let mut last = next_term(&next, None);
+    let third = order(&ask_with(&mut last, BOB, 10_000, budget()));
+    serve(&mut last, &third.lease, Ending::NeverAllowed, 0);
+    assert_eq!(world::denial(&ask_with(&mut last, BOB, 1, budget())), exhausted, "three calls had their turn");
+    let taken = last.page(world::BOB).taken_of_budget("r");
+    assert_eq!((taken.calls, taken.ms), (3, 5_000));
+}
+
+/// Two leaders may each decide a call of one token: whoever writes second meets the other's hold.
+#[test]
+fn a_budget_holds_against_what_another_leader_wrote_meanwhile() {
+    let budget = Budget { root: "r".into(), max_ms: 10_000, max_calls: 1, expires: LedgerTime(i64::MAX) };
+    let mut story = World::begin(1, 600_000, 9);
+    order(&ask_with(&mut story, BOB, 10_000, Some(budget)));
+    let other = Arc::clone(&story.page(world::BOB).holds[0]);
+    let window = story.page(world::BOB).windows[0].clone();
+    let hold = Arc::new(Hold { lease: LeaseId::new("another"), ..Hold::clone(&other) });
+    let late = PageChange::Hold { hold, window, grants: Vec::new(), cookie: None };
+    let mut page = story.page(world::BOB).clone();
+    let before = page.clone();
+    assert!(matches!(late.make(&mut page), Err(Misfit::OverBudget { calls: 2, max_calls: 1, ms: 20_000, .. })));
+    assert_eq!(page, before);
 }
 
 #[test]

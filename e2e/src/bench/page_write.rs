@@ -358,6 +358,7 @@ pub(super) fn hold(lease: &str, source: &str, now_ms: i64) -> Hold {
         via: "token".to_owned(),
         cookie: None,
         shortened: None,
+        budget: None,
     }
 }
 

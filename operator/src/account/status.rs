@@ -161,6 +161,7 @@ mod tests {
         Hold {
             cookie: None,
             shortened: None,
+            budget: None,
             lease: LeaseId::new(lease.to_string()),
             space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),

@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use spaceport_core::ids::{CookieId, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
 use spaceport_core::page::{
-    CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, CookieWindow, DenialRow, Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold,
-    OUTCOMES_MAX, Outcome, Page, Part, Shortened, ShortenedBy, Source, WINDOWS_MAX, Window,
+    BUDGETS_MAX, Budget, BudgetRow, Budgets, CLOSED_MAX, COOKIES_MAX, Closed, CookieRow, CookieWindow, DenialRow,
+    Ending, GRANTS_MAX, GrantRow, HOLDS_MAX, Hold, OUTCOMES_MAX, Outcome, Page, Part, Shortened, ShortenedBy, Source,
+    WINDOWS_MAX, Window,
 };
 use spaceport_core::protocol::{Denial, Limiter, human_message};
 use spaceport_core::queue::WaitsFor;
@@ -22,8 +23,8 @@ use spaceport_crds::{GpuSize, WaitReason};
 use super::display::{Display, seconds};
 use crate::fault::{self, Fault};
 
-/// Longest text in a row, characters; the schema allows 1024 bytes.
-const MESSAGE_MAX: usize = 255;
+/// Longest text in a row, characters; the schema allows 1024. Ours have up to 300, with all their numbers.
+const MESSAGE_MAX: usize = 512;
 
 /// Why a stored status is no page, or a page cannot be stored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,6 +86,7 @@ pub fn page_of(status: &crds::GPUAccountStatus) -> Result<Page, PageError> {
     bounded("holds", status.holds.len(), HOLDS_MAX)?;
     bounded("grants", status.grants.len(), GRANTS_MAX)?;
     bounded("closed", status.closed.len(), CLOSED_MAX)?;
+    bounded("budgets", status.budgets.len(), BUDGETS_MAX)?;
     bounded("recentOutcomes", status.recent_outcomes.len(), OUTCOMES_MAX)?;
     Ok(Page {
         windows: status.windows.iter().map(window_of).collect::<Result<_, _>>()?,
@@ -92,6 +94,7 @@ pub fn page_of(status: &crds::GPUAccountStatus) -> Result<Page, PageError> {
         holds: status.holds.iter().map(|row| hold_of(row).map(Arc::new)).collect::<Result<_, _>>()?,
         grants: status.grants.iter().map(grant_of).collect::<Result<_, _>>()?,
         closed: status.closed.iter().map(closed_of).collect::<Result<_, _>>()?,
+        budgets: budgets_of(status)?,
         last_denial: None,
         recent_outcomes: status.recent_outcomes.iter().map(|row| Arc::new(outcome_of(row))).collect(),
         last_time: LedgerTime(status.last_time_milliseconds),
@@ -116,6 +119,8 @@ pub fn status_of(
     bounded("holds", page.holds.len(), HOLDS_MAX)?;
     bounded("grants", page.grants.len(), GRANTS_MAX)?;
     bounded("closed", page.closed.len(), CLOSED_MAX)?;
+    let budgets = page.budgets.as_deref();
+    bounded("budgets", budgets.map_or(0, |budgets| budgets.rows.len()), BUDGETS_MAX)?;
     bounded("recentOutcomes", page.recent_outcomes.len(), OUTCOMES_MAX)?;
     let last_denial = match &page.last_denial {
         _ if fault::is(Fault::RefusalsLeaveNothing) => None,
@@ -137,6 +142,8 @@ pub fn status_of(
         holds: page.holds.iter().map(|hold| hold_row(hold)).collect::<Result<_, _>>()?,
         grants: page.grants.iter().map(grant_row).collect::<Result<_, _>>()?,
         closed: page.closed.iter().map(closed_row).collect::<Result<_, _>>()?,
+        budgets: budgets.iter().flat_map(|budgets| &budgets.rows).map(budget_row).collect::<Result<_, _>>()?,
+        budgets_forgotten_milliseconds: budgets.map(|budgets| budgets.forgotten.0).filter(|forgotten| *forgotten > 0),
         last_denial,
         recent_outcomes: page.recent_outcomes.iter().map(|outcome| outcome_row(outcome)).collect(),
         tier: display.tier,
@@ -345,6 +352,50 @@ fn shortened_row(shortened: Shortened) -> Result<crds::Shortened, PageError> {
     })
 }
 
+fn budget_of(row: &crds::Budget) -> Result<Budget, PageError> {
+    Ok(Budget {
+        root: row.root.clone(),
+        max_ms: unsigned("holds[].budget.maxMilliseconds", row.max_milliseconds)?,
+        max_calls: unsigned("holds[].budget.maxCalls", row.max_calls)?,
+        expires: LedgerTime(row.expires_milliseconds),
+    })
+}
+
+fn budget_entry(budget: &Budget) -> Result<crds::Budget, PageError> {
+    Ok(crds::Budget {
+        root: budget.root.clone(),
+        max_milliseconds: signed("holds[].budget.maxMilliseconds", budget.max_ms)?,
+        max_calls: signed("holds[].budget.maxCalls", budget.max_calls)?,
+        expires_milliseconds: budget.expires.0,
+    })
+}
+
+fn budgets_of(status: &crds::GPUAccountStatus) -> Result<Option<Box<Budgets>>, PageError> {
+    let row = |row: &crds::BudgetRow| {
+        Ok(BudgetRow {
+            root: row.root.clone(),
+            calls: unsigned("budgets[].calls", row.calls)?,
+            ms: unsigned("budgets[].milliseconds", row.milliseconds)?,
+            expires: LedgerTime(row.expires_milliseconds),
+        })
+    };
+    // The schema's own bound, and one that is stored as nothing.
+    let forgotten = status.budgets_forgotten_milliseconds.unwrap_or_default();
+    unsigned("budgetsForgottenMilliseconds", forgotten)?;
+    let budgets =
+        Budgets { rows: status.budgets.iter().map(row).collect::<Result<_, _>>()?, forgotten: LedgerTime(forgotten) };
+    Ok((budgets != Budgets::default()).then(|| Box::new(budgets)))
+}
+
+fn budget_row(row: &BudgetRow) -> Result<crds::BudgetRow, PageError> {
+    Ok(crds::BudgetRow {
+        root: row.root.clone(),
+        calls: signed("budgets[].calls", row.calls)?,
+        milliseconds: signed("budgets[].milliseconds", row.ms)?,
+        expires_milliseconds: row.expires.0,
+    })
+}
+
 fn part_of(row: &crds::Part) -> Result<Part, PageError> {
     let wrong = || PageError::Source { value: row.source.clone() };
     let source = match row.source.split_once(':').ok_or_else(wrong)? {
@@ -387,6 +438,7 @@ fn hold_of(row: &crds::Hold) -> Result<Hold, PageError> {
         via: row.via.clone(),
         cookie: row.cookie.as_ref().map(cookie_window_of),
         shortened: row.shortened.as_ref().map(shortened_of).transpose()?,
+        budget: row.budget.as_ref().map(budget_of).transpose()?,
     })
 }
 
@@ -411,6 +463,7 @@ fn hold_row(hold: &Hold) -> Result<crds::Hold, PageError> {
         via: hold.via.clone(),
         cookie: hold.cookie.as_ref().map(cookie_window_row),
         shortened: hold.shortened.map(shortened_row).transpose()?,
+        budget: hold.budget.as_ref().map(budget_entry).transpose()?,
     })
 }
 
@@ -450,6 +503,8 @@ fn closed_of(row: &crds::ClosedLease) -> Result<Closed, PageError> {
             via: row.via.clone(),
             cookie: row.cookie.as_ref().map(cookie_window_of),
             shortened: row.shortened.as_ref().map(shortened_of).transpose()?,
+            // What it took is in the rows of the budgets.
+            budget: None,
         }),
         ending: ending_of(&row.outcome)?,
         used_ms: unsigned("closed[].usedMilliseconds", row.used_milliseconds)?,

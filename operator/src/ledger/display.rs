@@ -116,6 +116,7 @@ mod tests {
             via: "token".to_owned(),
             cookie: None,
             shortened: None,
+            budget: None,
         }
     }
 

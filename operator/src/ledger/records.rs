@@ -316,7 +316,7 @@ mod tests {
             },
             turn: Turn { class: Priority::Medium, key: 1, expected_ms: 1, held_ms: 1, slots: 1 },
             caller: CallerClass::Regular,
-            root: None,
+            budget: None,
             via: "token".into(),
             since: BEGIN,
             arrived: Steady(0),

@@ -4,6 +4,7 @@
 //! about a failed write is one of: another revision is there, the account is gone, it was refused, or nobody knows.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use spaceport_core::queue::EPOCH_MAX;
 use spaceport_crds::names::{API_VERSION, LEDGER_FINALIZER, TERM_PAGE};
 use spaceport_crds::{GPUAccount, GPUAccountSpec, GPUAccountStatus, Identity};
 use spaceport_shell::error_chain;
+use tokio::sync::Semaphore;
 
 use super::convert::{KeptFields, PageError, status_of};
 use super::display::Display;
@@ -29,6 +31,13 @@ use crate::metrics::{Metrics, PageWrite};
 /// Tries to begin a term. Each failed one means that another replica began one at the same moment.
 const TERM_TRIES: usize = 8;
 
+/// Page writes that are sent at once; the ledger has more under way, and those wait their turn here. A healthy server answers
+/// thousands a second through so many. One that is at its limit answers no more for having more of them to answer: all of
+/// them take longer, and with them the renewal of the leader's lease, which is then lost.
+const SENT_MAX: usize = 16;
+/// A write that is not answered for so long keeps nobody back any more: the server does not work on it.
+const TURN_MAX: Duration = Duration::from_secs(1);
+
 /// Pages on the API server. A cheap handle.
 #[derive(Clone)]
 pub struct PageStore {
@@ -37,6 +46,8 @@ pub struct PageStore {
     write_timeout: Duration,
     metrics: Metrics,
     pressure: PressureGauge,
+    /// Turns of writes, first come, first served.
+    turns: Arc<Semaphore>,
     /// What pages do not carry of the newest status seen or written, by account; only of accounts that have any. A std
     /// mutex: it is never held across an await.
     kept: Arc<Mutex<Kept>>,
@@ -199,6 +210,7 @@ impl PageStore {
             write_timeout,
             metrics,
             pressure: PressureGauge::default(),
+            turns: Arc::new(Semaphore::new(SENT_MAX)),
             kept: Arc::default(),
         }
     }
@@ -226,9 +238,19 @@ impl PageStore {
             },
             status: &status,
         };
-        let begin = clock::monotonic();
+        // Its wait for a turn is pressure as well.
         let under_way = self.pressure.write();
-        let result = self.accounts.put_status(target.name.as_str(), &body, self.write_timeout).await;
+        // Nobody closes it; and were it closed, a write would be sent without a turn.
+        let turn = self.turns.acquire().await.ok();
+        let begin = clock::monotonic();
+        let mut sent = pin!(self.accounts.put_status(target.name.as_str(), &body, self.write_timeout));
+        let result = match tokio::time::timeout(TURN_MAX, sent.as_mut()).await {
+            Ok(result) => result,
+            Err(_) => {
+                drop(turn);
+                sent.await
+            }
+        };
         let time = clock::monotonic().saturating_duration_since(begin);
         let overloaded = result.as_ref().is_err_and(ApiError::is_overload);
         under_way.ended(if overloaded { Answer::Overloaded } else { Answer::Decided });
@@ -408,6 +430,32 @@ mod tests {
         let refused = store.write(&target, &page, Display::default()).await;
         assert!(matches!(refused, WriteOutcome::Refused { .. }), "{refused:?}");
         assert!(store.pressure().is_high(clock::monotonic()));
+    }
+
+    /// Of a server that answers nothing, and that was sent as much as it is sent at once.
+    #[tokio::test]
+    async fn writes_wait_for_their_turn_and_for_no_other_that_is_stuck() {
+        let fake = FakeApi::silent();
+        let store = PageStore::new(&fake.connect(), Duration::from_secs(60), Metrics::new());
+        let mut writes = tokio::task::JoinSet::new();
+        for number in 0..=SENT_MAX {
+            let (store, name) = (store.clone(), AccountName::new(format!("a{number}")));
+            writes.spawn(async move {
+                let target = PageTarget { name, uid: "u".to_owned(), resource_version: "7".to_owned() };
+                store.write(&target, &Page::default(), Display::default()).await
+            });
+        }
+        while fake.asked().len() < SENT_MAX {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(store.turns.available_permits(), 0);
+        assert_eq!(fake.asked().len(), SENT_MAX, "one waits");
+        let last_is_sent = async {
+            while fake.asked().len() <= SENT_MAX {
+                tokio::time::sleep(TURN_MAX / 20).await;
+            }
+        };
+        tokio::time::timeout(TURN_MAX * 20, last_is_sent).await.unwrap();
     }
 
     #[test]

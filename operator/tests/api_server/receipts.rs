@@ -26,6 +26,7 @@ fn hold(namespace: &str) -> Hold {
     Hold {
         cookie: None,
         shortened: None,
+        budget: None,
         lease: LeaseId::new(format!("01jd8x000000000000{:08x}", rand::random::<u32>())),
         space: SpaceKey::new(namespace, "hello", "u"),
         parts: vec![Part { source: Source::Window(AT), ms: 10_000 }],

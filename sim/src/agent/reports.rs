@@ -4,7 +4,8 @@ use spaceport_core::ids::{LeaseId, Size};
 use spaceport_core::lease::{Command, EndReport, FreedAs};
 use spaceport_core::page::Ending;
 
-use super::{Agent, Notice, Phase};
+use super::{Agent, Held, Notice, Phase};
+use crate::broken::NodeFault;
 
 /// What is left of an agent that begins anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,12 +146,23 @@ impl Agent {
         }
     }
 
+    /// Leases whose ends its checkpoint has, and of which no broker has said that they are durable (L10).
+    pub fn open_ends(&self) -> Vec<LeaseId> {
+        let is_open = |held: &Held| matches!(held.phase, Phase::Ended { .. }) && !held.ended_acknowledged;
+        self.leases.iter().filter(|(_, held)| is_open(held)).map(|(lease, _)| lease.clone()).collect()
+    }
+
     /// The agent begins anew at world time `world_ms`. Every connection is gone.
     pub fn restart(&mut self, what: Restart, world_ms: u64) {
         let now = self.clock(world_ms);
         self.unlink(now);
         self.instance += 1;
         self.tickets.clear();
+        if self.has(NodeFault::ForgetsEnds) {
+            for lease in self.open_ends() {
+                self.leases.remove(&lease);
+            }
+        }
         match what {
             Restart::Process => {
                 for lease in self.of_phase(|phase| *phase == Phase::Waiting) {

@@ -1,19 +1,18 @@
 //! Calls: who pays, who was answered, and what is left of those who were not served.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, Epoch, LeaseId, Steady, Ticket};
 use spaceport_core::lease::{
-    Account, Event, IdleWorker, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage, State,
+    Account, Event, IdleWorker, Lease, ORDER_AGE_MAX_MS, Order, Outcome, PageChange, Place, Stage,
 };
-use spaceport_core::page::{Hold, Page};
+use spaceport_core::page::Hold;
 use spaceport_core::protocol::{CallerClass, Denial, wire};
 use spaceport_core::queue::{Lane, Waiting, WaitsFor};
 use spaceport_core::quota::SHORTENED_MIN_MS;
 
 use crate::coverage::Scenario;
-use crate::plan::Plan;
 use crate::violation::{Checked, Rule, Violation};
 use crate::world::World;
 
@@ -27,8 +26,6 @@ pub struct CallsSeen {
     pub outcomes: Vec<(Epoch, AccountName, String)>,
     /// Requests that wait, with the world time at which they must be served at the latest, and their account.
     pub promised: BTreeMap<Ticket, Promise>,
-    /// Leases by the token that their call began with, for each term: a new one counts anew (docs/status.md).
-    pub by_token: BTreeMap<(Epoch, String), BTreeSet<LeaseId>>,
     /// When each hold was decided, by its broker's clock of intervals; until its order leaves.
     pub decided: BTreeMap<LeaseId, Steady>,
 }
@@ -82,12 +79,6 @@ pub fn after(world: &mut World, number: u64, outcome: &Outcome) -> Checked {
                 if space_limit(world, number, &waiting.space.uid)? {
                     // The others of its Space wait for that.
                     world.seen_calls.promised.retain(|_, promise| promise.space != waiting.space.uid);
-                }
-                let Some(epoch) = world.state(number).map(|state| state.epoch) else { continue };
-                if let Some(root) = &waiting.root {
-                    let leases = world.seen_calls.by_token.entry((epoch, root.clone())).or_default();
-                    leases.insert(lease.clone());
-                    budget(world, number, root)?;
                 }
             }
             _ => {}
@@ -152,35 +143,6 @@ fn evidence(world: &mut World, number: u64, outcome: &Outcome, ticket: &Ticket) 
     Rule::Invariant(12).check(found, || format!("{id} died without a row on the page of {account}"))?;
     world.seen_calls.outcomes.push((epoch, account, id));
     Ok(())
-}
-
-/// Invariant 10: calls of one token take no more than it is worth, as far as one broker knows.
-fn budget(world: &World, number: u64, root: &str) -> Checked {
-    let Some(token) = world.plan.tokens.iter().find(|token| token.root == root) else { return Ok(()) };
-    let Some(state) = world.state(number) else { return Ok(()) };
-    let Some(leases) = world.seen_calls.by_token.get(&(state.epoch, root.to_owned())) else { return Ok(()) };
-    let (mut ms, mut calls) = (0, 0);
-    for lease in leases {
-        let page = token_page(state, &world.plan, token.account);
-        let held = page.and_then(|page| page.holds.iter().find(|hold| hold.lease == *lease));
-        let closed = page.and_then(|page| page.closed.iter().find(|closed| closed.hold.lease == *lease));
-        let taken = match (held, closed.or(world.store.settled.get(lease))) {
-            (Some(hold), _) => hold.weight * hold.declared_ms,
-            (None, Some(closed)) => closed.charged_ms,
-            // Never durable.
-            (None, None) => 0,
-        };
-        ms += taken;
-        calls += u64::from(taken > 0);
-    }
-    let fits = ms <= token.max_ms && calls <= token.max_calls;
-    Rule::Invariant(10)
-        .check(fits, || format!("{root} has {calls} calls of {} and {ms} ms of {} ms", token.max_calls, token.max_ms))
-}
-
-fn token_page<'a>(state: &'a State, plan: &Plan, account: usize) -> Option<&'a Page> {
-    let name = &plan.accounts.get(account)?.name;
-    state.accounts.get(name).map(|found| &*found.working)
 }
 
 /// An order leaves: invariant 10, who pays is who asked, for what was asked.

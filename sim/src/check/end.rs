@@ -2,6 +2,7 @@
 
 use spaceport_core::page::OUTCOMES_MAX;
 
+use super::nodes;
 use crate::agenda::Happening;
 use crate::agent::Phase;
 use crate::broker::Term;
@@ -88,7 +89,8 @@ pub fn balance(world: &World) -> Checked {
     replay(term)
 }
 
-/// Invariant 5: nobody pays for more than the node has measured.
+/// Invariant 5: nobody pays for more than the node has measured. L10: nor for less, where the end is told of behind the
+/// settlement.
 fn measured(world: &World) -> Checked {
     for (lease, closed) in &world.store.settled {
         let Some(report) = world.clients.ends.get(lease) else { continue };
@@ -97,6 +99,7 @@ fn measured(world: &World) -> Checked {
         Rule::Invariant(5).check(charged_ms <= bound_ms, || {
             format!("{lease} pays {charged_ms} ms, and its node has measured {bound_ms} ms")
         })?;
+        nodes::noted(world, closed)?;
     }
     Ok(())
 }

@@ -52,6 +52,7 @@ fn of_misfit(misfit: &Misfit) -> Violation {
         Misfit::AlreadyHeld(_) | Misfit::NotHeld(_) | Misfit::NotClosed(_) => Rule::Invariant(3),
         Misfit::OverLimit { .. } | Misfit::OverCookie { .. } => Rule::Invariant(1),
         Misfit::OverCharge { .. } => Rule::Invariant(5),
+        Misfit::OverBudget { .. } => Rule::Invariant(10),
         Misfit::NoSource(_) | Misfit::NoWindow(_) => Rule::L(12),
         Misfit::Full(_) => Rule::L(1),
     };

@@ -7,6 +7,7 @@
 //! | 3, 12, 11, 10, L2, L3, L17, L18, L20 | at every command of a broker, [`ledger`] and [`calls`] |
 //! | 6, 7, 8, L8, L9 | at every step of a node, [`nodes`] |
 //! | 6, L16 | at every command of a broker, against its nodes, [`nodes`] |
+//! | 4, L10 | at every page that is written, against its nodes, [`nodes`] |
 //! | 3, 11, 12, L10, replay | when everything has healed, [`end`] |
 //!
 //! Invariant 9 needs a kernel.

@@ -1,13 +1,15 @@
 //! Nodes, after each of their steps: what the hardware would show.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use spaceport_core::ids::{Epoch, LeaseId, NodeName};
 use spaceport_core::lease::{NOBODYS, SlotUse};
-use spaceport_core::page::{Ending, Page};
+use spaceport_core::page::{Closed, Ending, Page};
 
+use super::pages::is_free;
 use crate::agent::{Agent, Held, Phase};
 use crate::broker::{Session, Term};
+use crate::coverage::Scenario;
 use crate::links::Link;
 use crate::violation::{Checked, Rule};
 use crate::world::World;
@@ -20,6 +22,10 @@ const SETTLED_WITHIN_MS: u64 = 1_000;
 pub struct NodesSeen {
     /// Highest epoch that a broker welcomed the node with and that it joined.
     pub epochs: BTreeMap<NodeName, Epoch>,
+    /// Leases that were not settled when their nodes, which had noted their ends, began anew.
+    pub ends_kept: BTreeSet<LeaseId>,
+    /// The same where the checkpoint was lost, and the end with it.
+    pub ends_lost: BTreeSet<LeaseId>,
 }
 
 /// Invariants 6 and 8 on one node.
@@ -131,6 +137,43 @@ pub fn in_time(world: &mut World, page: &Page) -> Checked {
         Rule::Invariant(4).check(in_time, || format!("{lease} was settled {took_ms} ms after its end"))?;
     }
     Ok(())
+}
+
+/// Leases were settled: L10, at what their nodes have noted, whatever has begun anew between the end and the settlement.
+///
+/// # Errors
+/// What was charged instead.
+pub fn as_noted(world: &mut World, page: &Page) -> Checked {
+    for closed in &page.closed {
+        noted(world, closed)?;
+        let kept = world.seen_nodes.ends_kept.remove(&closed.hold.lease);
+        if kept && closed.charged_ms > 0 {
+            world.coverage.saw(Scenario::ChargedAfterRestart);
+        }
+    }
+    Ok(())
+}
+
+/// L10, L11: a lease pays what its node has noted. A lease whose account is gone is not settled, so nothing is asked of it (L4).
+///
+/// # Errors
+/// What it pays instead.
+pub fn noted(world: &World, closed: &Closed) -> Checked {
+    let (hold, lease) = (&closed.hold, &closed.hold.lease);
+    let Some(report) = world.clients.ends.get(lease) else { return Ok(()) };
+    // Given up, for its node was silent for as long as the lease could last (L9); or its node does not know it any more (N2),
+    // and then its end may have been heard of before or not.
+    if closed.ending == Ending::Expired || world.seen_nodes.ends_lost.contains(lease) {
+        return Ok(());
+    }
+    // Of those without a device so many in an hour are free, and the others are failures like any (N16).
+    let is_counted = report.ending == Ending::NoDevice && closed.ending == Ending::Failed;
+    let used_ms = if is_free(report.ending) && !is_counted { 0 } else { report.used_ms };
+    let due_ms = hold.weight * used_ms.min(hold.declared_ms);
+    let (charged_ms, ending) = (closed.charged_ms, report.ending);
+    Rule::L(10).check(charged_ms == due_ms, || {
+        format!("{lease} pays {charged_ms} ms, and its node has noted that it ended {ending:?} and owes {due_ms} ms")
+    })
 }
 
 /// Invariant 6 as a broker sees it: a slot is in use until its node has said that it is clear.

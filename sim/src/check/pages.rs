@@ -1,5 +1,7 @@
 //! Every page that is written, against the page before it.
 
+use std::sync::Arc;
+
 use spaceport_core::ids::{AccountName, LedgerTime};
 use spaceport_core::page::{Closed, CookieRow, CookieWindow, Ending, Hold, Page, Source};
 use spaceport_core::quota::fill;
@@ -32,8 +34,10 @@ pub fn audit(store: &mut Store, account: &AccountName, old: &Page, new: &Page, c
         charge(closed)?;
         charged_ms += closed.charged_ms;
         cover_settled(old, closed, coverage);
+        store.spend(account, closed);
         store.settle(closed, coverage);
     }
+    budgets(store, account, old, new)?;
     outbox(store, old, new)?;
     rows(store, old, new)?;
     cover(old, new, coverage);
@@ -69,6 +73,23 @@ fn admitted(store: &mut Store, account: &AccountName, old: &Page, new: &Page) ->
         Rule::Invariant(5).check(weight == due, || format!("{lease} is {size:?} and weighs {weight}, not {due}"))?;
         let whole = weight * hold.declared_ms;
         Rule::Invariant(1).check(ms == whole, || format!("{lease} has reserved {ms} of {whole} ms"))?;
+    }
+    Ok(())
+}
+
+/// Invariant 10, over all terms: calls of one token take no more than it is worth, by what was charged for it and not by what
+/// the page says of that.
+fn budgets(store: &Store, account: &AccountName, old: &Page, new: &Page) -> Checked {
+    let is_new = |hold: &&Arc<Hold>| !old.holds.iter().any(|known| known.lease == hold.lease);
+    for budget in new.holds.iter().filter(is_new).filter_map(|hold| hold.budget.as_ref()) {
+        let is_of = |hold: &Hold| hold.budget.as_ref().is_some_and(|other| other.root == budget.root);
+        let spent = store.spent.get(&(account.clone(), budget.root.clone())).copied().unwrap_or_default();
+        let held = new.holds.iter().filter(|hold| is_of(hold)).map(|hold| hold.weight * hold.declared_ms);
+        let (calls, ms) = held.fold(spent, |(calls, ms), held_ms| (calls + 1, ms + held_ms));
+        let (root, max_calls, max_ms) = (&budget.root, budget.max_calls, budget.max_ms);
+        Rule::Invariant(10).check(calls <= max_calls && ms <= max_ms, || {
+            format!("{root} has {calls} calls of {max_calls} and {ms} ms of {max_ms} ms")
+        })?;
     }
     Ok(())
 }

@@ -87,6 +87,7 @@ impl World {
         if written {
             check::nodes::given_up(self)?;
             check::nodes::in_time(self, &page)?;
+            check::nodes::as_noted(self, &page)?;
             self.may_be_finalized(&account);
         }
         self.publish();

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Revision, Size, Ticket, WorkerKey};
-use spaceport_core::lease::{Budget, EndReport, FreedAs, Request};
-use spaceport_core::page::Ending;
+use spaceport_core::lease::{EndReport, FreedAs, Request};
+use spaceport_core::page::{Budget, Ending};
 use spaceport_core::protocol::UnauthenticatedReason;
 use spaceport_core::quota::WINDOW_MS;
 
@@ -244,6 +244,11 @@ impl World {
             }
         }
         if !accepted {
+            let agent = self.agents.get_mut(node);
+            // Its worker had died, and it has no other.
+            if let Some(agent) = agent.filter(|agent| agent.is_reused(lease)) {
+                agent.end(lease, Ending::WorkerDied, clock);
+            }
             return;
         }
         let (run_ms, ending) = match habit {

@@ -1,6 +1,6 @@
 //! The weather: what goes wrong, and how it gets well again.
 
-use spaceport_core::ids::{AccountName, NodeName};
+use spaceport_core::ids::{AccountName, LeaseId, NodeName};
 use spaceport_core::lease::Limits;
 use spaceport_core::quota::WINDOW_MS;
 
@@ -209,7 +209,13 @@ impl World {
         agent.expire(now);
         let holds = !agent.leases.is_empty();
         let callers: Vec<_> = agent.tickets.keys().cloned().collect();
+        let is_open = |lease: &LeaseId| !self.store.settled.contains_key(lease);
+        let ends: Vec<LeaseId> = agent.open_ends().into_iter().filter(is_open).collect();
         agent.restart(what, self.now);
+        match what {
+            Restart::Process | Restart::Reboot => self.seen_nodes.ends_kept.extend(ends),
+            Restart::Checkpoint | Restart::RebootAndCheckpoint => self.seen_nodes.ends_lost.extend(ends),
+        }
         match what {
             Restart::Process => {}
             Restart::Checkpoint if holds => self.coverage.saw(Scenario::BackWithoutCheckpoint),

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey};
-use spaceport_core::lease::{Budget, Command, NodeSettings, Request};
+use spaceport_core::lease::{Command, NodeSettings, Request};
+use spaceport_core::page::Budget;
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
 use spaceport_crds::WaitReason;
 use spaceport_proto::nodelink as proto;

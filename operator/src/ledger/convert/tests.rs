@@ -32,10 +32,13 @@ prop_compose! {
         })),
         cookie in prop::option::of(("[a-f0-9]{1,64}", ledger_time())
             .prop_map(|(cookie, start)| CookieWindow { cookie: CookieId::new(cookie), start })),
+        budget in prop::option::of(("[!-~]{1,64}", AMOUNT, AMOUNT, ledger_time())
+            .prop_map(|(root, max_ms, max_calls, expires)| Budget { root, max_ms, max_calls, expires })),
     ) -> Hold {
         Hold {
             cookie,
             shortened,
+            budget,
             lease: LeaseId::new(lease),
             space: SpaceKey::new(namespace, name, uid),
             parts,
@@ -60,8 +63,8 @@ prop_compose! {
         (used_ms, charged_ms) in (AMOUNT, AMOUNT),
         at in ledger_time(),
     ) -> Closed {
-        // A settled row keeps neither: they mattered only before the start.
-        Closed { hold: Hold { avoid: Vec::new(), after: None, ..hold }.into(), ending, used_ms, charged_ms, at }
+        // A settled row keeps none of them: two mattered only before the start, and what it took of its budget has a row.
+        Closed { hold: Hold { avoid: Vec::new(), after: None, budget: None, ..hold }.into(), ending, used_ms, charged_ms, at }
     }
 }
 
@@ -72,6 +75,7 @@ prop_compose! {
         holds in prop::collection::vec(hold(), 0..5),
         grants in prop::collection::vec(("[a-f0-9-]{1,36}", AMOUNT, ledger_time(), AMOUNT), 0..4),
         closed in prop::collection::vec(closed(), 0..4),
+        budgets in (prop::collection::vec(("[!-~]{1,64}", AMOUNT, AMOUNT, ledger_time()), 0..4), ledger_time()),
         outcomes in prop::collection::vec(("[a-z0-9/]{1,20}", "[A-Z][a-z]{1,9}", "[A-Z][a-z]{0,9}", ".{0,40}", ledger_time()), 0..4),
         last_time in ledger_time(),
         (seq, epoch) in (AMOUNT, AMOUNT),
@@ -83,6 +87,11 @@ prop_compose! {
             holds: holds.into_iter().map(Arc::new).collect(),
             grants: grants.into_iter().map(|(uid, ms, expires, used_ms)| GrantRow { uid, ms, expires, used_ms }).collect(),
             closed,
+            budgets: Some(Box::new(Budgets {
+                rows: budgets.0.into_iter().map(|(root, calls, ms, expires)| BudgetRow { root, calls, ms, expires }).collect(),
+                forgotten: budgets.1,
+            }))
+            .filter(|budgets| **budgets != Budgets::default()),
             last_denial: None,
             recent_outcomes: outcomes.into_iter().map(|(id, kind, boundary, message, at)| Arc::new(Outcome { id, kind, boundary, message, at })).collect(),
             last_time,
@@ -122,6 +131,7 @@ fn stored() -> crds::GPUAccountStatus {
         via: String::new(),
         cookie: None,
         shortened: None,
+        budget: None,
     };
     crds::GPUAccountStatus { seq: 1, epoch: 1, holds: vec![hold], ..crds::GPUAccountStatus::default() }
 }
@@ -130,9 +140,13 @@ fn stored() -> crds::GPUAccountStatus {
 fn one_wrong_field_gives_no_page() {
     assert!(page_of(&stored()).is_ok());
     type BreakIt = fn(&mut crds::GPUAccountStatus);
-    let broken: [(&str, BreakIt); 9] = [
+    let broken: [(&str, BreakIt); 11] = [
         ("unknown reason", |status| status.holds[0].shortened = Some(crds::Shortened::default())),
         ("too many cookies", |status| status.cookies = vec![crds::CookieRow::default(); COOKIES_MAX + 1]),
+        ("too many budgets", |status| status.budgets = vec![crds::BudgetRow::default(); BUDGETS_MAX + 1]),
+        ("negative budget", |status| {
+            status.holds[0].budget = Some(crds::Budget { max_calls: -1, ..Default::default() })
+        }),
         ("negative seq", |status| status.seq = -1),
         ("negative epoch", |status| status.epoch = -1),
         ("negative part", |status| status.holds[0].parts[0].milliseconds = -5),

@@ -17,6 +17,8 @@ use crate::ledger::display::seconds;
 const LABEL_MAX: usize = 63;
 /// Longest UUID that the schema of a receipt takes; NVML's have 40 characters.
 const UUID_MAX: usize = 96;
+/// Longest line of a timeline, characters; the schema allows 256.
+const LINE_MAX: usize = 255;
 
 /// One lease as the broker knows it.
 #[derive(Clone, Debug, PartialEq)]
@@ -177,6 +179,7 @@ impl LeaseRecord {
             via: spec.via.clone(),
             cookie: None,
             shortened: None,
+            budget: None,
         };
         let record = Self::of_hold(&AccountName::new(&spec.account), &hold);
         let timeline =
@@ -339,7 +342,7 @@ impl Crossing {
             "" => format!("{time} {}", self.boundary),
             detail => format!("{time} {}: {detail}", self.boundary),
         };
-        shortened(&text)
+        text.chars().take(LINE_MAX).collect()
     }
 }
 
@@ -415,6 +418,7 @@ pub(super) mod tests {
         Hold {
             cookie: None,
             shortened: None,
+            budget: None,
             lease: LeaseId::new("01jd8x0000000000000000000a"),
             space: SpaceKey::new("demo", "hello", "u"),
             parts: Vec::new(),

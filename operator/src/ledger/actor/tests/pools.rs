@@ -80,6 +80,7 @@ pub(super) fn hold(node: &str, now: LedgerTime) -> Hold {
     Hold {
         cookie: None,
         shortened: None,
+        budget: None,
         lease: LeaseId::new("01jd8x0000000000000000000a"),
         space: SpaceKey::new("demo", "hello", "space-uid"),
         parts: vec![Part { source: Source::Window(now), ms: 20_000 }],

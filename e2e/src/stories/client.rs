@@ -135,6 +135,7 @@ fn refusals() -> Vec<Told> {
         (Denial::QueueFull { bound: 32, of: QueueOf::Pool }, regular, error, none),
         (bad_token, regular, error, "Expired ZeroGPU proxy token"),
         (Denial::AccountDeleting, regular, error, none),
+        (Denial::AccountUnusable, regular, error, none),
         (Denial::ClockSkew { ms: 6_000 }, regular, error, none),
         (Denial::BrokerUnavailable, regular, error, none),
         (Denial::PlatformFault, regular, error, none),
@@ -150,9 +151,10 @@ mod tests {
     #[test]
     fn no_kind_of_refusal_is_left_out() {
         let kinds: BTreeSet<&str> = refusals().iter().map(|(denial, ..)| denial.kind()).collect();
-        // What the agent says by itself is on no page.
+        // What the agent says by itself is on no page, nor what is said of a page that cannot be used.
         let on_pages = spaceport_crds::conditions::DenialKind::ALL.iter().map(|kind| kind.as_str());
-        let all: BTreeSet<&str> = on_pages.chain([Denial::BrokerUnavailable.kind()]).collect();
+        let all: BTreeSet<&str> =
+            on_pages.chain([Denial::BrokerUnavailable.kind(), Denial::AccountUnusable.kind()]).collect();
         assert_eq!(kinds, all);
     }
 }

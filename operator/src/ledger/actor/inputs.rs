@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey};
+use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket};
 use spaceport_core::lease::{Command, NodeSettings, Request};
 use spaceport_core::page::Budget;
 use spaceport_core::protocol::{CallerClass, Denial, UnauthenticatedReason};
@@ -10,6 +10,7 @@ use spaceport_crds::WaitReason;
 use spaceport_proto::nodelink as proto;
 use spaceport_proto::nodelink::broker_message::Message as Outgoing;
 use spaceport_proto::nodelink::node_message::Message as Incoming;
+use spaceport_shell::error_chain;
 use tracing::{error, info, warn};
 
 use super::Actor;
@@ -362,8 +363,14 @@ impl<P: Pages> Actor<P> {
                 self.first_calls.insert(account.clone(), vec![request]);
                 self.tasks.spawn(pages::first_see(self.store.clone(), account, make));
             }
-            _ => self.deny(&request.ticket, &request.node, CallerClass::Guest, &Denial::BrokerUnavailable),
+            _ => self.refuse(&request.ticket, &request.node, Denial::BrokerUnavailable),
         }
+    }
+
+    /// A call that the ledger never saw.
+    fn refuse(&self, ticket: &Ticket, node: &NodeName, denial: Denial) {
+        self.metrics.denied(denial.kind());
+        self.deny(ticket, node, CallerClass::Guest, &denial);
     }
 
     pub(super) fn first_seen(&mut self, account: AccountName, found: Result<Option<Box<AccountSeen>>, String>) {
@@ -372,12 +379,21 @@ impl<P: Pages> Actor<P> {
             Err(reason) => {
                 warn!(%account, reason, "An account can neither be made nor looked for");
                 for call in calls {
-                    self.deny(&call.ticket, &call.node, CallerClass::Guest, &Denial::BrokerUnavailable);
+                    self.refuse(&call.ticket, &call.node, Denial::BrokerUnavailable);
                 }
                 return;
             }
             Ok(Some(seen)) if !self.state.accounts.contains_key(&account) => {
+                let unusable = seen.page.as_ref().err().map(|error| error_chain(error));
                 self.known.take_account(*seen);
+                if let Some(reason) = unusable {
+                    // It is there, and so is its caller: none stands in for it.
+                    warn!(%account, reason, "Calls of an account are refused: its page cannot be used");
+                    for call in calls {
+                        self.refuse(&call.ticket, &call.node, Denial::AccountUnusable);
+                    }
+                    return;
+                }
                 self.account_seen(&account);
             }
             // The watch was faster; or there is none, which is for the ledger to say.

@@ -16,7 +16,7 @@ use crate::identity::KeySet;
 use crate::kubeapi::ApiError;
 use crate::ledger::durations::Durations;
 use crate::ledger::receipt::ReceiptEvent;
-use crate::ledger::seen::{TermSeen, TierSeen};
+use crate::ledger::seen::{MalformedAccount, TermSeen, TierSeen};
 use crate::ledger::store::CreateError;
 use crate::ledger::store::WriteOutcome;
 use crate::ledger::watches::Watched;
@@ -120,7 +120,7 @@ impl Memory {
             generation: Some(1),
             ready: None,
             break_glass: None,
-            page: Ok(page.clone()),
+            page: page.sound().map_err(MalformedAccount::Unsound).map(|()| page.clone()),
         }
     }
 }

@@ -118,8 +118,9 @@ impl Machine {
         };
         // Here what becomes of the slot is not on the lease yet.
         let ended = wire::ended(lease, now_ms).map(|ended| link::Ended { kept, ..ended });
-        self.steps.extend(ended.map(|ended| Step::Send(Message::Ended(ended))));
         let (caller, task) = (lease.caller.clone(), lease.task);
+        self.steps.extend(ended.map(|ended| Step::Send(Message::Ended(ended))));
+        self.send_unsent(now_ms);
         self.book.owners.retain(|_, owner| owner != id);
         self.dirty = true;
         match (slot, worker) {

@@ -36,7 +36,7 @@ impl Machine {
             self.steps.push_back(Step::Answer { ticket, answer: Answer::Unavailable { reason } });
             return;
         }
-        self.void_uncertain(now_ms, &caller, task);
+        let voided = self.void_uncertain(now_ms, &caller, task);
         let model = self.cards.first().map_or("", |card| card.model.as_str());
         let asked = self.sizes.settle(&caller, task, size, declared_ms, model);
         let pending = Pending {
@@ -51,23 +51,27 @@ impl Machine {
             place: None,
         };
         self.tickets.insert(ticket, pending);
-        if self.linked {
+        // Behind the end of what was voided for it: until then that holds the budget of the same call's token.
+        if self.linked && !voided {
             self.send_request(now_ms, ticket);
         }
     }
 
     /// L16: the agent restarted after it answered `idle: true`; the same function asks again, so the answer was lost.
-    fn void_uncertain(&mut self, now_ms: u64, caller: &Caller, task: u64) {
+    /// True if there was one: its end is told when its gate is shut.
+    fn void_uncertain(&mut self, now_ms: u64, caller: &Caller, task: u64) -> bool {
         let lost = self.leases.values().find(|lease| {
             lease.uncertain
                 && lease.task == task
                 && lease.caller.container == caller.container
                 && matches!(lease.phase, Phase::Running { reused: true, .. })
         });
-        if let Some(id) = lost.map(|lease| lease.id.clone()) {
+        let lost = lost.map(|lease| lease.id.clone());
+        if let Some(id) = &lost {
             let message = "the agent restarted before the answer was delivered and the function asked again";
-            self.end(now_ms, &id, EndingKind::Undelivered, message, None);
+            self.end(now_ms, id, EndingKind::Undelivered, message, None);
         }
+        lost.is_some()
     }
 
     pub(super) fn disconnected(&mut self, now_ms: u64, ticket: u64) {

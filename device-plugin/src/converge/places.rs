@@ -45,6 +45,16 @@ impl Machine {
         }
     }
 
+    /// Requests that waited for an end to be told (L16).
+    pub(super) fn send_unsent(&mut self, now_ms: u64) {
+        if !self.linked {
+            return;
+        }
+        let unsent: Vec<u64> =
+            self.tickets.iter().filter(|(_, pending)| !pending.sent).map(|(ticket, _)| *ticket).collect();
+        unsent.into_iter().for_each(|ticket| self.send_request(now_ms, ticket));
+    }
+
     pub(super) fn send_request(&mut self, now_ms: u64, ticket: u64) {
         let Some(pending) = self.tickets.get_mut(&ticket) else { return };
         pending.sent = true;

@@ -1,9 +1,10 @@
 //! Pages, terms and watches.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use spaceport_core::ids::{AccountName, Epoch, LedgerTime};
-use spaceport_core::page::{Page, Window};
+use spaceport_core::ids::{AccountName, Epoch, LeaseId, LedgerTime, NodeName, Size, SpaceKey};
+use spaceport_core::page::{BUDGETS_MAX, Budget, BudgetRow, Budgets, Hold, Page, Part, Source, Window};
 use spaceport_crds::{GPUAccount, GPUTier, GPUTierSpec};
 use spaceport_operator::account::{self, WorkQueue};
 use spaceport_operator::kubeapi::{ApiError, KubeApi};
@@ -76,6 +77,43 @@ async fn a_page_is_swapped_only_against_the_revision_that_was_seen() {
     accounts.patch_metadata(name.as_str(), &current).await.unwrap();
     assert_eq!(store.write(&fourth, &page(4, 5), Display::default()).await, WriteOutcome::Gone);
     assert_eq!(store.read(&name).await.unwrap(), None);
+}
+
+/// Invariant 10: the next leader reads what this one knew of tokens, at the bounds of each field.
+#[tokio::test]
+async fn what_was_taken_of_tokens_is_stored_whole() {
+    let api = connect().await;
+    let store = store(&api);
+    let name = AccountName::new(fresh("bob"));
+    let target = PageTarget::of(&store.create(&name, None, Vec::new()).await.unwrap());
+    let one = page(1, 4);
+    let start = one.last_time;
+    let root = |number: usize| format!("{number:~>64}");
+    let row = |number| BudgetRow { root: root(number), calls: 1 << 61, ms: 1 << 61, expires: start.plus(900_000) };
+    let most = i64::MAX.unsigned_abs();
+    let hold = Hold {
+        lease: LeaseId::new("01jd8x00000000000000000000"),
+        space: SpaceKey::new("demo", "hello", "u"),
+        parts: vec![Part { source: Source::Window(start), ms: 10_000 }],
+        node: NodeName::new("gpu-1"),
+        avoid: Vec::new(),
+        size: Size::Large,
+        weight: 1,
+        declared_ms: 10_000,
+        epoch: Epoch(4),
+        since: start,
+        after: None,
+        generation: 1,
+        via: "token".to_owned(),
+        cookie: None,
+        shortened: None,
+        budget: Some(Budget { root: root(0), max_ms: most, max_calls: most, expires: start.plus(900_000) }),
+    };
+    let budgets = Budgets { rows: (0..BUDGETS_MAX).map(row).collect(), forgotten: start.plus(5) };
+    let page = Page { holds: vec![Arc::new(hold)], budgets: Some(Box::new(budgets)), ..one };
+    assert_eq!(page.sound(), Ok(()));
+    written(store.write(&target, &page, Display::of(&page, None)).await, &target);
+    assert_eq!(store.read(&name).await.unwrap().unwrap().page, Ok(page));
 }
 
 #[tokio::test]

@@ -287,6 +287,17 @@ impl Page {
             resets_at: self.open_window(at).map(Window::end),
         }
     }
+
+    /// Uids of the grants that can pay at `at`, a time of this page, in the order in which they do. One that has expired is
+    /// not among them, nor one for which the page has no room.
+    pub fn usable_grants(&self, allowance: &Allowance, at: LedgerTime) -> Vec<String> {
+        let sources = usable(self, allowance, at).into_iter().map(|usable| usable.source);
+        let grants = sources.filter_map(|source| match source {
+            Source::Grant(uid) => Some(uid),
+            Source::Window(_) => None,
+        });
+        grants.collect()
+    }
 }
 
 /// Sources in the order in which they are used: base first, then the grant that expires soonest.

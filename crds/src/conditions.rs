@@ -157,7 +157,7 @@ string_enum! {
         NeverAllowed = "NeverAllowed",
         /// The caller was gone before the grant reached it; charge 0.
         Undelivered = "Undelivered",
-        /// Cancelled before it ran; charge 0.
+        /// Refused while it waited, or ended by the operator; charged what it used, 0 if it never ran.
         Cancelled = "Cancelled",
         /// The node refused the order; charge 0.
         Refused = "Refused",
@@ -197,7 +197,7 @@ string_enum! {
         ConcurrencyExceeded = "ConcurrencyExceeded",
         /// No healthy slot of that size on the Space's node.
         NoCapacity = "NoCapacity",
-        /// The queue bound of pool, Space or account is reached.
+        /// The queue bound of node, Space or account is reached.
         QueueFull = "QueueFull",
         /// The caller's token is missing, foreign, expired or used up.
         Unauthenticated = "Unauthenticated",

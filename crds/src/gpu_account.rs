@@ -399,7 +399,8 @@ pub struct BudgetRow {
     /// `root_jti` of the token: its id, which nobody can call with.
     #[schemars(length(min = 1, max = 64))]
     pub root: String,
-    /// Calls that count: all but those that the platform or a caller who left ended before they ran.
+    /// Calls that count: all but those that the platform failed or gave up, and those whose caller was gone before the
+    /// grant reached it.
     #[schemars(range(min = 0))]
     pub calls: i64,
     /// Charged, weighted milliseconds.

@@ -14,6 +14,8 @@ use crate::size::GpuSize;
 pub const MAX_CARDS: usize = 16;
 /// Most slots of a card: two halves, and a whole one beside them in modes that cut a card lease by lease.
 pub const MAX_SLOTS: usize = 8;
+/// Most pools that a node names beside its own: more than a person tells apart.
+pub const MAX_OTHER_POOLS: usize = 16;
 
 string_enum! {
     /// How much of a node is cordoned.
@@ -146,6 +148,11 @@ pub struct GPUNodeStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub pool: Option<String>,
+    /// Pools that select the node as well, oldest first: they count for nothing here, `pool` was there before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_OTHER_POOLS), inner(length(max = 253)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub other_pools: Vec<String>,
     /// How its time-shared cards are cut.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<SlicingMode>,

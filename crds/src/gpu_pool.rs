@@ -301,7 +301,7 @@ impl Default for Weights {
         .message("queue bounds must not shrink: perAccount <= perSpace <= perPool"),
 )]
 pub struct QueueBounds {
-    /// Waiting requests in the pool.
+    /// Waiting requests of each node of the pool.
     #[serde(default = "per_pool")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub per_pool: i32,

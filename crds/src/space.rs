@@ -231,8 +231,8 @@ pub struct SpaceSpec {
     /// Grants min(declared, what the caller has left) as a hard limit instead of refusing (requirement A3).
     #[serde(default)]
     pub clamp_to_remaining: bool,
-    /// Most leases that all calls of this Space have at once; further calls wait with reason `concurrency`. Absent: no such
-    /// limit. It is soft: leases of an earlier term of the operator count from the moment it has read their accounts.
+    /// Most leases that all calls of this Space have at once; further calls wait, with `space` in the column `WAITS`. Absent:
+    /// no such limit. It is soft: leases of an earlier term of the operator count from the moment it has read their accounts.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1024))]
     pub concurrent_leases: Option<i32>,

@@ -23,7 +23,7 @@ use crate::converge::{Answer, Caller, Event, Machine, Step, View};
 use crate::device_api::{Denied, Granted, OnDrop, Queued, ScheduleOutcome, Verdict};
 use crate::epoch::EpochFile;
 use crate::fault::{self, Fault, Place};
-use crate::hardware::{AdmitError, Hardware};
+use crate::hardware::{AdmitError, Hardware, is_alive};
 use crate::metrics::Metrics;
 use crate::node_link::{LinkEvent, Outbound, Session};
 
@@ -246,6 +246,10 @@ impl NodeActor {
                 self.event(Event::Scheduled { ticket, caller, task, size, declared_ms, token })
             }
             Input::Allow { pod_uid, token, pid, reply } => {
+                let dead = self.machine.reused_worker(token.expose()).filter(|worker| !is_alive(worker));
+                if let Some(cgroup_id) = dead.map(|worker| worker.cgroup_id) {
+                    self.event(Event::WorkerExited { cgroup_id })?;
+                }
                 let call = self.next_call();
                 self.allows.insert(call, reply);
                 self.event(Event::Allow { call, pod_uid, token: token.into_exposed(), pid })

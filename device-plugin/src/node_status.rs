@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use spaceport_core::ids::Size;
 use spaceport_crds::conditions::{ConditionStatus, GPUNodeCondition, GPUNodeReason, condition, set};
+use spaceport_crds::gpu_node::MAX_OTHER_POOLS;
 use spaceport_crds::names::API_VERSION;
 use spaceport_crds::{Card, CardHealth, CardUse, GPUNode, GPUNodeSpec, GPUNodeStatus, GpuSize, Seats, Slot, SlotState};
 use spaceport_shell::error_chain;
@@ -159,6 +160,7 @@ pub fn status(facts: &Facts<'_>, previous: Option<&GPUNodeStatus>, now: Timestam
         nvml_version: inventory.nvml_version.clone(),
         cuda_version: inventory.cuda_version.clone(),
         pool: pool.map(|pool| pool.name.clone()),
+        other_pools: policy.other_pools.iter().take(MAX_OTHER_POOLS).cloned().collect(),
         mode: pool.map(|pool| pool.mode),
         isolation: pool.map(|pool| isolation(pool.mode)),
         agent_instance: Some(identity.agent_instance.clone()),

@@ -20,6 +20,8 @@ use tokio_util::sync::CancellationToken;
 pub struct Policy {
     /// The pool that has this node, and what it says; `None`: nothing is granted.
     pub pool: Option<PoolPolicy>,
+    /// Names of the other pools that select the node, oldest first. They count for nothing here.
+    pub other_pools: Vec<String>,
     /// What an admin took out of service.
     pub cordon: Option<Cordon>,
     /// Generation of the GPUNode's spec that the cordon is of.
@@ -56,11 +58,15 @@ impl Policy {
 /// The policy of a node with these labels. Of overlapping pools the oldest wins (docs/rules.md).
 pub fn derive(pools: &[GPUPool], labels: &BTreeMap<String, String>, node: Option<&GPUNode>) -> Policy {
     let selects = |pool: &&GPUPool| pool.spec.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value));
-    let oldest = pools.iter().filter(selects).min_by_key(|pool| {
+    let mut selecting: Vec<&GPUPool> = pools.iter().filter(selects).collect();
+    selecting.sort_by_key(|pool| {
         // An object without a time was not read from an API server; it counts as the youngest.
         (pool.metadata.creation_timestamp.is_none(), pool.metadata.creation_timestamp.clone(), pool.name_any())
     });
+    let mut selecting = selecting.into_iter();
+    let oldest = selecting.next();
     Policy {
+        other_pools: selecting.map(|pool| pool.name_any()).collect(),
         pool: oldest.map(|pool| PoolPolicy {
             name: pool.name_any(),
             mode: pool.spec.mode,
@@ -175,9 +181,13 @@ mod tests {
             pool("old", "2026-01-01T00:00:00Z", json!({"gpu": "h200"})),
             pool("oldest-but-elsewhere", "2025-01-01T00:00:00Z", json!({"gpu": "l40s"})),
         ];
-        assert_eq!(derive(&pools, &labels, None).pool.unwrap().name, "old");
-        assert_eq!(derive(&pools, &BTreeMap::new(), None).pool.unwrap().name, "young");
-        assert_eq!(derive(&[], &labels, None).pool, None);
+        let found = |pools: &[GPUPool], labels: &BTreeMap<String, String>| {
+            let Policy { pool, other_pools, .. } = derive(pools, labels, None);
+            (pool.map(|pool| pool.name), other_pools)
+        };
+        assert_eq!(found(&pools, &labels), (Some("old".to_owned()), vec!["young".to_owned()]));
+        assert_eq!(found(&pools, &BTreeMap::new()), (Some("young".to_owned()), Vec::new()));
+        assert_eq!(found(&[], &labels), (None, Vec::new()));
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub struct TokenPlan {
     pub max_ms: u64,
     /// Calls that it is worth.
     pub max_calls: u64,
+    /// When it is worth nothing any more; of half of the seeds long after all is over.
+    pub expires: LedgerTime,
 }
 
 // === impl Plan ===
@@ -99,7 +101,8 @@ impl Plan {
         let nodes = (1..=random.between(1, 3)).map(|number| node(number, &mut random)).collect();
         let mut accounts: Vec<AccountPlan> =
             (0..random.between(2, 4)).map(|number| account(number, &mut random)).collect();
-        let tokens = (0..random.between(1, 4)).map(|number| token(number, accounts.len(), &mut random)).collect();
+        let mut tokens: Vec<TokenPlan> =
+            (0..random.between(1, 4)).map(|number| token(number, accounts.len(), &mut random)).collect();
         let spaces: Vec<SpaceKey> = (0..random.between(1, 2)).map(space).collect();
         // In a quarter of the histories, and drawn apart: the others are told as they always were.
         let mut chosen = BTreeMap::new();
@@ -107,6 +110,11 @@ impl Plan {
             let mut random = Random::new(seed ^ 0x6775_6573_7473);
             accounts.push(guests(&mut random));
             chosen = spaces.iter().map(|space| (space.uid.clone(), choice(&mut random))).collect();
+        }
+        if seed % 2 == 1 {
+            // Drawn apart, as the guests are.
+            let mut random = Random::new(seed ^ 0x746f_6b65_6e73);
+            tokens.iter_mut().for_each(|token| token.expires = START.plus(random.between(10_000, 120_000)));
         }
         Self {
             seed,
@@ -159,6 +167,7 @@ fn token(number: u64, accounts: usize, random: &mut Random) -> TokenPlan {
         account: usize::try_from(random.below(accounts as u64)).unwrap_or_default(),
         max_ms: random.between(20_000, 200_000),
         max_calls: random.between(2, 12),
+        expires: START.plus(40 * WINDOW_MS),
     }
 }
 

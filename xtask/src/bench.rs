@@ -10,7 +10,7 @@ use standin_nvml::State;
 
 use crate::charts::{self, ChartsArguments};
 use crate::clients;
-use crate::cluster::machine::Machine;
+use crate::cluster::machine::{self, Machine};
 use crate::cluster::{self, UpArguments, standin};
 use crate::command::headline;
 use crate::down;
@@ -125,6 +125,7 @@ fn recovery(workspace: &Workspace, json: bool, keep: bool, words: &[String]) -> 
         return Ok(());
     }
     // Everything is printed by now, and stays true if this fails.
+    let _alone = machine::alone()?;
     down::down(workspace).context("the numbers above are whole, but the benchmark's cluster is still there")
 }
 

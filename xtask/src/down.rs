@@ -67,13 +67,13 @@ pub fn down(workspace: &Workspace) -> Result<()> {
 /// Ends what is left of other checkouts' clusters that nobody can want: none of their components runs any more (they
 /// were killed from outside), or the checkout is gone and took the state and its own `down` with it.
 pub fn end_abandoned(workspace: &Workspace) -> Result<()> {
-    if Machine::read(workspace)?.is_some() {
+    if Machine::read(workspace)?.is_some_and(|note| !note.sysctls.is_empty()) {
         // The cluster of this machine is ours.
         return Ok(());
     }
     for other in workspace.others()? {
         // Only one cluster can run on a machine, so its components are the other's.
-        let runs = !members(CGROUP).is_empty();
+        let runs = is_populated(CGROUP);
         if runs && other.root.join("Cargo.toml").exists() {
             // Not ours to end; whoever needs the machine is told to.
             continue;
@@ -129,6 +129,14 @@ fn members(name: &str) -> BTreeSet<i32> {
         }
     }
     pids
+}
+
+/// Somebody is in them, also somebody of another pid namespace.
+fn is_populated(name: &str) -> bool {
+    cgroup_folders(name)
+        .iter()
+        .flat_map(|root| folders_below(root))
+        .any(|folder| fs::read_to_string(folder.join("cgroup.procs")).is_ok_and(|list| !list.trim().is_empty()))
 }
 
 fn kill_members(name: &str, pids: &BTreeSet<i32>) {

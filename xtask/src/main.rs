@@ -82,7 +82,10 @@ fn run() -> Result<()> {
     let workspace = Workspace::locate(host)?;
     match command {
         Action::Up(arguments) => cluster::up(&workspace, &arguments),
-        Action::Down => down::down(&workspace),
+        Action::Down => {
+            let _alone = cluster::machine::alone()?;
+            down::down(&workspace)
+        }
         Action::Kubectl(arguments) => kubectl::run(&workspace, &arguments),
         Action::Images(arguments) => images::run_command(&workspace, &arguments),
         Action::Charts(arguments) => charts::run(&workspace, &arguments),

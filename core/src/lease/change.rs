@@ -120,7 +120,7 @@ pub enum Misfit {
         /// weight x declared.
         bound_ms: u64,
     },
-    /// Invariant 10: more than its token is worth, or than is known of it.
+    /// Invariant 10: more than its token is worth.
     #[error("lease {lease} would bring its token to {calls} of {max_calls} calls and {ms} of {max_ms} ms")]
     OverBudget {
         /// Whose hold.

@@ -200,6 +200,10 @@ fn check<'a>(
     let explained = |denial| explained(settings, &account.policy.tier, payer, &demand, denial);
     quota::check_legal(payer, &demand).map_err(explained)?;
     if let Some(budget) = &request.budget {
+        // By the page's time (L20), as its row was kept: by a clock behind it the token could be worth something yet.
+        if budget.expires <= time {
+            return Err(unauthenticated(UnauthenticatedReason::Expired));
+        }
         let waiting = state.queue.taken_of_budget(&name, &budget.root);
         check_budget(state, page, budget, waiting, demand.needed_ms())?;
     }

@@ -20,17 +20,14 @@ impl Budget {
 }
 
 impl Ending {
-    /// A call that ended like this counts: its app has had its turn. What the platform or a caller who left is the cause of
-    /// spends nothing.
-    pub const fn spends_call(self) -> bool {
+    /// A call that ended like this counts: its grant has reached its app. Not where the platform failed it or gave it up, nor
+    /// where its caller was gone before.
+    pub const fn spends_call(self, charged_ms: u64) -> bool {
         match self {
-            Self::Released
-            | Self::Failed
-            | Self::WorkerDied
-            | Self::Deadline
-            | Self::NeverAllowed
-            | Self::Cancelled
-            | Self::NoDevice => true,
+            Self::Released | Self::Failed | Self::WorkerDied | Self::Deadline | Self::NeverAllowed | Self::NoDevice => {
+                true
+            }
+            Self::Cancelled => charged_ms > 0,
             Self::Undelivered | Self::Refused | Self::PlatformFault | Self::Expired => false,
         }
     }
@@ -61,17 +58,20 @@ impl Page {
     /// A lease has ended: its row says so for as long as its token is worth anything.
     pub fn spend(&mut self, hold: &Hold, ending: Ending, charged_ms: u64, at: LedgerTime) {
         let Some(budget) = &hold.budget else { return };
-        if budget.expires <= at || (!ending.spends_call() && charged_ms == 0) {
+        let spends_call = ending.spends_call(charged_ms);
+        if budget.expires <= at || (!spends_call && charged_ms == 0) {
             return;
         }
         let budgets = self.budgets.get_or_insert_default();
-        let calls = u64::from(ending.spends_call());
+        let calls = u64::from(spends_call);
         match budgets.rows.iter_mut().find(|row| row.root == budget.root) {
             Some(row) => {
                 row.calls = row.calls.saturating_add(calls);
                 row.ms = row.ms.saturating_add(charged_ms);
                 row.expires = row.expires.max(budget.expires);
             }
+            // Forgotten once, it stays so: a row of this call alone would say that the rest was never taken.
+            None if budget.expires <= budgets.forgotten => {}
             None => {
                 let row = BudgetRow { root: budget.root.clone(), calls, ms: charged_ms, expires: budget.expires };
                 budgets.rows.push(row);
@@ -142,7 +142,8 @@ mod tests {
         assert_eq!(page.taken_of_budget("r1"), Taken { calls: 1, ms: 1_500 });
         page.spend(&ended, Ending::NeverAllowed, 0, NOW);
         assert_eq!(page.taken_of_budget("r1"), Taken { calls: 2, ms: 1_500 });
-        for ending in [Ending::Undelivered, Ending::Refused, Ending::PlatformFault, Ending::Expired] {
+        let free = [Ending::Undelivered, Ending::Refused, Ending::PlatformFault, Ending::Expired, Ending::Cancelled];
+        for ending in free {
             page.spend(&ended, ending, 0, NOW);
         }
         assert_eq!(page.taken_of_budget("r1"), Taken { calls: 2, ms: 1_500 }, "the platform's fault spends nothing");
@@ -172,6 +173,20 @@ mod tests {
         assert_eq!(page.taken_of_budget("r1").calls, 1);
         page.prune_budgets(NOW.plus(1));
         assert_eq!(page.budgets.as_ref().map(|budgets| budgets.forgotten), Some(LedgerTime(0)));
+    }
+
+    /// Tokens live for whole seconds, so that ties are ordinary.
+    #[test]
+    fn a_budget_that_was_forgotten_does_not_begin_anew_when_its_other_call_ends() {
+        let until = |number| Budget { expires: NOW.plus(9_000), ..budget(number) };
+        let mut page = Page::default();
+        for number in 0..=BUDGETS_MAX {
+            page.spend(&hold(until(number)), Ending::Released, 1, NOW);
+        }
+        assert!(!page.remembers(&until(0)));
+        page.spend(&hold(until(0)), Ending::Released, 1, NOW);
+        assert!(!page.remembers(&until(0)));
+        assert!(page.remembers(&until(1)));
     }
 
     #[test]

@@ -136,6 +136,7 @@ const fn row(denial: &Denial) -> Row {
         | Denial::NoCapacity { .. }
         | Denial::QueueFull { .. }
         | Denial::AccountDeleting
+        | Denial::AccountUnusable
         | Denial::ClockSkew { .. }
         | Denial::BrokerUnavailable
         | Denial::PlatformFault => Row::Unavailable,

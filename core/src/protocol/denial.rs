@@ -114,6 +114,8 @@ pub enum Denial {
     },
     /// The account is on its way out (L4).
     AccountDeleting,
+    /// The account's page is none of the ledger's; nothing is decided on it until it is repaired (L1).
+    AccountUnusable,
     /// The leader's clock is off, so nothing is granted (L20).
     ClockSkew {
         /// How far, either way.
@@ -255,6 +257,7 @@ impl Denial {
             Self::QueueFull { .. } => "QueueFull",
             Self::Unauthenticated { .. } => "Unauthenticated",
             Self::AccountDeleting => "AccountDeleting",
+            Self::AccountUnusable => "AccountUnusable",
             Self::ClockSkew { .. } => "ClockSkew",
             Self::BrokerUnavailable => "BrokerUnavailable",
             Self::PlatformFault => "PlatformFault",
@@ -386,6 +389,11 @@ pub fn human_message(denial: &Denial) -> String {
         .to_owned(),
         Denial::AccountDeleting => {
             "The account is being deleted and gets no more GPU; sign in with another account.".to_owned()
+        }
+        Denial::AccountUnusable => {
+            "The page of the call's account cannot be used, so nothing was granted or charged; the cluster's administrator \
+             has to repair it."
+                .to_owned()
         }
         Denial::ClockSkew { ms } => format!(
             "The lease broker's clock is {} off the API server's, so it grants nothing; the cluster's administrator has \

@@ -163,6 +163,25 @@ fn base_is_used_first_then_the_grant_that_expires_soonest() {
 }
 
 #[test]
+fn a_grant_can_pay_if_it_has_time_and_room_on_the_page() {
+    let uid = |number: usize| format!("{number:02}");
+    let expires = |number: usize| NOW.plus(1_000 + number as u64).0;
+    let mut grants: Vec<Grant> = (0..GRANTS_MAX + 2).map(|number| grant(&uid(number), 10, expires(number))).collect();
+    grants.push(grant("gone", 10, NOW.0));
+    let bob = Allowance { grants, ..allowance(0) };
+    let mut page = Page::default();
+    let those_that_expire_first: Vec<String> = (0..GRANTS_MAX).map(uid).collect();
+    assert_eq!(page.usable_grants(&bob, NOW), those_that_expire_first);
+    // What has a row already keeps it, and takes the room of another.
+    let last = GRANTS_MAX + 1;
+    let row = GrantRow { uid: uid(last), ms: 10, expires: LedgerTime(expires(last)), used_ms: 1 };
+    page.grants.push(row);
+    let with_the_row: Vec<String> = (0..GRANTS_MAX - 1).chain([last]).map(uid).collect();
+    assert_eq!(page.usable_grants(&bob, NOW), with_the_row);
+    assert!(page.usable_grants(&allowance(0), NOW).is_empty(), "a tier without grants");
+}
+
+#[test]
 fn a_window_of_refunds_was_never_opened() {
     let (mut page, bob) = (Page::default(), allowance(60_000));
     hold(&mut page, "a", &bob, NOW, large(10_000));

@@ -312,6 +312,18 @@ fn the_next_leader_knows_what_was_taken_of_a_budget() {
     assert_eq!((taken.calls, taken.ms), (3, 5_000));
 }
 
+/// A leader whose clock was ahead has dropped the row already.
+#[test]
+fn a_token_expires_by_the_time_of_the_page() {
+    let mut story = World::begin(1, 600_000, 9);
+    run(&mut story, BOB, 10_000, Ending::Released, 1_000);
+    let until = |expires| Some(Budget { root: "r".into(), max_ms: 15_000, max_calls: 3, expires });
+    let time = story.page(world::BOB).last_time;
+    let expired = Denial::Unauthenticated { reason: UnauthenticatedReason::Expired };
+    assert_eq!(world::denial(&ask_with(&mut story, BOB, 10_000, until(time))), Some(expired));
+    order(&ask_with(&mut story, BOB, 10_000, until(time.plus(1))));
+}
+
 /// Two leaders may each decide a call of one token: whoever writes second meets the other's hold.
 #[test]
 fn a_budget_holds_against_what_another_leader_wrote_meanwhile() {
@@ -334,7 +346,10 @@ fn a_call_that_waited_in_vain_keeps_its_budget() {
     order(&ask(&mut story, BOB, 10_000));
     let budget = Some(Budget { root: "r".into(), max_ms: 10_000, max_calls: 1, expires: LedgerTime(i64::MAX) });
     ask_with(&mut story, BOB, 10_000, budget.clone());
-    story.tell(Command::Dequeue { ticket: ticket(story.tickets) });
+    let waits = ticket(story.tickets);
+    let exhausted = Denial::Unauthenticated { reason: UnauthenticatedReason::Exhausted };
+    assert_eq!(world::denial(&ask_with(&mut story, BOB, 10_000, budget.clone())), Some(exhausted), "what waits counts");
+    story.tell(Command::Dequeue { ticket: waits });
     assert_eq!(world::denial(&ask_with(&mut story, BOB, 10_000, budget)), None);
 }
 

@@ -339,7 +339,7 @@ impl Machine {
             Phase::Assigned { since_ms } => since_ms,
             // The idle worker had died, so the client forked a new one: the clock begins anew at its /allow (L16). The
             // old worker's cgroup is cleared beside the new one; both belong to this lease, its slot stays owned.
-            Phase::Running { reused: true, started_ms, .. } => {
+            Phase::Running { reused: true, started_ms, died_ms: Some(_) } => {
                 if now_ms > started_ms.saturating_add(lease.allow_limit_ms.min(SUCCESSOR_MS)) {
                     let reply = Err(AllowRefusal::TooLate);
                     return self.steps.push_back(Step::ReplyAllow { call, reply });

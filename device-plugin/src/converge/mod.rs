@@ -61,7 +61,8 @@ pub const DEATH_GRACE_MS: u64 = 200;
 pub const REUSED_DEATH_GRACE_MS: u64 = 1_000;
 /// So long after its reuse the successor of a worker that had died is allowed (L16), and no longer than any worker: within a
 /// second its death is noticed, within the grace above its parent has forked. One that dies later dies in the middle of its
-/// call. If its lease could begin anew, the time before were free, and the lease outlast what a broker waits for (L9).
+/// call: if its lease could begin anew, the time before were free, and the lease outlast what a broker waits for (L9). One
+/// that lives has none.
 pub const SUCCESSOR_MS: u64 = 2_000;
 /// A failure this soon after a neighbour on the card was killed or took too much memory is the platform's (N18).
 pub const NEIGHBOUR_MS: u64 = 5_000;
@@ -459,6 +460,11 @@ impl Machine {
         self.tell_idle();
         self.book.assert_exclusive();
         std::mem::take(&mut self.steps)
+    }
+
+    /// The worker that a lease got back, if nobody has noticed that it died: its successor's `/allow` may be faster than that.
+    pub fn reused_worker(&self, lease: &str) -> Option<&Worker> {
+        self.leases.get(lease)?.reused_worker()
     }
 
     /// When [`Event::Tick`] is due, BOOTTIME milliseconds.

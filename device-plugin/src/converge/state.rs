@@ -305,6 +305,13 @@ impl Lease {
         died_ms.saturating_add(if reused { REUSED_DEATH_GRACE_MS } else { DEATH_GRACE_MS })
     }
 
+    /// Its own worker that it got back, as long as nobody has noticed that this one died.
+    pub(super) fn reused_worker(&self) -> Option<&Worker> {
+        matches!(self.phase, Phase::Running { reused: true, died_ms: None, .. })
+            .then_some(self.worker.as_ref())
+            .flatten()
+    }
+
     pub(super) fn next_wake(&self, linked: bool) -> Option<u64> {
         match &self.phase {
             Phase::Waiting => Some(self.order.begin_by_ms.saturating_add(1)),

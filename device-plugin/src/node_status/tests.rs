@@ -35,7 +35,7 @@ impl Story {
                 cards: vec![h200(0), h200(1)],
                 ..NodeInventory::default()
             },
-            policy: Policy { pool: Some(pool), cordon: None, generation: Some(3) },
+            policy: Policy { pool: Some(pool), generation: Some(3), ..Policy::default() },
             kubelet: KubeletView::default(),
             slots: SlotView::default(),
             findings: Vec::new(),
@@ -139,6 +139,16 @@ fn what_blocks_grants_is_the_reason_of_not_being_ready() {
     let mut story = Story::two_shared_cards();
     story.policy.pool = None;
     assert_eq!(told(&story.status(), GPUNodeCondition::Ready).0, "False");
+}
+
+#[test]
+fn the_pools_that_have_no_say_here_are_named_up_to_a_bound() {
+    let mut story = Story::two_shared_cards();
+    assert_eq!(story.status().other_pools, [""; 0]);
+    story.policy.other_pools = (0..=MAX_OTHER_POOLS).map(|number| format!("young-{number}")).collect();
+    let shown = story.status();
+    assert_eq!((shown.pool.as_deref(), shown.other_pools.len()), (Some("default"), MAX_OTHER_POOLS));
+    assert_eq!(shown.other_pools[0], "young-0");
 }
 
 #[test]

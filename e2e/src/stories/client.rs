@@ -135,6 +135,7 @@ fn refusals() -> Vec<Told> {
         (Denial::QueueFull { bound: 32, of: QueueOf::Pool }, regular, error, none),
         (bad_token, regular, error, "Expired ZeroGPU proxy token"),
         (Denial::AccountDeleting, regular, error, none),
+        (Denial::AccountUnusable, regular, error, none),
         (Denial::ClockSkew { ms: 6_000 }, regular, error, none),
         (Denial::BrokerUnavailable, regular, error, none),
         (Denial::PlatformFault, regular, error, none),

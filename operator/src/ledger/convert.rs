@@ -616,6 +616,7 @@ impl Numbers {
             | Denial::QueueFull { .. }
             | Denial::Unauthenticated { .. }
             | Denial::AccountDeleting
+            | Denial::AccountUnusable
             | Denial::BrokerUnavailable
             | Denial::PlatformFault => Self::default(),
         }

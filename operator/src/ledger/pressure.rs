@@ -164,7 +164,7 @@ impl Pressure {
 // === impl PressureGauge ===
 
 impl PressureGauge {
-    /// A page write leaves now.
+    /// A page write begins now, by waiting for its turn.
     pub fn write(&self) -> WriteUnderWay {
         let number = self.lock().begun(clock::monotonic());
         WriteUnderWay { gauge: self.clone(), number }

@@ -36,9 +36,12 @@ use crate::metrics::Metrics;
 const FOLLOWED_MAX: usize = 16 * 1024;
 /// As long as fewer are followed, those that an earlier leader left behind are as well: never instead of an open lease.
 const LEFT_BEHIND_UP_TO: usize = FOLLOWED_MAX / 8;
-/// Writes at the same time: enough for hundreds a second, few beside the 64 page writes that callers wait for. Not fewer
-/// under pressure: an outbox that fills would pause its account (L10).
+/// Writes at the same time: enough for hundreds a second.
 const WRITES_AT_ONCE: usize = 8;
+/// The same under pressure: few beside the 16 page writes that callers wait for ...
+const WRITES_UNDER_PRESSURE: usize = 2;
+/// ... and one more for so many ends that wait, up to as many as ever: an outbox that fills pauses its account (L10).
+const ENDS_FOR_ONE_MORE: usize = 128;
 /// How often it is looked through all that are followed for receipts that are due. Nobody waits for a receipt; this bounds
 /// the work of looking.
 const LOOK_PERIOD: Duration = Duration::from_millis(50);
@@ -358,9 +361,10 @@ where
     let mut writes: JoinSet<(LeaseRecord, Outcome)> = JoinSet::new();
     let mut found = Found::default();
     loop {
-        let room = WRITES_AT_ONCE.saturating_sub(writes.len());
         let now = clock::monotonic();
         let is_high = receipts.pressure.is_high(now);
+        let at_once = if is_high { at_once_under_pressure(found.unwritten_ends) } else { WRITES_AT_ONCE };
+        let room = at_once.saturating_sub(writes.len());
         metrics.set_write_pressure(is_high);
         let pace = if is_high { Pace::EndsOnly } else { Pace::Live };
         for (record, written) in receipts.take_due(now, room, pace, &mut found) {
@@ -382,6 +386,11 @@ where
             waited = pause(found.rests(now), &stop) => if !waited { return Ok(()) },
         }
     }
+}
+
+const fn at_once_under_pressure(unwritten_ends: usize) -> usize {
+    let at_once = WRITES_UNDER_PRESSURE + unwritten_ends / ENDS_FOR_ONE_MORE;
+    if at_once < WRITES_AT_ONCE { at_once } else { WRITES_AT_ONCE }
 }
 
 /// False if the broker is gone.

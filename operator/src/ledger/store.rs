@@ -35,7 +35,8 @@ const TERM_TRIES: usize = 8;
 /// thousands a second through so many. One that is at its limit answers no more for having more of them to answer: all of
 /// them take longer, and with them the renewal of the leader's lease, which is then lost.
 const SENT_MAX: usize = 16;
-/// A write that is not answered for so long keeps nobody back any more: the server does not work on it.
+/// A write that is not answered for so long keeps nobody back any more: what hangs with one connection, or at a server that
+/// is away, is not load.
 const TURN_MAX: Duration = Duration::from_secs(1);
 
 /// Pages on the API server. A cheap handle.

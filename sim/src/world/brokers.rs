@@ -365,7 +365,7 @@ impl World {
             Denial::Unauthenticated { .. } => Scenario::DeniedUnauthenticated,
             Denial::AccountDeleting => Scenario::DeniedDeleting,
             Denial::ClockSkew { .. } => Scenario::DeniedClock,
-            Denial::PlatformFault | Denial::BrokerUnavailable => Scenario::DeniedFault,
+            Denial::PlatformFault | Denial::BrokerUnavailable | Denial::AccountUnusable => Scenario::DeniedFault,
         });
     }
 }

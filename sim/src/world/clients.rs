@@ -6,13 +6,11 @@ use spaceport_core::ids::{AccountName, CookieId, LeaseId, NodeName, Revision, Si
 use spaceport_core::lease::{EndReport, FreedAs, Request};
 use spaceport_core::page::{Budget, Ending};
 use spaceport_core::protocol::UnauthenticatedReason;
-use spaceport_core::quota::WINDOW_MS;
 
 use super::World;
 use crate::agenda::Happening;
 use crate::agent::Phase;
 use crate::coverage::Scenario;
-use crate::plan::START;
 use crate::weather::FaultKind;
 
 /// How often a client makes a call again that was not served.
@@ -109,7 +107,7 @@ impl World {
             root: token.root,
             max_ms: token.max_ms,
             max_calls: token.max_calls,
-            expires: START.plus(40 * WINDOW_MS),
+            expires: token.expires,
         });
         let size = if self.random.chance(200) { Size::Xlarge } else { Size::Large };
         let declared_ms = match self.random.below(40) {

@@ -107,7 +107,9 @@ pub fn alone() -> Result<File> {
     let file = File::open(LOCK).with_context(|| format!("cannot open {LOCK}"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another `cargo xtask up` is at work on this machine: let it end"),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another `cargo xtask up` or `down` is at work on this machine: let it end")
+        }
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {LOCK}")),
     }
 }

@@ -138,6 +138,7 @@ fn every_row_of_the_table() {
         (Denial::QueueFull { bound: 64, of: QueueOf::Space }, 503, None, M::NoGpu),
         (Denial::Unauthenticated { reason: UnauthenticatedReason::Expired }, 401, None, M::ExpiredToken),
         (Denial::AccountDeleting, 503, None, M::NoGpu),
+        (Denial::AccountUnusable, 503, None, M::NoGpu),
         (Denial::ClockSkew { ms: 6_000 }, 503, None, M::NoGpu),
         (Denial::BrokerUnavailable, 503, None, M::NoGpu),
         (Denial::PlatformFault, 503, None, M::NoGpu),
@@ -169,6 +170,7 @@ fn no_kind_of_refusal_stands_in_for_another() {
             | Denial::QueueFull { .. }
             | Denial::Unauthenticated { .. }
             | Denial::AccountDeleting
+            | Denial::AccountUnusable
             | Denial::ClockSkew { .. }
             | Denial::BrokerUnavailable
             | Denial::PlatformFault => true,
@@ -182,7 +184,7 @@ fn no_kind_of_refusal_stands_in_for_another() {
         legal: Some(Box::new(legal)),
     };
     // Kind, what the client is told, and the numbers that a person has to find.
-    let rows: [(Denial, u16, Option<&str>, &[&str]); 13] = [
+    let rows: [(Denial, u16, Option<&str>, &[&str]); 14] = [
         (quota(44_000, 89_000), 429, Some("quota-exceeded"), &["50 s", "weight 1", "44 s", "60 s", "89 s"]),
         (
             pending(1_000, 5_000),
@@ -198,6 +200,7 @@ fn no_kind_of_refusal_stands_in_for_another() {
         (Denial::QueueFull { bound: 16, of: QueueOf::Account }, 503, None, &["account", "16"]),
         (Denial::Unauthenticated { reason: UnauthenticatedReason::Expired }, 401, None, &["expired"]),
         (Denial::AccountDeleting, 503, None, &["deleted"]),
+        (Denial::AccountUnusable, 503, None, &["repair"]),
         (Denial::ClockSkew { ms: 6_500 }, 503, None, &["6.5 s"]),
         (Denial::BrokerUnavailable, 503, None, &["broker"]),
         (Denial::PlatformFault, 503, None, &["nothing was charged"]),
@@ -346,6 +349,7 @@ fn any_denial() -> impl Strategy<Value = Denial> {
         ])
         .prop_map(|reason| Denial::Unauthenticated { reason }),
         Just(Denial::AccountDeleting),
+        Just(Denial::AccountUnusable),
         number().prop_map(|ms| Denial::ClockSkew { ms }),
         Just(Denial::BrokerUnavailable),
         Just(Denial::PlatformFault),

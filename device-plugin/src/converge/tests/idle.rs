@@ -61,10 +61,13 @@ fn a_reused_worker_that_has_worked_gets_no_successor() {
     let (mut node, app) = (Node::with_cards(1), pod("app"));
     node.runs("l1", &app, 1, LARGE).releases("l1", &app, false).seen();
     let ticket = node.asks(&app, 1, None);
-    node.starts("l2", ticket, LARGE).passes(2_001).allows("l2", &app);
-    assert!(node.seen().contains(&Step::ReplyAllow { call: 3, reply: Err(AllowRefusal::TooLate) }));
-    node.passes(1_000).releases("l2", &app, false);
-    assert_eq!(Node::ended(&node.seen()), [("l2".to_owned(), link::EndKind::Released, 3_001)]);
+    node.starts("l2", ticket, LARGE).passes(500).allows("l2", &app);
+    assert!(node.seen().contains(&Step::ReplyAllow { call: 3, reply: Err(AllowRefusal::AlreadyUsed) }), "it lives");
+    node.passes(1_501).happens(Event::WorkerExited { cgroup_id: 1 }).allows("l2", &app);
+    let steps = node.seen();
+    assert!(steps.contains(&Step::ReplyAllow { call: 4, reply: Err(AllowRefusal::TooLate) }), "{steps:?}");
+    node.passes(100).releases("l2", &app, true);
+    assert_eq!(Node::ended(&node.seen()), [("l2".to_owned(), link::EndKind::Failed, 2_001)]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::identity::KeySet;
 use crate::kubeapi::ApiError;
 use crate::ledger::durations::Durations;
 use crate::ledger::receipt::ReceiptEvent;
-use crate::ledger::seen::{TermSeen, TierSeen};
+use crate::ledger::seen::{MalformedAccount, TermSeen, TierSeen};
 use crate::ledger::store::CreateError;
 use crate::ledger::store::WriteOutcome;
 use crate::ledger::watches::Watched;
@@ -24,6 +24,7 @@ use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
 mod cards;
+mod findings;
 mod objects;
 mod places;
 mod pools;
@@ -120,7 +121,7 @@ impl Memory {
             generation: Some(1),
             ready: None,
             break_glass: None,
-            page: Ok(page.clone()),
+            page: page.sound().map_err(MalformedAccount::Unsound).map(|()| page.clone()),
         }
     }
 }
@@ -225,6 +226,7 @@ struct Story {
     receipts: Receipts,
     metrics: Metrics,
     durations: Durations,
+    findings: watch::Receiver<Option<Arc<Findings>>>,
     leading: watch::Sender<bool>,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
@@ -248,6 +250,7 @@ impl Story {
         let (leading, leads) = watch::channel(true);
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
         let durations = Durations::default();
+        let (findings_sender, findings) = watch::channel(None);
         let parts = ActorParts {
             inputs: receiver,
             leading: leads,
@@ -256,12 +259,24 @@ impl Story {
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
             durations: durations.clone(),
+            findings: findings_sender,
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story =
-            Self { memory, inputs, receipts, metrics, durations, leading, broker, stop, from_broker, session: 0 };
+        let story = Self {
+            memory,
+            inputs,
+            receipts,
+            metrics,
+            durations,
+            findings,
+            leading,
+            broker,
+            stop,
+            from_broker,
+            session: 0,
+        };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
         story.see_pages().await;
         for watched in Watched::ALL {

@@ -172,3 +172,9 @@ fn what_lacks_only_its_last_boundaries_gives_its_place_to_others() {
     assert_eq!(receipts.record(ended("other"), true), Ok(()));
     assert_eq!(receipts.latest(&written.lease), None);
 }
+
+#[test]
+fn under_pressure_few_are_written_at_once_unless_many_wait() {
+    let at_once = [0, 127, 128, 500, 100_000].map(at_once_under_pressure);
+    assert_eq!(at_once, [2, 2, 3, 5, WRITES_AT_ONCE]);
+}

@@ -55,6 +55,22 @@ async fn pages_show_their_conditions_and_a_lease_costs_no_write_for_them() {
     story.stop().await;
 }
 
+/// None stands in for it, and nobody is told that it does not exist.
+#[tokio::test]
+async fn calls_of_an_account_whose_page_cannot_be_used_are_told_so() {
+    let memory = Memory::default();
+    let broken = Page { seq: u64::MAX, ..Page::default() };
+    memory.0.lock().unwrap().accounts.insert(AccountName::new(SPACE), (7, broken));
+    let mut story = Story::begin(memory.clone()).await;
+    story.join(Vec::new()).await;
+    story.request(1, 10_000, "").await;
+    assert_eq!(story.denial().await, Denial::AccountUnusable);
+    memory.0.lock().unwrap().accounts.insert(AccountName::new(SPACE), (8, Page::default()));
+    story.request(2, 10_000, "").await;
+    assert_eq!(story.order().await.ticket, 2, "repaired, and nobody has to tell the operator");
+    story.stop().await;
+}
+
 #[tokio::test]
 async fn an_account_that_gets_no_gpu_says_why_without_a_lease() {
     let mut story = Story::begin(Memory::default()).await;

@@ -258,7 +258,7 @@ string_enum! {
         AsExpected = "AsExpected",
         /// An older tier has an equally specific rule for the same identities.
         OverlappingRule = "OverlappingRule",
-        /// Numbers that cannot be met here, for example a call longer than the pool's keys live.
+        /// Numbers that cannot be met here, for example a call longer than the pool's keys live (not in this version).
         InvalidLimits = "InvalidLimits",
     }
 }
@@ -266,7 +266,7 @@ string_enum! {
 string_enum! {
     /// Conditions of a GPUQuotaGrant.
     GPUQuotaGrantCondition {
-        /// The row stands on the account's page.
+        /// It is in force: it counts to what its account may use.
         Applied = "Applied",
     }
 }
@@ -274,11 +274,11 @@ string_enum! {
 string_enum! {
     /// Reasons on a GPUQuotaGrant's conditions.
     GPUQuotaGrantReason {
-        /// The row is on the page.
+        /// It counts; its row comes onto the page with the first hold that takes from it.
         OnPage = "OnPage",
         /// The account does not exist yet.
         AccountMissing = "AccountMissing",
-        /// The account's tier is not extendable by grants.
+        /// The account's tier is not extendable by grants, or no tier applies to it.
         TierNotExtendable = "TierNotExtendable",
         /// The page has its maximum of grant rows.
         PageFull = "PageFull",

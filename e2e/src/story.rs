@@ -177,6 +177,7 @@ impl World {
         let mut text = String::new();
         for arguments in [
             &["get", "pods,spaces,gpuleases,gpuaccounts,gpunodes", "--all-namespaces", "--output", "wide"][..],
+            &["get", "gputiers,gpupools,gpuquotagrants", "--output", "wide"],
             &["get", "gpuaccounts", "--output", "yaml"],
             &["--namespace", "spaceport-system", "logs", "deployment/spaceport-operator", "--tail", "60"],
             &["--namespace", "spaceport-system", "logs", "daemonset/spaceport-device-plugin", "--tail", "60"],

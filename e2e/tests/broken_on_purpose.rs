@@ -34,6 +34,7 @@ const OPERATOR: &[Broken] = &[
         "token of another Space is answered",
     ),
     ("receipts-forget-allowed", stories::a_receipt_tells_every_boundary_in_order, "Allowed is missing"),
+    ("grants-look-unused", stories::what_an_admin_wrote_says_what_became_of_it, "the grant shows what is used of it"),
     // Late: what it believes of the story's accounts is on no page, and is gone when the real operator is put back.
     ("grants-from-memory", stories::without_an_api_server_leases_run_on_and_nothing_is_granted, "granted from memory"),
     // Last: the schema refuses the receipts of such leases, so their accounts keep them unwritten for ever.

@@ -26,6 +26,11 @@ fn an_author_is_told_of_a_duration_that_a_tier_refuses() {
 }
 
 #[test]
+fn what_an_admin_wrote_says_what_became_of_it() {
+    tell(stories::what_an_admin_wrote_says_what_became_of_it);
+}
+
+#[test]
 fn only_the_allowed_worker_opens_the_card() {
     tell(stories::only_the_allowed_worker_opens_the_card);
 }

@@ -30,6 +30,8 @@ pub enum Fault {
     AnyAudience,
     /// Against invariant 12: receipts do not say when the worker was allowed.
     ReceiptsForgetAllowed,
+    /// Grants say that nothing of them was used.
+    GrantsLookUnused,
 }
 
 /// None unless the process was started with one, or told of one since.

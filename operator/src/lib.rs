@@ -1,7 +1,7 @@
 //! The operator: leader election, the lease broker with its ledger, the link to node agents, and the controllers.
 //!
 //! `runtime` starts everything; `kubeapi` alone talks to the API server; `ledger` owns the pages (docs/rules.md),
-//! `account` keeps their objects.
+//! `account` keeps their objects, `status` tells on tiers, pools and grants what became of them.
 
 pub mod account;
 pub mod args;
@@ -16,3 +16,4 @@ pub mod metrics;
 pub mod node_link;
 pub mod runtime;
 pub mod space;
+pub mod status;

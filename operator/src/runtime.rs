@@ -24,6 +24,7 @@ use crate::kubeapi::KubeApi;
 use crate::leader::{self, LeaderSettings};
 use crate::ledger::actor;
 use crate::ledger::durations::Durations;
+use crate::ledger::findings::Findings;
 use crate::ledger::ports::{ActorParts, Input};
 use crate::ledger::pressure::PressureGauge;
 use crate::ledger::receipt::{self, Receipts};
@@ -33,6 +34,7 @@ use crate::ledger::watches::{self, WatchParts};
 use crate::metrics::Metrics;
 use crate::node_link::{self, NodeLinkParts, NodeLinkSettings};
 use crate::space::{self, SpaceArgs};
+use crate::status::{self, observe::Observed};
 
 /// How long tasks may take to end after a stop; the pod's grace period is 30 s.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -164,6 +166,8 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
     let pressure = store.pressure();
     let accounts = WorkQueue::default();
     let durations = Durations::default();
+    let observed = Observed::default();
+    let (findings_sender, findings) = watch::channel(None);
     let (retention_sender, retention) = watch::channel(None);
     let stop = stop.child_token();
     let mut always = Tasks::new(stop.clone());
@@ -172,6 +176,7 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
         api: api.clone(),
         store: store.clone(),
         accounts: accounts.clone(),
+        observed: observed.clone(),
         metrics: metrics.clone(),
         retention: retention_sender,
         events: events.clone(),
@@ -186,13 +191,26 @@ async fn lead(parts: LeaderParts, leading: watch::Receiver<bool>, stop: Cancella
         verifier,
         metrics: metrics.clone(),
         durations: durations.clone(),
+        findings: findings_sender,
         clock_skew_max,
     };
     let act = actor::run(parts, stop.clone());
     always.spawn_fallible("broker", act);
 
-    let parts =
-        WriterParts { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space };
+    let parts = WriterParts {
+        api,
+        receipts,
+        accounts,
+        observed,
+        findings,
+        metrics,
+        events,
+        retention,
+        pressure,
+        durations,
+        clock_skew_max,
+        space,
+    };
     let writers = parts.whenever_leading(leading, &stop);
     let mut writers = std::pin::pin!(writers);
     tokio::select! {
@@ -214,6 +232,8 @@ struct WriterParts {
     api: KubeApi,
     receipts: Receipts,
     accounts: WorkQueue,
+    observed: Observed,
+    findings: watch::Receiver<Option<Arc<Findings>>>,
     metrics: Metrics,
     events: mpsc::Sender<Input>,
     retention: watch::Receiver<Option<Retention>>,
@@ -247,8 +267,20 @@ impl WriterParts {
         leading: &mut watch::Receiver<bool>,
         stop: &CancellationToken,
     ) -> Result<(), TaskError> {
-        let Self { api, receipts, accounts, metrics, events, retention, pressure, durations, clock_skew_max, space } =
-            self;
+        let Self {
+            api,
+            receipts,
+            accounts,
+            observed,
+            findings,
+            metrics,
+            events,
+            retention,
+            pressure,
+            durations,
+            clock_skew_max,
+            space,
+        } = self;
         let mut tasks = Tasks::new(stop.child_token());
         let term = tasks.stop_token().clone();
         metrics.set_leader(true);
@@ -259,6 +291,8 @@ impl WriterParts {
         let look_through_receipts =
             retention::run(api.clone(), retention.clone(), receipts.clone(), pressure.clone(), term.clone());
         tasks.spawn("receipt retention", look_through_receipts);
+        let show = status::run(api.clone(), observed.clone(), findings.clone(), pressure.clone(), term.clone());
+        tasks.spawn("statuses", show);
         let early = tokio::select! {
             _ = leading.wait_for(|leads| !*leads) => None,
             ended = tasks.next() => ended,

@@ -12,6 +12,7 @@ mod guests;
 mod host;
 mod ledger;
 mod requests;
+mod statuses;
 mod storm;
 
 use std::time::Duration;
@@ -37,6 +38,7 @@ pub use requests::{
     a_worker_is_a_process_of_its_own_pod_and_its_token_is_spent_once,
     malformed_requests_get_an_answer_their_client_understands_and_leave_the_ledger_alone,
 };
+pub use statuses::what_an_admin_wrote_says_what_became_of_it;
 pub use storm::{a_gust_of_a_hundred_mixed_leases_adds_up, a_storm_of_a_thousand_mixed_leases_adds_up};
 
 /// From the end of a lease to the page that says so; the rest is for a loaded machine.

@@ -24,6 +24,7 @@ use tracing::{debug, error, info, warn};
 
 use super::display::{Display, TierShown};
 use super::durations::Durations;
+use super::findings::Findings;
 use super::known::{Known, Session};
 use super::pages::{self, Done, Pages, Wanted};
 use super::ports::{ActorParts, Input};
@@ -46,6 +47,13 @@ mod tests;
 
 /// The ledger's own clock tick: what only time changes happens within this.
 const TICK: Duration = Duration::from_millis(500);
+/// How often it is told what became of tiers, grants and pools, and how long after the beginning of a term for the first
+/// time: by then the nodes are back. A person who has just written one does not wait for long, and hundreds of leases
+/// are one change of what is shown.
+const FINDINGS_PERIOD: Duration = Duration::from_secs(5);
+/// The same, as a multiple of the time that it took to find out: a few milliseconds for 100 000 accounts. However many
+/// there are, decisions have the rest.
+const FINDINGS_PERIOD_BY_WORK: u32 = 1000;
 /// Between two tries to begin a term: a few requests a second are nothing even to an API server that comes back.
 const TERM_PAUSE: Duration = Duration::from_secs(1);
 
@@ -78,6 +86,9 @@ struct Actor<P> {
     verifier: TokenVerifier,
     metrics: Metrics,
     durations: Durations,
+    findings: watch::Sender<Option<Arc<Findings>>>,
+    /// When it is told next what was found.
+    findings_due: Instant,
     known: Known,
     targets: BTreeMap<AccountName, PageTarget>,
     /// Reads under way. Bounded by the accounts, and by the leases that nodes have.
@@ -111,7 +122,8 @@ enum Over {
 /// # Errors
 /// [`TermOver`]: the process should end, and begin a new term when it leads again.
 pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Result<(), TermOver> {
-    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, durations, clock_skew_max } = parts;
+    let ActorParts { mut inputs, mut leading, store, receipts, verifier, metrics, durations, findings, clock_skew_max } =
+        parts;
     let mut known = Known::new(clock_skew_max);
     let mut above = Epoch(0);
     loop {
@@ -128,6 +140,8 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
             verifier: verifier.clone(),
             metrics: metrics.clone(),
             durations: durations.clone(),
+            findings: findings.clone(),
+            findings_due: clock::monotonic() + FINDINGS_PERIOD,
             known,
             targets: BTreeMap::new(),
             reading: BTreeSet::new(),
@@ -142,6 +156,7 @@ pub async fn run<P: Pages>(parts: ActorParts<P>, stop: CancellationToken) -> Res
         let over = actor.serve(&mut inputs, &mut leading).await?;
         metrics.forget_term();
         durations.forget_term();
+        findings.send_replace(None);
         match over {
             Over::Stopped => return Ok(()),
             Over::SteppedDown => {

@@ -42,6 +42,11 @@ impl Grants {
         let uids = self.of_account.get(account).into_iter().flatten();
         uids.filter_map(|uid| self.by_uid.get(uid)).collect()
     }
+
+    /// Those of every account that is named by any, whether it exists or not.
+    pub fn by_account(&self) -> impl Iterator<Item = (&AccountName, Vec<&GrantSeen>)> {
+        self.of_account.keys().map(|account| (account, self.of(account)))
+    }
 }
 
 #[cfg(test)]
@@ -67,6 +72,9 @@ mod tests {
         assert_eq!((of(&grants, "bob"), of(&grants, "eve"), of(&grants, "zoe")), (vec![2, 4], vec![3], vec![]));
         grants.insert(grant("b", "eve", 5));
         assert_eq!((of(&grants, "bob"), of(&grants, "eve")), (vec![2], vec![5, 3]));
+        let counted: Vec<(&str, usize)> =
+            grants.by_account().map(|(account, grants)| (account.as_str(), grants.len())).collect();
+        assert_eq!(counted, [("bob", 1), ("eve", 2)]);
         assert_eq!(grants.get("b").map(|grant| grant.account.as_str()), Some("eve"));
         for uid in ["a", "b", "c", "c"] {
             grants.remove(uid);

@@ -12,7 +12,7 @@ use super::grants::Grants;
 use super::identities::Identities;
 use super::policy::{self, NoPool};
 use super::receipt::GivenCard;
-use super::seen::{AccountSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
+use super::seen::{AccountSeen, GrantSeen, NodeSeen, PoolSeen, SpaceSeen, TierSeen};
 use super::watches::{StoreEvent, Watched};
 use crate::node_link::{BELIEVED_MAX, NodeEvent, Outbound, SessionId};
 
@@ -216,6 +216,11 @@ impl Known {
         Policy { conflict: self.identities.conflict(account), ..policy }
     }
 
+    /// The grants of every account that is named by any, whether it exists or not.
+    pub fn grants(&self) -> impl Iterator<Item = (&AccountName, Vec<&GrantSeen>)> {
+        self.grants.by_account()
+    }
+
     /// The pool of a node: everything that depends on a pool asks here.
     ///
     /// # Errors
@@ -240,6 +245,17 @@ impl Known {
         (self.named_pools.get(node) != pool).then(|| node.clone())
     }
 
+    /// True for a tier, a pool or a grant of which no more than the status has changed, which the operator itself writes
+    /// ([`crate::status`]): whenever somebody joins a tier, every account would be looked at again for nothing.
+    pub fn is_old_news(&self, event: &StoreEvent) -> bool {
+        match event {
+            StoreEvent::Tier(tier) => self.tiers.get(&tier.name) == Some(&**tier),
+            StoreEvent::Pool(pool) => self.pools.get(&pool.name) == Some(&**pool),
+            StoreEvent::Grant(grant) => self.grants.get(&grant.uid) == Some(grant),
+            _ => false,
+        }
+    }
+
     /// Accounts that an event may change the policy of, looked up before it is taken.
     pub fn concerned(&self, event: &StoreEvent) -> Vec<AccountName> {
         match event {
@@ -256,5 +272,27 @@ impl Known {
             StoreEvent::Tier(_) | StoreEvent::TierGone { .. } => self.accounts.keys().cloned().collect(),
             _ => Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use spaceport_crds::{GPUTier, GPUTierSpec};
+
+    use super::*;
+
+    fn tier(concurrent_leases: i32) -> StoreEvent {
+        let spec = GPUTierSpec { concurrent_leases, ..GPUTierSpec::default() };
+        StoreEvent::Tier(Box::new(TierSeen::try_from(&GPUTier::new("free", spec)).unwrap()))
+    }
+
+    #[test]
+    fn a_tier_of_which_only_the_status_was_written_is_old_news() {
+        let mut known = Known::new(Duration::from_secs(5));
+        assert!(!known.is_old_news(&tier(1)));
+        known.store(tier(1));
+        assert!(known.is_old_news(&tier(1)));
+        assert!(!known.is_old_news(&tier(2)));
+        assert!(!known.is_old_news(&StoreEvent::TierGone { name: "free".to_owned() }));
     }
 }

@@ -4,6 +4,7 @@ pub mod actor;
 pub mod convert;
 pub mod display;
 pub mod durations;
+pub mod findings;
 pub mod grants;
 pub mod identities;
 pub mod known;

@@ -25,14 +25,63 @@ pub fn tier_of<'a>(account: &AccountSeen, tiers: &'a BTreeMap<String, TierSeen>)
     } else {
         Callers::SignedIn
     };
+    chosen(callers, &account.identities, tiers)
+}
+
+/// The tier of callers of a kind who have these identities.
+fn chosen<'a>(
+    callers: Callers,
+    identities: &[Identity],
+    tiers: &'a BTreeMap<String, TierSeen>,
+) -> Option<&'a TierSeen> {
     let of_kind = tiers.values().filter(|tier| tier.callers == callers);
     if callers != Callers::SignedIn {
         return of_kind.min_by_key(|tier| tier.created);
     }
     of_kind
-        .filter_map(|tier| Some((specificity(tier, &account.identities)?, tier)))
+        .filter_map(|tier| Some((specificity(tier, identities)?, tier)))
         .max_by(|(a, first), (b, second)| a.cmp(b).then_with(|| second.created.cmp(&first.created)))
         .map(|(_, tier)| tier)
+}
+
+/// What a tier is meant for and another one has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overruled<'a> {
+    /// Index of the rule in `spec.identities`; none of a tier for guests or Spaces, which has no rules.
+    pub rule: Option<usize>,
+    /// Name of the tier that was created first.
+    pub by: &'a str,
+}
+
+/// Where a tier fits as well as one that was created first, so that it has no say. Each of its rules is tried with an
+/// identity that it describes, and the choice is that of any account. That another tier has a more specific rule is no
+/// conflict. Of tiers that were created within one second any may be the first.
+pub fn overruled<'a>(tier: &TierSeen, tiers: &'a BTreeMap<String, TierSeen>) -> Vec<Overruled<'a>> {
+    let chosen_before = |identities: &[Identity]| {
+        let chosen = chosen(tier.callers, identities, tiers)?;
+        let fits_as_well = specificity(chosen, identities) == specificity(tier, identities);
+        (chosen.name != tier.name && fits_as_well).then_some(chosen.name.as_str())
+    };
+    if tier.callers != Callers::SignedIn {
+        return chosen_before(&[]).map(|by| Overruled { rule: None, by }).into_iter().collect();
+    }
+    let described = tier.identities.iter().enumerate().filter_map(|(rule, described)| Some((rule, whom(described)?)));
+    described.filter_map(|(rule, whom)| Some(Overruled { rule: Some(rule), by: chosen_before(&[whom])? })).collect()
+}
+
+/// True if every rule of a tier that fits anybody is overruled: then only accounts that name it in `spec.tier` are in it.
+pub fn has_no_say(tier: &TierSeen, overruled: &[Overruled<'_>]) -> bool {
+    let rules = tier.identities.iter().filter(|rule| whom(rule).is_some()).count();
+    !overruled.is_empty() && overruled.len() >= rules
+}
+
+/// An identity that a rule fits, and no rule that says more; none if it fits nobody.
+fn whom(rule: &IdentityRule) -> Option<Identity> {
+    let IdentityRule { issuer, subject, subject_suffix, group } = rule;
+    // An empty text ends with no suffix and is no issuer's or subject's name.
+    let subject = subject.as_ref().or(subject_suffix.as_ref());
+    let identity = |of: Option<&String>| of.cloned().unwrap_or_default();
+    group.is_none().then(|| Identity { issuer: identity(issuer.as_ref()), subject: identity(subject) })
 }
 
 /// Fields of the tier's most specific rule that fits one of the identities; none if no rule fits.
@@ -192,5 +241,71 @@ mod tests {
         let tiers = BTreeMap::from([("guest".to_owned(), tier(None))]);
         assert_eq!(tier_of(&account("guest-0af3"), &tiers).map(|tier| tier.name.as_str()), Some("guest"));
         assert_eq!(tier_of(&account("bob"), &tiers), None);
+    }
+
+    fn rule(issuer: &str, subject: &str, suffix: &str, group: &str) -> IdentityRule {
+        let given = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        IdentityRule {
+            issuer: given(issuer),
+            subject: given(subject),
+            subject_suffix: given(suffix),
+            group: given(group),
+        }
+    }
+
+    /// Tiers by name, created one second after the other.
+    fn created_in_turn(tiers: Vec<(&str, Callers, Vec<IdentityRule>)>) -> BTreeMap<String, TierSeen> {
+        let numbered = tiers.into_iter().zip(1..);
+        let made = numbered.map(|((name, callers, identities), second)| {
+            let created = Timestamp::from_second(second).unwrap();
+            (name.to_owned(), TierSeen { name: name.to_owned(), created, callers, identities, ..tier(None) })
+        });
+        made.collect()
+    }
+
+    /// Rules of the tier that are overruled, and by whom, and whether it has no say at all.
+    fn told<'a>(name: &str, tiers: &'a BTreeMap<String, TierSeen>) -> (Vec<(Option<usize>, &'a str)>, bool) {
+        let overruled = overruled(&tiers[name], tiers);
+        (overruled.iter().map(|found| (found.rule, found.by)).collect(), has_no_say(&tiers[name], &overruled))
+    }
+
+    #[test]
+    fn a_rule_that_an_older_tier_has_too_is_overruled_and_one_that_says_less_is_not() {
+        use Callers::SignedIn;
+        let tiers = created_in_turn(vec![
+            ("everyone", SignedIn, vec![rule("", "", "", "")]),
+            ("team", SignedIn, vec![rule("i", "", "@team", "")]),
+            ("twin", SignedIn, vec![rule("", "", "", ""), rule("i", "", "@team", ""), rule("j", "", "@team", "")]),
+            ("one", SignedIn, vec![rule("i", "bob@team", "", "")]),
+            ("named-only", SignedIn, Vec::new()),
+            ("group", SignedIn, vec![rule("i", "", "", "staff")]),
+            ("issuer", SignedIn, vec![rule("i", "", "", "")]),
+            ("again", SignedIn, vec![rule("", "", "", ""), rule("i", "", "", "staff")]),
+        ]);
+        let none = || (Vec::new(), false);
+        assert_eq!(told("everyone", &tiers), none());
+        assert_eq!(told("team", &tiers), none());
+        assert_eq!(told("twin", &tiers), (vec![(Some(0), "everyone"), (Some(1), "team")], false));
+        assert_eq!(told("one", &tiers), (vec![(Some(0), "team")], true), "a subject counts like a suffix");
+        for name in ["named-only", "group", "issuer"] {
+            assert_eq!(told(name, &tiers), none(), "{name}");
+        }
+        assert_eq!(told("again", &tiers), (vec![(Some(0), "everyone")], true), "its other rule fits nobody");
+        // An account is in the tier that is told.
+        let identities = vec![Identity { issuer: "i".to_owned(), subject: "bob@team".to_owned() }];
+        let bob = AccountSeen { identities, ..account("bob") };
+        assert_eq!(tier_of(&bob, &tiers).map(|tier| tier.name.as_str()), Some("team"));
+    }
+
+    #[test]
+    fn of_two_tiers_for_guests_the_younger_has_no_say() {
+        let tiers = created_in_turn(vec![
+            ("guests", Callers::Guests, Vec::new()),
+            ("spaces", Callers::Spaces, Vec::new()),
+            ("more-guests", Callers::Guests, Vec::new()),
+        ]);
+        assert_eq!(told("guests", &tiers), (Vec::new(), false));
+        assert_eq!(told("spaces", &tiers), (Vec::new(), false));
+        assert_eq!(told("more-guests", &tiers), (vec![(None, "guests")], true));
     }
 }

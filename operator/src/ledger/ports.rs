@@ -1,11 +1,13 @@
 //! What the broker's actor is connected to: one bounded input for everything that happens, and handles that never make it
 //! wait for I/O.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
 use super::durations::Durations;
+use super::findings::Findings;
 use super::receipt::{ReceiptEvent, Receipts};
 use super::store::PageStore;
 use super::watches::StoreEvent;
@@ -58,6 +60,8 @@ pub struct ActorParts<P = PageStore> {
     pub metrics: Metrics,
     /// Where it leaves what it learns of how long functions run.
     pub durations: Durations,
+    /// Where it leaves what became of tiers, grants and pools, every few seconds of a term; none while there is no term.
+    pub findings: watch::Sender<Option<Arc<Findings>>>,
     /// A clock further off than this from the API server's grants nothing (L20).
     pub clock_skew_max: Duration,
 }

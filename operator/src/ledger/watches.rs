@@ -17,7 +17,9 @@ use kube::{Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use spaceport_core::ids::{AccountName, NodeName};
 use spaceport_crds::names::TERM_PAGE;
-use spaceport_crds::{GPUAccount, GPUNode, GPUPool, GPUQuotaGrant, GPUTier, Space};
+use spaceport_crds::{
+    GPUAccount, GPUNode, GPUPool, GPUPoolStatus, GPUQuotaGrant, GPUQuotaGrantStatus, GPUTier, GPUTierStatus, Space,
+};
 use spaceport_shell::error_chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -29,6 +31,7 @@ use crate::account::WorkQueue;
 use crate::clock::ClockDifference;
 use crate::kubeapi::{KubeApi, Objects, pause};
 use crate::metrics::Metrics;
+use crate::status::observe::{NodeObserved, Observed, Revision, Shown};
 
 /// Time between two looks at the API server's clock; clocks that drift apart by seconds a minute are broken anyway.
 const CLOCK_PERIOD: Duration = Duration::from_secs(30);
@@ -152,6 +155,8 @@ pub struct WatchParts<I> {
     pub store: PageStore,
     /// Keeps the accounts themselves (L4).
     pub accounts: WorkQueue,
+    /// What tiers, pools, grants and nodes show of themselves.
+    pub observed: Observed,
     /// Counts what cannot be used.
     pub metrics: Metrics,
     /// How long receipts are kept, from the pools: the longest, or none while there is no pool.
@@ -165,18 +170,22 @@ pub async fn run<I>(parts: WatchParts<I>, stop: CancellationToken)
 where
     I: From<StoreEvent> + Send + 'static,
 {
-    let WatchParts { api, store, accounts, metrics, retention, events } = parts;
+    let WatchParts { api, store, accounts, observed, metrics, retention, events } = parts;
     let sink = Sink { events };
     let malformed = Malformed { metrics: metrics.clone() };
     let accounts = Accounts { store, kept: accounts, malformed: malformed.clone() };
-    let pools = Pools { malformed: malformed.clone(), by_pool: Mutex::new(BTreeMap::new()), retention };
+    let Observed { tiers, pools, grants, nodes } = observed;
+    let tiers = Tiers { malformed: malformed.clone(), shown: tiers };
+    let pools = Pools { malformed: malformed.clone(), shown: pools, by_pool: Mutex::new(BTreeMap::new()), retention };
+    let nodes = Nodes { malformed: malformed.clone(), shown: nodes };
+    let grants = Grants { malformed: malformed.clone(), shown: grants };
     // All in one task: they end together, and each waits for the broker's input only.
     tokio::select! {
         () = follow(&api, accounts, &sink, &stop) => {}
-        () = follow(&api, Tiers { malformed: malformed.clone() }, &sink, &stop) => {}
+        () = follow(&api, tiers, &sink, &stop) => {}
         () = follow(&api, pools, &sink, &stop) => {}
-        () = follow(&api, Nodes { malformed: malformed.clone() }, &sink, &stop) => {}
-        () = follow(&api, Grants { malformed: malformed.clone() }, &sink, &stop) => {}
+        () = follow(&api, nodes, &sink, &stop) => {}
+        () = follow(&api, grants, &sink, &stop) => {}
         () = follow(&api, Spaces { malformed }, &sink, &stop) => {}
         () = measure_clock(&api, &metrics, &sink, &stop) => {}
     }
@@ -375,6 +384,7 @@ impl Translate for Accounts {
 
 struct Tiers {
     malformed: Malformed,
+    shown: Shown<Revision<GPUTierStatus>>,
 }
 
 impl Translate for Tiers {
@@ -382,19 +392,22 @@ impl Translate for Tiers {
     const WATCHED: Watched = Watched::Tiers;
 
     fn present(&self, tier: DeserializeGuard<GPUTier>) -> StoreEvent {
+        self.shown.see_any(&tier);
         match self.malformed.parse::<_, TierSeen>("GPUTier", tier) {
             Ok(tier) => StoreEvent::Tier(Box::new(tier)),
-            Err(metadata) => StoreEvent::TierGone { name: metadata.name.unwrap_or_default() },
+            Err(metadata) => self.gone(&metadata.name.unwrap_or_default(), ""),
         }
     }
 
     fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        self.shown.remove(name);
         StoreEvent::TierGone { name: name.to_owned() }
     }
 }
 
 struct Pools {
     malformed: Malformed,
+    shown: Shown<Revision<GPUPoolStatus>>,
     /// A std mutex: it is never held across an await.
     by_pool: Mutex<BTreeMap<String, Retention>>,
     retention: watch::Sender<Option<Retention>>,
@@ -417,6 +430,7 @@ impl Translate for Pools {
     const WATCHED: Watched = Watched::Pools;
 
     fn present(&self, pool: DeserializeGuard<GPUPool>) -> StoreEvent {
+        self.shown.see_any(&pool);
         match self.malformed.parse::<_, PoolSeen>("GPUPool", pool) {
             Ok(pool) => {
                 let (kept, age_max_seconds) = (pool.receipts_kept, pool.receipt_age_max_seconds);
@@ -428,6 +442,7 @@ impl Translate for Pools {
     }
 
     fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        self.shown.remove(name);
         self.keep_receipts(name, None);
         StoreEvent::PoolGone { name: name.to_owned() }
     }
@@ -435,6 +450,7 @@ impl Translate for Pools {
 
 struct Nodes {
     malformed: Malformed,
+    shown: Shown<NodeObserved>,
 }
 
 impl Translate for Nodes {
@@ -442,6 +458,9 @@ impl Translate for Nodes {
     const WATCHED: Watched = Watched::Nodes;
 
     fn present(&self, node: DeserializeGuard<GPUNode>) -> StoreEvent {
+        if let Ok(node) = &node.0 {
+            self.shown.put(node.name_any(), NodeObserved::from(node));
+        }
         match self.malformed.parse::<_, NodeSeen>("GPUNode", node) {
             Ok(node) => StoreEvent::Node(node),
             Err(metadata) => self.gone(&metadata.name.unwrap_or_default(), ""),
@@ -449,6 +468,7 @@ impl Translate for Nodes {
     }
 
     fn gone(&self, name: &str, _uid: &str) -> StoreEvent {
+        self.shown.remove(name);
         StoreEvent::NodeGone { name: NodeName::new(name) }
     }
 }
@@ -475,6 +495,7 @@ impl Translate for Spaces {
 
 struct Grants {
     malformed: Malformed,
+    shown: Shown<Revision<GPUQuotaGrantStatus>>,
 }
 
 impl Translate for Grants {
@@ -482,13 +503,15 @@ impl Translate for Grants {
     const WATCHED: Watched = Watched::Grants;
 
     fn present(&self, grant: DeserializeGuard<GPUQuotaGrant>) -> StoreEvent {
+        self.shown.see_any(&grant);
         match self.malformed.parse::<_, GrantSeen>("GPUQuotaGrant", grant) {
             Ok(grant) => StoreEvent::Grant(grant),
-            Err(metadata) => StoreEvent::GrantGone { uid: metadata.uid.unwrap_or_default() },
+            Err(metadata) => self.gone(&metadata.name.unwrap_or_default(), &metadata.uid.unwrap_or_default()),
         }
     }
 
-    fn gone(&self, _name: &str, uid: &str) -> StoreEvent {
+    fn gone(&self, name: &str, uid: &str) -> StoreEvent {
+        self.shown.remove(name);
         StoreEvent::GrantGone { uid: uid.to_owned() }
     }
 }

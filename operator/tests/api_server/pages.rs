@@ -12,6 +12,7 @@ use spaceport_operator::ledger::display::Display;
 use spaceport_operator::ledger::store::{PageStore, PageTarget, WriteOutcome};
 use spaceport_operator::ledger::watches::{self, StoreEvent, WatchParts, Watched};
 use spaceport_operator::metrics::Metrics;
+use spaceport_operator::status::observe::Observed;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -154,8 +155,15 @@ async fn terms_go_up_whoever_begins_them_and_show_after_every_earlier_page() {
     let (retention, _) = watch::channel(None);
     let accounts = WorkQueue::default();
     let keeping = tokio::spawn(account::run(api.clone(), accounts.clone(), Duration::from_secs(5), stop.clone()));
-    let parts =
-        WatchParts { api: api.clone(), store: store.clone(), accounts, metrics: Metrics::new(), retention, events };
+    let parts = WatchParts {
+        api: api.clone(),
+        store: store.clone(),
+        accounts,
+        observed: Observed::default(),
+        metrics: Metrics::new(),
+        retention,
+        events,
+    };
     let watching = tokio::spawn(watches::run(parts, stop.clone()));
     let (mut listed, mut zoe, mut term, mut demo, mut clock) = (Vec::new(), false, None, false, false);
     next("everything that is there", &mut seen, |event| {

@@ -35,7 +35,7 @@ fn a_reused_lease_whose_answer_was_lost_with_the_agent_is_voided_when_its_functi
     let snapshot = node.machine.snapshot();
     node.machine = Machine::new("agent-2".to_owned(), 7);
     node.machine.restore(node.now, snapshot, &BTreeSet::from([1]));
-    node.happens(Event::Inventory(vec![card(0)])).seen();
+    node.happens(Event::Inventory(vec![card(0)])).happens(Event::Linked { epoch: 7 }).seen();
     node.asks(&app, 1, None);
     let steps = node.seen();
     assert!(Node::ended(&steps).iter().any(|(lease, kind, _)| lease == "l2" && *kind == link::EndKind::Undelivered));

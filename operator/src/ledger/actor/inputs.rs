@@ -1,6 +1,7 @@
 //! What reaches the broker: from the watches, from agents, from tasks that looked for an account.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use spaceport_core::ids::{AccountName, CookieId, LeaseId, LedgerTime, NodeName, Revision, Size, SpaceKey, Ticket};
 use spaceport_core::lease::{Command, NodeSettings, Request};
@@ -13,10 +14,11 @@ use spaceport_proto::nodelink::node_message::Message as Incoming;
 use spaceport_shell::error_chain;
 use tracing::{error, info, warn};
 
-use super::Actor;
+use super::{Actor, FINDINGS_PERIOD, FINDINGS_PERIOD_BY_WORK};
 use crate::clock;
 use crate::fault::Place;
 use crate::ledger::convert::wait_reason;
+use crate::ledger::findings::Findings;
 use crate::ledger::node_messages;
 use crate::ledger::pages::{self, Pages, Wanted};
 use crate::ledger::policy;
@@ -65,6 +67,7 @@ impl<P: Pages> Actor<P> {
             self.receipt(record);
         }
         self.show_conditions();
+        self.tell_findings();
         self.look_who_waits();
         let leases = &self.state.leases;
         self.records.keep(|lease| leases.contains_key(lease));
@@ -102,6 +105,20 @@ impl<P: Pages> Actor<P> {
         }
     }
 
+    /// Leaves what became of tiers, grants and pools to who writes it on them, where that is due. Whether a grant has ended
+    /// can wait until the clock is right (L20).
+    fn tell_findings(&mut self) {
+        let begun = clock::monotonic();
+        if self.findings_due > begun || self.state.clock_off_ms.is_some() {
+            return;
+        }
+        let found = Findings::of(&self.state, &self.known, LedgerTime(clock::wall().as_millisecond()));
+        self.findings.send_replace(Some(Arc::new(found)));
+        let ended = clock::monotonic();
+        let work = ended.saturating_duration_since(begun);
+        self.findings_due = ended + FINDINGS_PERIOD.max(work.saturating_mul(FINDINGS_PERIOD_BY_WORK));
+    }
+
     fn count_who_waits(&self) {
         for node in self.state.nodes.keys() {
             // As many as the bound of the node's queue.
@@ -129,6 +146,9 @@ impl<P: Pages> Actor<P> {
     // === watches ===
 
     fn store_event(&mut self, event: StoreEvent) {
+        if self.known.is_old_news(&event) {
+            return;
+        }
         match event {
             StoreEvent::AccountGone { name, uid } => return self.object_gone(name, &uid),
             StoreEvent::Account(seen) if self.is_another(&seen) => return self.read(seen.name, Wanted::Object),

@@ -24,6 +24,7 @@ use crate::node_link::{NodeEvent, Outbound, SessionId};
 
 mod accounts;
 mod cards;
+mod findings;
 mod objects;
 mod places;
 mod pools;
@@ -225,6 +226,7 @@ struct Story {
     receipts: Receipts,
     metrics: Metrics,
     durations: Durations,
+    findings: watch::Receiver<Option<Arc<Findings>>>,
     leading: watch::Sender<bool>,
     broker: JoinHandle<Result<(), TermOver>>,
     stop: CancellationToken,
@@ -248,6 +250,7 @@ impl Story {
         let (leading, leads) = watch::channel(true);
         let (receipts, metrics, stop) = (Receipts::new(), Metrics::new(), CancellationToken::new());
         let durations = Durations::default();
+        let (findings_sender, findings) = watch::channel(None);
         let parts = ActorParts {
             inputs: receiver,
             leading: leads,
@@ -256,12 +259,24 @@ impl Story {
             verifier: TokenVerifier::new("issuer", keys),
             metrics: metrics.clone(),
             durations: durations.clone(),
+            findings: findings_sender,
             clock_skew_max: Duration::from_secs(5),
         };
         let broker = tokio::spawn(run(parts, stop.clone()));
         let (_, from_broker) = mpsc::channel(1);
-        let story =
-            Self { memory, inputs, receipts, metrics, durations, leading, broker, stop, from_broker, session: 0 };
+        let story = Self {
+            memory,
+            inputs,
+            receipts,
+            metrics,
+            durations,
+            findings,
+            leading,
+            broker,
+            stop,
+            from_broker,
+            session: 0,
+        };
         story.store(StoreEvent::Tier(Box::new(tier()))).await;
         story.see_pages().await;
         for watched in Watched::ALL {

@@ -111,7 +111,7 @@ fn charges_within_a_window_never_fall() {
     make_account(&world, name);
     let page = |seq: u64, charged: u64| {
         json!({
-            "seq": seq, "epoch": 1, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": 1,
+            "seq": seq, "epoch": 1, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": 1000,
             "windows": [{ "startMilliseconds": 1000, "baseMilliseconds": 60000, "chargedMilliseconds": charged, "runs": 1, "generation": 1 }],
         })
     };
@@ -137,10 +137,11 @@ fn charges_of_a_visitor_never_fall_and_its_row_stays_for_its_day() {
     make_account(&world, name);
     let row = |cookie: &str, charged: u64| json!({ "cookie": cookie, "startMilliseconds": 1000, "baseMilliseconds": 60000, "chargedMilliseconds": charged, "runs": 1 });
     let page = |seq: u64, time: u64, rows: Vec<Value>| json!({ "seq": seq, "epoch": 1, "writeId": format!("write-{seq}"), "lastTimeMilliseconds": time, "cookies": rows });
-    write_page(&world, name, Some(OPERATOR), &page(1, 1, vec![row("a", 500), row("b", 500)])).unwrap();
-    let said = write_page(&world, name, Some(OPERATOR), &page(2, 1, vec![row("a", 400), row("b", 600)])).unwrap_err();
+    write_page(&world, name, Some(OPERATOR), &page(1, 1000, vec![row("a", 500), row("b", 500)])).unwrap();
+    let said =
+        write_page(&world, name, Some(OPERATOR), &page(2, 1000, vec![row("a", 400), row("b", 600)])).unwrap_err();
     assert!(said.contains("charged to a cookie"), "{said}");
-    let said = write_page(&world, name, Some(OPERATOR), &page(2, 1, vec![row("a", 500)])).unwrap_err();
+    let said = write_page(&world, name, Some(OPERATOR), &page(2, 1000, vec![row("a", 500)])).unwrap_err();
     assert!(said.contains("row with a charge stays"), "{said}");
     write_page(&world, name, Some(OPERATOR), &page(2, 1000 + 86_400_000, vec![row("a", 600)])).unwrap();
     world.kubectl.run(&["annotate", "gpuaccount", name, "spaceport.dev/break-glass=test"]).unwrap();
@@ -168,7 +169,7 @@ fn a_deleted_account_stays_while_something_of_it_is_open() {
 
     // A lease of a node that does not exist: open until the term's bound for silent nodes (L9), about a minute.
     let page = json!({
-        "seq": 1, "epoch": 1, "writeId": "write-1", "lastTimeMilliseconds": 1,
+        "seq": 1, "epoch": 1, "writeId": "write-1", "lastTimeMilliseconds": 1000,
         "windows": [{ "startMilliseconds": 1000, "baseMilliseconds": 60000, "chargedMilliseconds": 0, "runs": 0, "generation": 1 }],
         "holds": [{
             "lease": "01jd8x0000000000000000000b", "space": "default/api", "spaceUID": "api", "node": "api-nowhere",
